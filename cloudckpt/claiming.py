@@ -1,0 +1,109 @@
+"""Becoming the writer: take the next epoch, settle what an earlier process left, fence it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cloudckpt.core import manifest as transitions
+from cloudckpt.core.manifest import Settlement
+from cloudckpt.core.model import Manifest, Owner, State
+from cloudckpt.core.policy import Policy, PolicyWords, resolve, tightened
+from cloudckpt.core.retention import plan_prune
+from cloudckpt.events import Claimed, Listener, PolicyTightened
+from cloudckpt.sealed import settlement_of
+from cloudckpt.storage import ManifestStore
+from cloudckpt.view import placed
+
+__all__ = ["Claim", "claim_run", "run_key_from_environment"]
+
+#: What schedulers call a job, stable when they restart it; the first that is set names the run.
+_RUN_KEYS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "KUBERNETES_JOB_UID", "AWS_BATCH_JOB_ID", "LSB_JOBID", "PBS_JOBID")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What this process holds after its claim."""
+
+    manifest: Manifest
+    writer_epoch: int
+    token: str
+
+
+def run_key_from_environment(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The scheduler's name for this job, or None on a machine without one."""
+    values = (environment.get(name, "") for name in _RUN_KEYS)
+    # torchrun's default run id is the word "none", the same for everybody.
+    return next((value for value in values if value and value != "none"), None)
+
+
+def claim_run(
+    store: ManifestStore, words: PolicyWords, *, change_policy: bool, takeover: str, listener: Listener
+) -> Claim:
+    """Claim the run, making it first if the root is empty.
+
+    Raises:
+        ConflictError: refused by ``takeover``, or a duel of two jobs.
+        ConfigError: the policy words do not fit the stored policy.
+        FormatError: the root holds something that is not a run, or a manifest that cannot be read or written.
+        StorageError: the store refused; a 403 is never taken for a new run.
+    """
+    owner = Owner(
+        token=store.token(16),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        run_key=run_key_from_environment(),
+        claimed_at=store.clock(),
+    )
+    before: list[Manifest] = []
+
+    def new() -> Manifest:
+        return Manifest(run_id=store.token(32), policy=resolve(words, None, has_entries=False))
+
+    def prepare(current: Manifest) -> dict[str, Settlement]:
+        return {entry.id: settlement_of(store.storage, entry) for entry in current.in_state(State.PENDING)}
+
+    def change(current: Manifest, settlements: dict[str, Settlement]) -> Manifest:
+        before[:] = [current]
+        stored = current.policy if current.revision else None
+        policy = resolve(words, stored, has_entries=bool(current.entries), change_policy=change_policy)
+        return transitions.claim(
+            current, owner, policy=policy, settlements=settlements, takeover=takeover, at=store.clock()
+        )
+
+    # A manager that only read before must decide on what is there now.
+    store.drop_base()
+    after = store.transact(change, prepare=prepare, new=new)
+    store.refuse_rollback = True
+    _tell(before[0], after, store.storage.url, owner, listener)
+    return Claim(manifest=after, writer_epoch=after.writer_epoch, token=owner.token)
+
+
+def _tell(before: Manifest, after: Manifest, url: str, owner: Owner, listener: Listener) -> None:
+    settled = [after.find(entry.id) for entry in before.in_state(State.PENDING)]
+    open_before = before.owner if before.owner and not before.owner.closed and before.owner.token != owner.token else None
+    listener(
+        Claimed(
+            url=url,
+            writer_epoch=after.writer_epoch,
+            took_over_from=str(open_before) if open_before else None,
+            rolled_forward=tuple(placed(e, url) for e in settled if e and e.state is State.COMMITTED),
+            abandoned=tuple(placed(e, url) for e in settled if e and e.state is State.RETIRED),
+        )
+    )
+    if before.entries and tightened(before.policy, after.policy):
+        _tell_tightened(before.policy, after, url, listener)
+
+
+def _tell_tightened(stored: Policy, after: Manifest, url: str, listener: Listener) -> None:
+    plan = plan_prune(after.entries, after.policy, resumed_from=after.resumed_from)
+    listener(
+        PolicyTightened(
+            url=url,
+            before=str(stored),
+            after=str(after.policy),
+            will_retire=tuple(placed(c, url) for c in plan.retired),
+        )
+    )

@@ -1,0 +1,185 @@
+"""The index ``checkpoint.json`` as bytes, both directions.
+
+Its keys keep their order (the order of a state dict is part of the state), and its last field, ``digest``, is
+the SHA-256 of everything before it, so that a claim can tell a whole index from a changed one even before
+any manifest has recorded its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cloudckpt.core import keys
+from cloudckpt.core.checksum import format_crc32c, parse_crc32c
+from cloudckpt.core.manifest_json import policy_from_json, policy_to_json
+from cloudckpt.core.model import Chunk, Index, PayloadObject, TensorEntry
+from cloudckpt.core.wire import Reader, canonical, metrics_to_json, parse_document
+from cloudckpt.errors import FormatError
+
+__all__ = ["INDEX_LIMIT_BYTES", "decode_index", "encode_index", "index_digest"]
+
+#: An index with 1,000,000 tensors has about 300 MiB; anything past this limit is not one of ours.
+INDEX_LIMIT_BYTES = 512 * 1024 * 1024
+
+
+def index_digest(body: bytes) -> str:
+    """The digest of an index's bytes as the manifest records it: ``sha256:<hex>``."""
+    return f"sha256:{hashlib.sha256(body).hexdigest()}"
+
+
+def encode_index(index: Index) -> bytes:
+    """The index's bytes."""
+    document = _to_json(index)
+    return canonical({**document, "digest": index_digest(canonical(document, readable=False))}, readable=False)
+
+
+def decode_index(body: bytes, *, what: str = keys.INDEX_NAME) -> Index:
+    """The index in ``body``.
+
+    Raises:
+        FormatError: not an index of a format this code knows, or changed since it was written.
+    """
+    document = parse_document(body, what=what, limit_bytes=INDEX_LIMIT_BYTES)
+    root = Reader(document, "", [])
+    digest = root.at("digest").digest()
+    index = Index(
+        format=root.at("format").integer(least=1),
+        requires=root.at("requires").texts(),
+        run_id=root.at("run_id").hex(32),
+        id=root.at("id").save_id(),
+        step=root.at("step").integer(),
+        seq=root.at("seq").integer(least=1),
+        writer_epoch=root.at("writer_epoch").integer(least=1),
+        announced_at=root.at("announced_at").time(),
+        sealed_at=root.at("sealed_at").time(),
+        world_size=root.at("world_size").integer(least=1),
+        metrics=root.at("metrics").metrics(),
+        tags=root.at("tags").texts(),
+        pinned=root.at("pinned").boolean(),
+        policy=policy_from_json(root.at("policy")),
+        versions={name: item.text() for name, item in root.at("versions").mapping().items()},
+        objects=tuple(_object(item) for item in root.at("objects").items()),
+        tensors={
+            component: {name: _tensor(item) for name, item in tensors.mapping().items()}
+            for component, tensors in root.at("tensors").mapping().items()
+        },
+        structure={name: item.value for name, item in root.at("structure").mapping().items()},
+        pickled=root.at("pickled").boolean(),
+        extra=root.rest(),
+    )
+    _check_together(index, root)
+    root.finish(what)
+    rest = {name: value for name, value in document.items() if name != "digest"}
+    if index_digest(canonical(rest, readable=False)) != digest:
+        raise FormatError(f"{what} was changed after it was written: its digest does not match")
+    return index
+
+
+def _check_together(index: Index, root: Reader) -> None:
+    sizes = {item.name: item.size_bytes for item in index.objects}
+    if len(sizes) != len(index.objects):
+        root.at("objects").complain("two payload objects have the same name")
+    for component, tensors in index.tensors.items():
+        for name, tensor in tensors.items():
+            if tensor.alias_of is not None and tensors.get(tensor.alias_of, tensor).alias_of is not None:
+                root.at("tensors").complain(f"{component}: {name}: alias_of names no stored tensor")
+            for chunk in tensor.chunks:
+                if chunk.object not in sizes or chunk.start + chunk.length > sizes[chunk.object]:
+                    root.at("tensors").complain(f"{component}: {name}: bytes outside of its payload object")
+                if len(chunk.offsets) != len(tensor.shape) or not _inside(chunk, tensor):
+                    root.at("tensors").complain(f"{component}: {name}: a chunk outside of its shape")
+
+
+def _inside(chunk: Chunk, tensor: TensorEntry) -> bool:
+    places: Iterable[tuple[int, int, int]] = zip(chunk.offsets, chunk.lengths, tensor.shape, strict=False)
+    return len(chunk.lengths) == len(tensor.shape) and all(o + n <= size for o, n, size in places)
+
+
+def _to_json(index: Index) -> dict[str, Any]:
+    return {
+        "format": index.format,
+        "requires": list(index.requires),
+        "run_id": index.run_id,
+        "id": index.id,
+        "step": index.step,
+        "seq": index.seq,
+        "writer_epoch": index.writer_epoch,
+        "announced_at": index.announced_at,
+        "sealed_at": index.sealed_at,
+        "world_size": index.world_size,
+        "metrics": metrics_to_json(index.metrics),
+        "tags": list(index.tags),
+        "pinned": index.pinned,
+        "policy": policy_to_json(index.policy),
+        "versions": dict(index.versions),
+        "pickled": index.pickled,
+        "objects": [
+            {"name": o.name, "size_bytes": o.size_bytes, "crc32c": format_crc32c(o.crc32c)} for o in index.objects
+        ],
+        "tensors": {
+            component: {name: _tensor_to_json(tensor) for name, tensor in tensors.items()}
+            for component, tensors in index.tensors.items()
+        },
+        "structure": dict(index.structure),
+        **index.extra,
+    }
+
+
+def _tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:
+    head: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+    if tensor.alias_of is not None:
+        return {**head, "alias_of": tensor.alias_of}
+    return {**head, "chunks": [_chunk_to_json(chunk) for chunk in tensor.chunks]}
+
+
+def _chunk_to_json(chunk: Chunk) -> dict[str, Any]:
+    stored: Mapping[str, Any] = {} if chunk.stored_as is None else {"stored_as": chunk.stored_as}
+    return {
+        "object": chunk.object,
+        "start": chunk.start,
+        "length": chunk.length,
+        "offsets": list(chunk.offsets),
+        "lengths": list(chunk.lengths),
+        "crc32c": format_crc32c(chunk.crc32c),
+        **stored,
+    }
+
+
+def _object(reader: Reader) -> PayloadObject:
+    name = reader.object().at("name").text()
+    if not keys.is_payload_name(name):
+        reader.at("name").problem("the name of a payload object inside this folder")
+    return PayloadObject(
+        name=name,
+        size_bytes=reader.at("size_bytes").integer(),
+        crc32c=_crc32c(reader.at("crc32c")),
+    )
+
+
+def _tensor(reader: Reader) -> TensorEntry:
+    reader.object()
+    return TensorEntry(
+        dtype=reader.at("dtype").text(),
+        shape=reader.at("shape").integers(),
+        chunks=tuple(_chunk(item) for item in reader.at("chunks").items()) if reader.has("chunks") else (),
+        alias_of=reader.optional("alias_of", Reader.text),
+    )
+
+
+def _chunk(reader: Reader) -> Chunk:
+    reader.object()
+    return Chunk(
+        object=reader.at("object").text(),
+        start=reader.at("start").integer(),
+        length=reader.at("length").integer(),
+        offsets=reader.at("offsets").integers(),
+        lengths=reader.at("lengths").integers(),
+        crc32c=_crc32c(reader.at("crc32c")),
+        stored_as=reader.optional("stored_as", Reader.text),
+    )
+
+
+def _crc32c(reader: Reader) -> int:
+    return parse_crc32c(reader.hex(8))

@@ -1,0 +1,320 @@
+"""What happened, as frozen values; who wants to know; and the listener that writes the log lines.
+
+Rank zero emits what happens to the job, once; every rank emits its own failures. Lines go to the standard
+logger ``cloudckpt`` and propagate: no handler, no filter, no level is set here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cloudckpt.core.model import Checkpoint
+from cloudckpt.core.text import format_bytes, format_duration, format_metric, format_rate
+
+__all__ = [
+    "BestChanged",
+    "Claimed",
+    "DeleteFailed",
+    "Deleted",
+    "Event",
+    "FellBack",
+    "Listener",
+    "Listeners",
+    "LoggingListener",
+    "NothingToResume",
+    "PolicyTightened",
+    "Resumed",
+    "RunClosed",
+    "SaveCommitted",
+    "SaveFailed",
+    "SaveSkipped",
+    "SaveStarted",
+    "Warned",
+    "summary_lines",
+]
+
+logger = logging.getLogger("cloudckpt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """This process became the writer. ``rolled_forward`` and ``abandoned`` are what an earlier one left."""
+
+    url: str
+    writer_epoch: int
+    took_over_from: str | None
+    rolled_forward: tuple[Checkpoint, ...]
+    abandoned: tuple[Checkpoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyTightened:
+    """The policy given now is tighter than the stored one; the next commit will retire these."""
+
+    url: str
+    before: str
+    after: str
+    will_retire: tuple[Checkpoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveStarted:
+    """The save was announced: the manifest names it, and its upload begins."""
+
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveCommitted:
+    """The save is durable and visible. Durations in seconds."""
+
+    checkpoint: Checkpoint
+    seconds: float
+    blocked_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestChanged:
+    """The newest commit is the best by ``metric``; ``best`` are the ones kept for it, best first."""
+
+    metric: str
+    values: tuple[float, ...]
+    best: tuple[Checkpoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveSkipped:
+    """A save was asked for while one was in flight, and ``on_busy="skip"``."""
+
+    step: int
+    busy_with: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFailed:
+    """A save did not become visible. Earlier checkpoints are untouched."""
+
+    url: str
+    step: int
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deleted:
+    """The bytes of a retired checkpoint are gone."""
+
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteFailed:
+    """Some bytes of a retired checkpoint are still there; tried again at the next save."""
+
+    checkpoint: Checkpoint
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """The state was restored. ``not_restored`` are components of the checkpoint that the state did not name."""
+
+    checkpoint: Checkpoint
+    seconds: float
+    components: tuple[str, ...]
+    not_restored: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NothingToResume:
+    """The run has never committed anything: training starts from the beginning."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FellBack:
+    """A checkpoint is proven damaged; the one before is tried."""
+
+    checkpoint: Checkpoint
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunClosed:
+    """The manager was closed without an exception. ``best`` with ``values`` of ``metric``, best first."""
+
+    metric: str | None
+    values: tuple[float, ...]
+    best: tuple[Checkpoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warned:
+    """Something a person should know that has no event of its own."""
+
+    message: str
+
+
+Event = (
+    BestChanged
+    | Claimed
+    | DeleteFailed
+    | Deleted
+    | FellBack
+    | NothingToResume
+    | PolicyTightened
+    | Resumed
+    | RunClosed
+    | SaveCommitted
+    | SaveFailed
+    | SaveSkipped
+    | SaveStarted
+    | Warned
+)
+
+
+class Listener(Protocol):
+    """Anything that can be called with an event. Called in the thread where it happened; keep it quick."""
+
+    def __call__(self, event: Event, /) -> None:
+        """Take note of ``event``."""
+        ...
+
+
+class Listeners:
+    """Several listeners as one. One that raises is logged and does not disturb the others or the save."""
+
+    def __init__(self, listeners: Iterable[Listener] = ()) -> None:
+        self._listeners = tuple(listeners)
+
+    def __call__(self, event: Event, /) -> None:
+        """Tell every listener."""
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:
+                # A broken dashboard must not fail a save; what it broke on is in the log with its traceback.
+                logger.exception("a listener failed on %s", type(event).__name__)
+
+
+def _valued(metric: str, value: float) -> str:
+    return f"{metric}={format_metric(value)}"
+
+
+def _names(checkpoints: Sequence[Checkpoint]) -> str:
+    return ", ".join(checkpoint.name for checkpoint in checkpoints)
+
+
+def summary_lines(metric: str | None, values: Sequence[float], best: Sequence[Checkpoint]) -> list[str]:
+    """The best checkpoints as the closing summary lists them."""
+    if not best or metric is None:
+        return ["No best checkpoints tracked"]
+    lines = [f"  {c.url}: {_valued(metric, value)}" for c, value in zip(best, values, strict=True)]
+    return [f"Best checkpoints (N={len(best)}):", *lines]
+
+
+class LoggingListener:
+    """Writes each event as the log lines people know. One instance per manager, on rank zero."""
+
+    def __call__(self, event: Event, /) -> None:
+        """Log ``event``."""
+        match event:
+            case SaveCommitted():
+                self._committed(event)
+            case BestChanged():
+                self._best(event)
+            case Claimed():
+                self._claimed(event)
+            case Resumed():
+                self._resumed(event)
+            case RunClosed():
+                self._closed(event)
+            case _:
+                self._one_line(event)
+
+    def _one_line(self, event: Event) -> None:
+        match event:
+            case SaveStarted(checkpoint=c):
+                logger.info("saving %s at %s", c.name, c.url)
+            case SaveSkipped():
+                logger.warning("skipped the save of step %d: still saving %s", event.step, event.busy_with)
+            case SaveFailed():
+                logger.error("saving step %d to %s failed: %s", event.step, event.url, event.error)
+            case Deleted(checkpoint=c):
+                logger.info(
+                    "deleted checkpoint-%d (%s): %s", c.step, format_bytes(c.size_bytes), c.retired_because
+                )
+            case DeleteFailed(checkpoint=c):
+                logger.warning("could not delete %s yet, will try again: %s", c.url, event.error)
+            case NothingToResume():
+                logger.info("nothing to resume at %s: starting from the beginning", event.url)
+            case FellBack(checkpoint=c):
+                logger.warning("%s is damaged (%s); trying the one before", c.url, event.reason)
+            case PolicyTightened():
+                logger.warning(
+                    "%s: the policy was %s and is now %s; the next commit will retire %s",
+                    event.url,
+                    event.before,
+                    event.after,
+                    _names(event.will_retire) or "nothing",
+                )
+            case Warned():
+                logger.warning("%s", event.message)
+            case _:  # every other event has a method of its own
+                raise TypeError(event)
+
+    def _committed(self, event: SaveCommitted) -> None:
+        c = event.checkpoint
+        best = [reason for reason in c.kept_because if reason.startswith("best #")]
+        metrics = "".join(f" {_valued(name, value)}" for name, value in sorted(c.metrics.items()))
+        logger.info(
+            "saved checkpoint-%d (%s, %d objects, %s, %s, blocked %s)%s%s",
+            c.step,
+            format_bytes(c.size_bytes),
+            c.object_count,
+            format_duration(event.seconds),
+            format_rate(c.size_bytes, event.seconds),
+            format_duration(event.blocked_seconds),
+            metrics,
+            f" [{', '.join(best)}]" if best else "",
+        )
+
+    def _best(self, event: BestChanged) -> None:
+        lines = [
+            f"{c.url} ({_valued(event.metric, value)})" for c, value in zip(event.best, event.values, strict=True)
+        ]
+        logger.info("New best checkpoint: %s", lines[0])
+        logger.info("Best checkpoints:")
+        for line in lines:
+            logger.info("  %s", line)
+
+    def _claimed(self, event: Claimed) -> None:
+        if event.took_over_from is not None:
+            logger.warning("took over %s from %s, which had not closed it", event.url, event.took_over_from)
+        if event.rolled_forward:
+            logger.info(
+                "completed %s: it was whole when its process died", _names(event.rolled_forward)
+            )
+        for c in event.abandoned:
+            logger.info("discarded %s: %s", c.name, c.retired_because)
+
+    def _resumed(self, event: Resumed) -> None:
+        c = event.checkpoint
+        logger.info(
+            "resumed from %s (%s, %s): %s",
+            c.url,
+            format_bytes(c.size_bytes),
+            format_duration(event.seconds),
+            ", ".join(event.components),
+        )
+        if event.not_restored:
+            logger.warning(
+                "not restored, because the state does not name them: %s", ", ".join(event.not_restored)
+            )
+
+    def _closed(self, event: RunClosed) -> None:
+        for line in ["=" * 60, "Training complete!", *summary_lines(event.metric, event.values, event.best), "=" * 60]:
+            logger.info("%s", line)

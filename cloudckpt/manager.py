@@ -1,0 +1,479 @@
+"""The façade: what a training loop holds. It wires the parts and has no ideas of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, SupportsFloat
+
+from cloudckpt import claiming, editing, pruning, sweeping
+from cloudckpt.config import Settings
+from cloudckpt.coordination import Ballot, Coordinator, SingleProcess, Verdict
+from cloudckpt.core import edits
+from cloudckpt.core import manifest as transitions
+from cloudckpt.core.arguments import checked_labels, checked_metrics, checked_step
+from cloudckpt.core.model import Checkpoint, Manifest
+from cloudckpt.core.policy import INHERIT, Inherit, KeepBest, PolicyWords, resolve
+from cloudckpt.core.retention import PrunePlan, metric_value
+from cloudckpt.core.selection import parse_selector, select
+from cloudckpt.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    FencedError,
+    StateMismatchError,
+)
+from cloudckpt.events import (
+    FellBack,
+    Listener,
+    Listeners,
+    LoggingListener,
+    NothingToResume,
+    Resumed,
+    RunClosed,
+    SaveSkipped,
+    Warned,
+)
+from cloudckpt.loading import Loaded, LoadRequest, load_chosen
+from cloudckpt.run import Run
+from cloudckpt.saving import PendingSave, Saver, SaveRequest
+from cloudckpt.storage import LocalStorage, ManifestStore, Storage, open_storage
+from cloudckpt.tensors.fill import check_fits, fill
+from cloudckpt.view import placed
+from cloudckpt.vocabulary import unknown_keyword
+
+__all__ = ["CheckpointManager"]
+
+_TAKEOVERS = ("last_wins", "refuse", "force")
+
+
+def _warn_unclosed(url: str) -> None:
+    import warnings  # at interpreter exit, only where there is something to say
+
+    warnings.warn(
+        f"a CheckpointManager of {url} was never closed: use it in a with statement, or call close()",
+        ResourceWarning,
+        stacklevel=2,
+    )
+
+
+class CheckpointManager(Run):
+    """Keeps the checkpoints of one training run.
+
+    It reads like a ``Run`` and becomes the run's *writer* at its first ``restore()`` or ``save()``: from then on
+    an older process on the same root is fenced.
+
+    Args:
+        root: a folder such as ``./runs/demo``, a URL, or a ``Storage``.
+        monitor: the metric that "best" means; a run remembers it.
+        mode: "min" or "max"; needed with ``monitor`` on a new run, never guessed.
+        keep_last: keep the newest N by commit order; None keeps all. New runs start with 3.
+        keep_best: keep the best K by ``monitor``, on top of the last N; None keeps all; or a list of
+            ``KeepBest`` rules. New runs with a monitor start with 1.
+        keep_every: keep every checkpoint whose step is a multiple of N.
+        keep_within: keep what was committed within this many seconds of the newest.
+        keep_unscored: under a monitor, keep the newest N that lack the metric (2).
+        change_policy: allow another metric or direction than the run was started with.
+        takeover: what to do about an earlier writer that has not closed: "last_wins", "refuse", or "force",
+            which also overrules the refusal of a duel.
+        single_writer: promise that only one process ever writes, for stores without conditional writes.
+        allow_pickle: pickle leaves that nothing else can store, and load them again.
+        storage_options: passed to the filesystem as they are, and never printed.
+        process_group: the ranks that save together; reserved, one process for now.
+        settings: numbers such as deadlines.
+        listeners: called with each event, after the log lines.
+
+    Policy words that are left out inherit the run's stored policy.
+
+    Raises:
+        TypeError: an unknown keyword, with its translation.
+        ConfigError: a setting cannot be used; says what to write instead.
+        StorageError: the root can never be written.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Storage,
+        *,
+        monitor: str | None | Inherit = INHERIT,
+        mode: str | None | Inherit = INHERIT,
+        keep_last: int | None | Inherit = INHERIT,
+        keep_best: int | None | Sequence[KeepBest] | Inherit = INHERIT,
+        keep_every: int | None | Inherit = INHERIT,
+        keep_within: float | None | Inherit = INHERIT,
+        keep_unscored: int | Inherit = INHERIT,
+        change_policy: bool = False,
+        takeover: str = "last_wins",
+        single_writer: bool = False,
+        allow_pickle: bool = False,
+        storage_options: Mapping[str, object] | None = None,
+        process_group: object = None,
+        settings: Settings | None = None,
+        listeners: Iterable[Listener] = (),
+        **unknown: object,
+    ) -> None:
+        for word in unknown:
+            raise unknown_keyword("CheckpointManager", word, _keywords(CheckpointManager.__init__))
+        if takeover not in _TAKEOVERS:
+            raise ConfigError(f"takeover={takeover!r}: write one of {', '.join(_TAKEOVERS)}")
+        if process_group is not None:
+            raise ConfigError("process_group: this version saves from one process; leave it out")
+        self._words = PolicyWords(
+            monitor=monitor,
+            mode=mode,
+            keep_last=keep_last,
+            keep_best=keep_best,
+            keep_every=keep_every,
+            keep_within_s=keep_within,
+            keep_unscored=keep_unscored,
+        )
+        self._check_words()
+        storage = open_storage(root, storage_options=dict(storage_options or {}))
+        if isinstance(storage, LocalStorage):
+            storage.check_writable()
+        # Every store of this version honours conditions, so the promise is noted and changes nothing yet.
+        self._single_writer = single_writer
+        listener = Listeners([LoggingListener(), *listeners])
+        super().__init__(ManifestStore(storage, settings), listener, allow_pickle=allow_pickle)
+        self._change_policy = change_policy
+        self._takeover = takeover
+        self._coordinator: Coordinator = SingleProcess()
+        self._saver: Saver | None = None
+        self._claim: claiming.Claim | None = None
+        self._closed = False
+        self._warned: set[str] = set()
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+
+    def _check_words(self) -> None:
+        # As far as can be known without the stored policy: a wrong word fails here, not at the first save.
+        direction_may_be_stored = isinstance(self._words.monitor, str) and isinstance(self._words.mode, Inherit)
+        monitor_may_be_stored = isinstance(self._words.monitor, Inherit)
+        if not direction_may_be_stored and not (
+            monitor_may_be_stored and not isinstance(self._words.keep_best, Sequence)
+        ):
+            resolve(self._words, None, has_entries=False)
+
+    # -- becoming the writer ---------------------------------------------------------------------------------
+
+    def _writer(self) -> tuple[Saver, claiming.Claim]:
+        if self._closed:
+            raise ConfigError(f"this manager of {self.url} is closed: make a new one")
+        if self._saver is None or self._claim is None:
+            self._claim = claiming.claim_run(
+                self._store,
+                self._words,
+                change_policy=self._change_policy,
+                takeover=self._takeover,
+                listener=self._listener,
+            )
+            self._saver = Saver(self._store, self._claim, self._listener)
+            self._finalizer = weakref.finalize(self, _warn_unclosed, self.url)
+            self._finalizer.atexit = False
+        return self._saver, self._claim
+
+    # -- saving ----------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, object],
+        *,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        tags: Iterable[str] = (),
+        pin: bool = False,
+        block: bool = False,
+        **unknown: object,
+    ) -> PendingSave:
+        """Save ``state`` as of ``step``. Returns once the state may change again; the upload goes on in the background.
+
+        Args:
+            step: training step, >= 0. Saving a step again makes another checkpoint.
+            state: component -> module, optimizer, anything with a state dict, tensor, or plain values.
+            metrics: what was measured at this step; decides what is best.
+            tags: labels; ``tag:NAME`` selects the newest that carries one.
+            pin: exempt it from every rule.
+            block: return only once it is committed.
+
+        Returns:
+            the save on its way. If nobody waits for it, what goes wrong is raised by the next call or ``close()``.
+
+        Raises:
+            TypeError: something in the state cannot be stored (names its path), or an unknown keyword.
+            ConfigError: a bad step, metric, tag or state. Nothing was announced.
+            SaveError: an earlier save failed and nobody was told yet; or, with ``block=True``, this one did.
+            ConflictError: a newer writer owns the run, or it was changed under this process.
+        """
+        for word in unknown:
+            raise unknown_keyword("saving", word, _keywords(CheckpointManager.save))
+        request = SaveRequest(
+            step=checked_step(step),
+            state=state,
+            metrics=checked_metrics(metrics),
+            tags=checked_labels(tags, "a tag"),
+            pin=bool(pin),
+            allow_pickle=self._allow_pickle,
+        )
+        began = time.monotonic()
+        saver, _ = self._writer()
+        busy = saver.busy_with if self._store.settings.on_busy == "skip" else None
+        ballot = Ballot(call="save", step=request.step, components=tuple(map(str, state)), busy=busy is not None)
+        if self._coordinator.vote(ballot) is Verdict.SKIP and busy is not None:
+            self._listener(SaveSkipped(step=request.step, busy_with=busy.checkpoint.name))
+            return busy
+        self.wait()
+        self._warn_about_metrics(request)
+        pending = saver.start(request, began)
+        if block:
+            pending.wait()
+        return pending
+
+    def _warn_about_metrics(self, request: SaveRequest) -> None:
+        manifest = self._store.last_seen
+        for rule in manifest.policy.keep_best if manifest else ():
+            if rule.metric not in request.metrics:
+                stand_in = f"eval_{rule.metric}"
+                if stand_in in request.metrics:
+                    self._warn_once(
+                        f"stand-in:{rule.metric}", f"{rule.metric!r} is not among the metrics; {stand_in!r} stands in"
+                    )
+                else:
+                    given = ", ".join(sorted(request.metrics)) or "none"
+                    self._warn_once(
+                        f"missing:{rule.metric}",
+                        f"the run keeps its best by {rule.metric!r}, and step {request.step} has no such metric (given: "
+                        f"{given}): pass save(..., metrics={{{rule.metric!r}: value}}), or report_metrics() later",
+                    )
+            elif metric_value(request.metrics, rule.metric) is None:
+                self._listener(
+                    Warned(
+                        message=f"step {request.step}: {rule.metric}={request.metrics[rule.metric]} is never best; the "
+                        "checkpoint is kept as recent only"
+                    )
+                )
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            self._listener(Warned(message=message))
+
+    def prepare(self, state: Mapping[str, object]) -> None:
+        """Make ready for saves of this state. The first save is quicker for it; nothing is announced."""
+        if not isinstance(state, Mapping):
+            raise ConfigError("prepare() takes the state that save() will take")
+
+    def wait(self) -> None:
+        """Wait for the save in flight, and raise what it or an earlier one failed with.
+
+        Raises:
+            SaveError: it did not become visible.
+            ConflictError: a newer writer owns the run.
+        """
+        if self._saver is not None:
+            if (in_flight := self._saver.busy_with) is not None:
+                in_flight.wait_quietly()
+            self._saver.raise_failure()
+
+    # -- restoring -------------------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        state: Mapping[str, object],
+        select: str | int = "latest",
+        *,
+        strict: bool = True,
+        components: Collection[str] | None = None,
+        **unknown: object,
+    ) -> Checkpoint | None:
+        """Fill the objects of ``state`` in place from a checkpoint; None if the run has never committed any.
+
+        Everything is read and proven before anything changes. Only proven damage makes it try an earlier
+        checkpoint; a fault of the network is raised.
+
+        Args:
+            state: what ``save()`` was given, as fresh objects. Plain values are replaced in the mapping.
+            select: ``latest``, ``best``, a step, ``tag:NAME`` or a save id.
+            strict: whether names and shapes must match exactly; otherwise what does not fit is warned about.
+            components: restore only these top-level keys of the state.
+
+        Raises:
+            StateMismatchError: the state does not fit; lists the names. Nothing was changed.
+            CheckpointNotFoundError: checkpoints exist, and none matches.
+            CorruptCheckpointError: the named checkpoint is damaged, or none is left that is not.
+            ConflictError: another job holds the run and ``takeover="refuse"``, or two jobs fight over it.
+            StorageError: the store refused; training is never silently started from the beginning.
+        """
+        for word in unknown:
+            raise unknown_keyword("restore", word, _keywords(CheckpointManager.restore))
+        selector = parse_selector(select)
+        chosen_state = self._part(state, components)
+        began = time.monotonic()
+        self._coordinator.vote(Ballot(call="restore", components=tuple(chosen_state)))
+        _, held = self._writer()
+        self.wait()
+        manifest = self._store.last_seen or held.manifest
+        if manifest.commits == 0 and not manifest.committed and not selector.named:
+            self._listener(NothingToResume(url=self.url))
+            return None
+        request = LoadRequest(selector=selector, allow_pickle=self._allow_pickle, optional=tuple(chosen_state))
+        loaded = load_chosen(self._store, manifest, request, on_damage=self._record_damage)
+        present = loaded.values
+        for problem in check_fits(chosen_state, present, strict=strict, where=loaded.checkpoint.url):
+            self._listener(Warned(message=f"restore(strict=False): {problem}"))
+        fill(chosen_state, present, strict=strict)
+        if components is not None and isinstance(state, dict):
+            state.update(chosen_state)
+        self._protect(loaded, held)
+        self._listener(
+            Resumed(
+                checkpoint=loaded.checkpoint,
+                seconds=time.monotonic() - began,
+                components=tuple(name for name in chosen_state if name in present),
+                not_restored=tuple(
+                    name for name in loaded.index.structure if name not in chosen_state and components is None
+                ),
+            )
+        )
+        return loaded.checkpoint
+
+    @staticmethod
+    def _part(state: Mapping[str, object], components: Collection[str] | None) -> Mapping[str, object]:
+        if not isinstance(state, Mapping) or not state:
+            raise ConfigError('the state must be a mapping such as {"model": model, "optimizer": optimizer}')
+        if components is None:
+            return state
+        if isinstance(components, str):
+            raise ConfigError(f"components={components!r}: expected a list, write [{components!r}]")
+        if unknown := [name for name in components if name not in state]:
+            raise StateMismatchError(f"the state has no component {', '.join(map(repr, unknown))}")
+        return {name: state[name] for name in components}
+
+    def _record_damage(self, checkpoint: Checkpoint, error: CorruptCheckpointError) -> None:
+        self._on_damage(checkpoint, error)
+        self._store.transact(
+            lambda m, _: edits.damage(m, checkpoint.id, str(error)[:500], at=self._store.clock()),
+            prepare=lambda _: None,
+        )
+
+    def _protect(self, loaded: Loaded, held: claiming.Claim) -> None:
+        manifest = self._store.last_seen
+        try:
+            newest = select(manifest, parse_selector("latest")).id if manifest else None
+        except CheckpointNotFoundError:
+            newest = None
+        if loaded.checkpoint.id != newest:
+            self._store.transact(
+                lambda m, _: transitions.resume_from(
+                    m, loaded.checkpoint.id, writer_epoch=held.writer_epoch, at=self._store.clock()
+                ),
+                prepare=lambda _: None,
+            )
+
+    # -- labels, metrics, retention --------------------------------------------------------------------------
+
+    def pin(self, select: str | int) -> Checkpoint:
+        """Exempt a checkpoint from every rule. See ``editing.pin``."""
+        return editing.pin(self._store, select)
+
+    def unpin(self, select: str | int) -> Checkpoint:
+        """Give a pinned checkpoint back to the rules. See ``editing.pin``."""
+        return editing.pin(self._store, select, pinned=False)
+
+    def tag(self, select: str | int, *tags: str, remove: Iterable[str] = ()) -> Checkpoint:
+        """Give a checkpoint further tags, or take some away. See ``editing.tag``."""
+        return editing.tag(self._store, select, add=tags, remove=remove)
+
+    def mark(self, select: str | int, label: str | None) -> Checkpoint:
+        """Mark a checkpoint, for example as "diverged", so that nothing selects it unless named. See ``editing.mark``."""
+        return editing.mark(self._store, select, label)
+
+    def report_metrics(self, select: str | int, metrics: Mapping[str, SupportsFloat]) -> bool:
+        """Add metrics to an earlier save; False, with a warning, if it was already retired.
+
+        Raises:
+            ConfigError: a metric is not a number.
+        """
+        landed = editing.report_metrics(self._store, select, metrics)
+        if not landed:
+            self._listener(Warned(message=f"report_metrics: {select} is not a checkpoint of {self.url} (any more)"))
+        return landed
+
+    def prune(self, *, dry_run: bool = False) -> PrunePlan:
+        """Retire by the stored policy and delete what was retired; ``dry_run`` only says what would be done.
+
+        Raises:
+            CheckpointNotFoundError: nothing was ever saved here.
+        """
+        plan = pruning.prune(self._store, dry_run=dry_run)
+        if not dry_run and plan.retired:
+            sweeping.sweep_run(self._store, dry_run=False)
+        return plan
+
+    # -- the end ---------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        # The error that ends the training must not be hidden by another one from the clean-up.
+        try:
+            self._finish()
+        except Exception as exc:  # noqa: BLE001 - told as a warning, beside the error that is on its way
+            self._listener(Warned(message=f"while closing {self.url}: {exc}"))
+
+    def close(self) -> None:
+        """Wait for the save in flight, clean up, mark the run as closed, and log the summary. Idempotent.
+
+        Raises:
+            SaveError: the last save failed and nobody was told yet.
+            ConflictError: a newer writer owns the run.
+        """
+        if not self._closed:
+            wrote = self._saver is not None
+            self._finish()
+            if wrote:
+                metric, values, best = self._last_best()
+                self._listener(RunClosed(metric=metric, values=tuple(values), best=tuple(best)))
+
+    def _last_best(self) -> tuple[str | None, list[float], list[Checkpoint]]:
+        manifest: Manifest | None = self._store.last_seen
+        if manifest is None or not manifest.best:
+            return None, [], []
+        first = manifest.best[0]
+        kept = [placed(e, self.url) for e in map(manifest.find, first.ids) if e is not None]
+        return first.metric, [v for c in kept if (v := metric_value(c.metrics, first.metric)) is not None], kept
+
+    def _finish(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        saver = self._saver
+        if saver is None:
+            self._store.storage.close()
+            return
+        try:
+            self._coordinator.vote(Ballot(call="close"))
+            saver.shut_down()
+            # The clean-up comes first, so that a failed save is settled even though its error is raised.
+            with contextlib.suppress(FencedError) if saver.fenced else contextlib.nullcontext():
+                saver.settle_and_close()
+            saver.raise_failure()
+        finally:
+            saver.shut_down()
+            self._store.storage.close()
+
+
+def _keywords(function: Any) -> list[str]:
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return [name for name in names if name != "self"]

@@ -1,0 +1,211 @@
+"""Bring a run back whose manifest is lost, unreadable or rolled back: from its copies and the sealed indexes.
+
+Only what is provably whole is admitted, and all of it is *held*: no rule deletes it until a person releases it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cloudckpt.core import keys
+from cloudckpt.core.index_json import INDEX_LIMIT_BYTES
+from cloudckpt.core.manifest import note, recompute
+from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest
+from cloudckpt.core.model import Checkpoint, Manifest, State
+from cloudckpt.errors import CheckpointNotFoundError, FormatError, ObjectNotFoundError
+from cloudckpt.sealed import Whole, judge_folder
+from cloudckpt.storage import ManifestStore, Storage, Versioned
+from cloudckpt.view import placed
+
+__all__ = ["RepairPlan", "repair_run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairPlan:
+    """What a repair would do, or did.
+
+    Attributes:
+        url: the root.
+        carried_out: whether it was done; otherwise it is a proposal.
+        basis: what the proposal starts from: the manifest, a copy of it, or the indexes alone.
+        admitted: the checkpoints that are whole; all of them held.
+        refused: folder -> why it was not admitted.
+        could_not_know: what may have been lost, one sentence each.
+        manifest: the proposed manifest.
+    """
+
+    url: str
+    carried_out: bool
+    basis: str
+    admitted: tuple[Checkpoint, ...]
+    refused: Mapping[str, str]
+    could_not_know: tuple[str, ...]
+    manifest: Manifest
+
+
+def repair_run(store: ManifestStore, *, dry_run: bool = True) -> RepairPlan:
+    """Propose a manifest from what is there; with ``dry_run=False`` put it in place, which fences every writer.
+
+    Raises:
+        CheckpointNotFoundError: the root holds nothing of ours.
+        FormatError: the manifest was written by a newer version: upgrade instead.
+        ConflictError: somebody wrote a manifest during the repair.
+        StorageError: the store refused.
+    """
+    storage = store.storage
+    listing = {item.key: item.size_bytes for item in storage.list("")}
+    current = _current(storage)
+    basis, basis_name = _basis(storage, listing, current)
+    whole, refused = _judge_folders(storage, listing)
+    if basis is None and not whole:
+        raise CheckpointNotFoundError(f"{storage.url} holds no manifest, no copy of one and no whole checkpoint")
+    manifest = _proposal(store, basis, whole, _highest_revision(listing, basis))
+    if not dry_run:
+        manifest = store.rebuild(manifest, over=current)
+    return RepairPlan(
+        url=storage.url,
+        carried_out=not dry_run,
+        basis=basis_name,
+        admitted=tuple(placed(e, storage.url) for e in manifest.committed),
+        refused=refused,
+        could_not_know=_could_not_know(basis, basis_name, whole),
+        manifest=manifest,
+    )
+
+
+def _current(storage: Storage) -> Versioned | None:
+    try:
+        return storage.read(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
+    except ObjectNotFoundError:
+        return None
+
+
+def _basis(
+    storage: Storage, listing: Mapping[str, int], current: Versioned | None
+) -> tuple[Manifest | None, str]:
+    """The newest readable manifest: the current one or a copy, whichever has the higher revision."""
+    found: list[tuple[Manifest, str]] = []
+    if current is not None:
+        found += _decoded(current.body, keys.MANIFEST)
+    for key in sorted((key for key in listing if keys.parse(key).kind is keys.Kind.COPY), reverse=True):
+        found += _decoded(storage.read(key, limit_bytes=MANIFEST_LIMIT_BYTES).body, key)
+    if not found:
+        return None, "the indexes alone"
+    return max(found, key=lambda pair: pair[0].revision)
+
+
+def _decoded(body: bytes, name: str) -> list[tuple[Manifest, str]]:
+    try:
+        return [(decode_manifest(body, what=name), name)]
+    except FormatError as exc:
+        if "upgrade cloudckpt" in str(exc):
+            raise
+        return []
+
+
+def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[Whole], dict[str, str]]:
+    folders: dict[str, dict[str, int]] = {}
+    for key, size in listing.items():
+        folder, slash, name = key.partition("/")
+        if slash and keys.parse_prefix(folder):
+            folders.setdefault(folder, {})[name] = size
+    whole: list[Whole] = []
+    refused: dict[str, str] = {}
+    for folder, sizes in sorted(folders.items()):
+        step, save_id = keys.parse_prefix(folder) or (0, "")
+        if keys.INDEX_NAME not in sizes:
+            refused[folder] = "it was never sealed: no index"
+            continue
+        key = f"{folder}/{keys.INDEX_NAME}"
+        body = storage.read(key, limit_bytes=INDEX_LIMIT_BYTES).body
+        judged = judge_folder(body, save_id=save_id, step=step, sizes=sizes, what=f"{storage.url}/{key}")
+        if isinstance(judged, Whole):
+            whole.append(judged)
+        else:
+            refused[folder] = judged
+    return whole, refused
+
+
+def _highest_revision(listing: Mapping[str, int], basis: Manifest | None) -> int:
+    copies = [key.revision for key in map(keys.parse, listing) if key.revision is not None]
+    return max([*copies, basis.revision if basis else 0], default=0)
+
+
+def _proposal(store: ManifestStore, basis: Manifest | None, whole: Sequence[Whole], revision: int) -> Manifest:
+    at = store.clock()
+    known = {entry.id: entry for entry in (basis.entries if basis else ())}
+    newest = max(whole, key=lambda w: w.index.seq, default=None)
+    policy = basis.policy if basis else newest.index.policy if newest else Manifest(run_id="").policy
+    entries = [_entry(w, known.get(w.index.id), at) for w in whole]
+    # Retired is terminal, even here: their bytes may be half deleted by somebody who is still at it.
+    entries = [replace(e, state=State.RETIRED, held=False) if _was_retired(known, e.id) else e for e in entries]
+    epochs = [e.writer_epoch for e in entries] + ([basis.writer_epoch] if basis else [])
+    manifest = Manifest(
+        run_id=store.token(32),
+        # Above everything found, so that no copy that turns up later looks newer than this.
+        revision=revision + 1,
+        writer_epoch=max(epochs, default=0) + 1,
+        next_seq=max([e.seq for e in entries] + ([basis.next_seq - 1] if basis else []), default=0) + 1,
+        commits=max(basis.commits if basis else 0, len(entries)),
+        resumed_from=None,
+        policy=policy,
+        entries=tuple(sorted(_distinct(entries), key=lambda e: e.seq)),
+        journal=basis.journal if basis else (),
+        extra=basis.extra if basis else {},
+    )
+    return recompute(note(manifest, "repair", at=at, detail=f"{len(manifest.committed)} checkpoints admitted and held"))
+
+
+def _was_retired(known: Mapping[str, Checkpoint], save_id: str) -> bool:
+    entry = known.get(save_id)
+    return entry is not None and entry.state is State.RETIRED
+
+
+def _entry(whole: Whole, known: Checkpoint | None, at: str) -> Checkpoint:
+    index, facts = whole.index, whole.facts
+    if known is not None and known.committed_at is not None:
+        return replace(known, held=True, index_digest=facts.index_digest, damaged=None)
+    return Checkpoint(
+        id=index.id,
+        step=index.step,
+        seq=index.seq,
+        state=State.COMMITTED,
+        writer_epoch=index.writer_epoch,
+        announced_at=index.announced_at,
+        committed_at=at,
+        metrics=known.metrics if known else index.metrics,
+        size_bytes=facts.size_bytes,
+        object_count=facts.object_count,
+        world_size=index.world_size,
+        tags=known.tags if known else index.tags,
+        pinned=known.pinned if known else index.pinned,
+        held=True,
+        index_digest=facts.index_digest,
+    )
+
+
+def _distinct(entries: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Two histories of a rolled-back run may have given one seq twice: the later announce goes after the other."""
+    ordered: list[Checkpoint] = []
+    for entry in sorted(entries, key=lambda e: (e.seq, e.announced_at, e.id)):
+        least = ordered[-1].seq + 1 if ordered else 1
+        ordered.append(replace(entry, seq=max(entry.seq, least)))
+    return ordered
+
+
+def _could_not_know(basis: Manifest | None, basis_name: str, whole: Sequence[Whole]) -> tuple[str, ...]:
+    if basis is None:
+        return (
+            "pins, tags, marks and metrics that were added after a save: each checkpoint is as it was saved",
+            "which checkpoints had been retired: all that are whole were admitted, and are held",
+        )
+    if basis_name == keys.MANIFEST:
+        return ()
+    known = {e.id for e in basis.entries}
+    newer = sum(w.index.id not in known for w in whole)
+    return (
+        f"changes after revision {basis.revision} ({basis_name}): later pins, tags, marks and reported metrics; "
+        f"{newer} checkpoints are known from their own index only",
+        "which checkpoints were retired after that revision: all that are whole were admitted, and are held",
+    )

@@ -1,0 +1,471 @@
+"""Story 1: one save. Announce, stage, upload, seal, commit, delete.
+
+The manifest is updated before the upload: no payload byte leaves until the announce is *known* to have landed.
+Staging runs in the caller's thread, at the same time as the announce; everything after it runs in the
+background. A save that fails costs nothing but itself: the next announce settles it.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from cloudckpt._version import __version__
+from cloudckpt.claiming import Claim
+from cloudckpt.core import keys
+from cloudckpt.core import manifest as transitions
+from cloudckpt.core.index_json import encode_index
+from cloudckpt.core.manifest import Abandon, RollForward, Settlement
+from cloudckpt.core.model import Checkpoint, Index, Manifest, State, TensorEntry
+from cloudckpt.core.retention import metric_value
+from cloudckpt.errors import CommitUnknownError, ConflictError, FencedError, SaveError
+from cloudckpt.events import (
+    BestChanged,
+    Deleted,
+    DeleteFailed,
+    Listener,
+    SaveCommitted,
+    SaveFailed,
+    SaveStarted,
+)
+from cloudckpt.sealed import summed
+from cloudckpt.storage import Landed, ManifestStore
+from cloudckpt.sweeping import delete_bytes
+from cloudckpt.tensors.dcp import plan_save
+from cloudckpt.tensors.staging import Arena, Payload, lay_out, seal_payload, slices, stage
+from cloudckpt.tensors.tree import FlatState, flatten
+from cloudckpt.view import placed
+
+__all__ = ["PendingSave", "Progress", "SaveRequest", "Saver"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRequest:
+    """One call of ``save``, checked at the border."""
+
+    step: int
+    state: Mapping[str, object]
+    metrics: Mapping[str, float]
+    tags: tuple[str, ...]
+    pin: bool
+    allow_pickle: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a save is. ``phase``: announce, upload, seal, commit, delete, done or failed; bytes of payload."""
+
+    phase: str
+    bytes_done: int
+    bytes_total: int
+
+
+class PendingSave:
+    """A save on its way. ``wait()`` for it, or let the next call or ``close()`` raise what went wrong."""
+
+    def __init__(self, checkpoint: Checkpoint, bytes_total: int) -> None:
+        self._checkpoint = checkpoint
+        self._bytes_total = bytes_total
+        self._bytes_done = 0
+        self._phase = "announce"
+        self._mutex = threading.Lock()
+        self._staged = threading.Event()
+        self._outcome: Future[Checkpoint] = Future()
+        self._seen = False
+
+    def __repr__(self) -> str:
+        return f"<PendingSave {self._checkpoint.name}: {self.progress.phase}>"
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The entry: pending until the save is committed, then as committed."""
+        if self._outcome.done() and self._outcome.exception() is None:
+            return self._outcome.result()
+        return self._checkpoint
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        with self._mutex:
+            return Progress(phase=self._phase, bytes_done=self._bytes_done, bytes_total=self._bytes_total)
+
+    def done(self) -> bool:
+        """Whether it has ended, one way or the other."""
+        return self._outcome.done()
+
+    def wait(self, timeout_s: float | None = None) -> Checkpoint:
+        """Wait until the save is committed.
+
+        Raises:
+            SaveError: it did not become visible; the cause is chained.
+            ConflictError: this process was replaced by a newer writer, or the run was changed under it.
+            TimeoutError: it is still on its way after ``timeout_s`` seconds.
+        """
+        try:
+            result = self._outcome.result(timeout_s)
+        except FutureTimeoutError:
+            if not self._outcome.done():
+                raise TimeoutError(f"{self._checkpoint.name} is still at {self.progress.phase}") from None
+            self._seen = True
+            raise
+        except BaseException:
+            self._seen = True
+            raise
+        self._seen = True
+        return result
+
+    def wait_quietly(self) -> None:
+        """Wait until it has ended, one way or the other, without taking note of its failure."""
+        wait([self._outcome])
+
+    def wait_staged(self) -> None:
+        """Wait until the state may be changed again. Already so when ``save()`` returned."""
+        self._staged.wait()
+
+    # -- for the saver ---------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong, if nobody has been told yet."""
+        if self._seen or not self._outcome.done():
+            return None
+        return self._outcome.exception()
+
+    def mark_seen(self) -> None:
+        """The caller learns of the failure in another way."""
+        self._seen = True
+
+    def enter(self, phase: str) -> None:
+        """Note the phase."""
+        with self._mutex:
+            self._phase = phase
+
+    def advance(self, count: int) -> None:
+        """Note further bytes handed to the store."""
+        with self._mutex:
+            self._bytes_done += count
+
+    def mark_staged(self) -> None:
+        """The caller's state may change from now on."""
+        self._staged.set()
+
+    def end(self, outcome: Checkpoint | BaseException) -> None:
+        """Note how it ended."""
+        if isinstance(outcome, Checkpoint):
+            self._outcome.set_result(outcome)
+        else:
+            self.enter("failed")
+            self._outcome.set_exception(outcome)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One save's own things, handed from phase to phase."""
+
+    request: SaveRequest
+    flat: FlatState
+    payloads: list[Payload]
+    pending: PendingSave
+    started: float
+    blocked: float = 0.0
+    staged: threading.Event = field(default_factory=threading.Event)
+    stage_failed: BaseException | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [payload.name for payload in self.payloads]
+
+
+class Saver:
+    """Makes the saves of one writer, one at a time, in one background thread."""
+
+    def __init__(self, store: ManifestStore, claim: Claim, listener: Listener) -> None:
+        self._store = store
+        self._claim = claim
+        self._listener = listener
+        self._arena = Arena()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-save")
+        self._current: PendingSave | None = None
+        # What the next announce settles: saves of ours that failed, or whose commit nobody confirmed.
+        self._unresolved: dict[str, Settlement] = {}
+        # Names of payload objects of saves of ours, so that deleting them needs no request to find out.
+        self._names: dict[str, list[str]] = {}
+        self._gone: set[str] = set()
+        self.fenced = False
+        # What an earlier process retired and did not delete.
+        self._pool.submit(self._clean_up, claim.manifest)
+
+    # -- the caller's thread ---------------------------------------------------------------------------------
+
+    @property
+    def busy_with(self) -> PendingSave | None:
+        """The save in flight."""
+        return self._current if self._current is not None and not self._current.done() else None
+
+    def raise_failure(self) -> None:
+        """Raise what an earlier save failed with, once, if nobody was told (I10)."""
+        failure = self._current.failure if self._current is not None else None
+        if failure is not None and self._current is not None:
+            self._current.wait()
+
+    def start(self, request: SaveRequest, began: float) -> PendingSave:
+        """Plan, announce in the background, stage; returns when the state may change again.
+
+        Args:
+            began: when the caller's call began, by ``time.monotonic``: what it is blocked counts from there.
+
+        Raises:
+            TypeError: the state holds something that cannot be stored; nothing was announced.
+            MemoryError: the host has no room to stage it; nothing was announced.
+        """
+        flat = flatten(request.state, allow_pickle=request.allow_pickle)
+        payloads = lay_out(plan_save(flat.tensors), rank=0, world_size=1)
+        self._arena.fit(payloads)
+        total = sum(payload.layout.size_bytes for payload in payloads)
+        entry = Checkpoint(
+            id=self._store.token(8),
+            step=request.step,
+            seq=0,
+            state=State.PENDING,
+            writer_epoch=self._claim.writer_epoch,
+            announced_at=self._store.clock(),
+            metrics=request.metrics,
+            size_bytes=total,
+            object_count=len(payloads) + 1,
+            tags=request.tags,
+            pinned=request.pin,
+            root=self._store.storage.url,
+        )
+        pending = PendingSave(entry, total)
+        job = _Job(request, flat, payloads, pending, began)
+        self._current = pending
+        self._names[entry.id] = job.names
+        self._pool.submit(self._run, job)
+        try:
+            stage(payloads, self._arena)
+        except BaseException as exc:
+            job.stage_failed = exc
+            pending.mark_seen()
+            raise
+        finally:
+            job.blocked = time.monotonic() - began
+            job.staged.set()
+            pending.mark_staged()
+        return pending
+
+    def shut_down(self) -> None:
+        """Wait for the background to end."""
+        self._pool.shutdown(wait=True)
+
+    # -- the background thread -------------------------------------------------------------------------------
+
+    def _run(self, job: _Job) -> None:
+        entry = job.pending.checkpoint
+        try:
+            committed = self._save(job, entry)
+        except BaseException as exc:  # noqa: BLE001 - handed to whoever waits; a crash included
+            error = self._failed(job, entry, exc)
+            self._listener(SaveFailed(url=entry.url, step=entry.step, error=error))
+            job.pending.end(error)
+            return
+        self._tell_committed(job, committed)
+        job.pending.enter("delete")
+        self._clean_up(self._store.last_seen)
+        job.pending.enter("done")
+        found = self._store.last_seen.find(entry.id) if self._store.last_seen else None
+        job.pending.end(placed(found or committed, entry.root))
+
+    def _failed(self, job: _Job, entry: Checkpoint, exc: BaseException) -> BaseException:
+        if isinstance(exc, FencedError):
+            self.fenced = True
+        if entry.id not in self._unresolved:
+            self._unresolved[entry.id] = Abandon(reason=f"the save failed: {exc}")
+        if isinstance(exc, SaveError | ConflictError) or not isinstance(exc, Exception):
+            return exc
+        error = SaveError(
+            f"saving step {entry.step} to {entry.url} failed at {job.pending.progress.phase}: {exc}. Earlier "
+            "checkpoints are untouched; training may go on, and the next save cleans up after this one"
+        )
+        error.__cause__ = exc
+        return error
+
+    def _save(self, job: _Job, entry: Checkpoint) -> Checkpoint:
+        announced = self._announce(entry)
+        self._listener(SaveStarted(checkpoint=placed(announced, entry.root)))
+        job.staged.wait()
+        if job.stage_failed is not None:
+            raise job.stage_failed
+        job.pending.enter("upload")
+        self._upload(job, announced)
+        job.pending.enter("seal")
+        sealed = self._seal(job, announced)
+        job.pending.enter("commit")
+        return self._commit(announced, sealed)
+
+    def _announce(self, entry: Checkpoint) -> Checkpoint:
+        settled, gone = dict(self._unresolved), set(self._gone)
+
+        def change(current: Manifest, _: None) -> Manifest:
+            return transitions.announce(
+                current,
+                entry,
+                writer_epoch=self._claim.writer_epoch,
+                settlements=settled,
+                gone=gone,
+                at=self._store.clock(),
+            )
+
+        after = self._store.transact(change, prepare=lambda _: None)
+        for save_id in settled:
+            self._unresolved.pop(save_id, None)
+        self._gone -= gone
+        found = after.find(entry.id)
+        if found is None:
+            raise ConflictError(f"{entry.name} was announced and is gone from the manifest: save again")
+        return found
+
+    def _upload(self, job: _Job, entry: Checkpoint) -> None:
+        for payload in job.payloads:
+            self._store.storage.put(
+                keys.payload_key(entry.step, entry.id, payload.name),
+                slices(payload, self._arena),
+                size_bytes=payload.layout.size_bytes,
+                progress=job.pending.advance,
+            )
+
+    def _seal(self, job: _Job, entry: Checkpoint) -> RollForward:
+        index = self._index(job, entry)
+        body = encode_index(index)
+        key = keys.index_key(entry.step, entry.id)
+        # The folder belongs to this save alone, so an index that is already there is this one, sent before.
+        self._store.storage.put(key, [body], size_bytes=len(body))
+        return summed(index, body)
+
+    def _index(self, job: _Job, entry: Checkpoint) -> Index:
+        manifest = self._store.last_seen
+        if manifest is None:
+            raise SaveError(f"{entry.url}: sealed before it was announced")
+        objects = []
+        tensors: dict[str, dict[str, TensorEntry]] = {component: {} for component in job.flat.structure}
+        for payload in job.payloads:
+            sealed, chunks = seal_payload(payload, self._arena)
+            objects.append(sealed)
+            for box, chunk in chunks:
+                named = tensors[payload.component]
+                before = named.get(box.name)
+                dtype = str(box.tensor.dtype).removeprefix("torch.")
+                known = before or TensorEntry(dtype=dtype, shape=box.shape)
+                named[box.name] = replace(known, chunks=(*known.chunks, chunk))
+        for component, aliases in job.flat.aliases.items():
+            for name, first in aliases.items():
+                tensors[component][name] = replace(tensors[component][first], chunks=(), alias_of=first)
+        return Index(
+            run_id=manifest.run_id,
+            id=entry.id,
+            step=entry.step,
+            seq=entry.seq,
+            writer_epoch=entry.writer_epoch,
+            announced_at=entry.announced_at,
+            sealed_at=self._store.clock(),
+            world_size=entry.world_size,
+            metrics=entry.metrics,
+            tags=entry.tags,
+            pinned=entry.pinned,
+            policy=manifest.policy,
+            versions={
+                "cloudckpt": __version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+            objects=tuple(objects),
+            tensors=tensors,
+            structure=job.flat.structure,
+            pickled=job.flat.pickled,
+        )
+
+    def _commit(self, entry: Checkpoint, sealed: RollForward) -> Checkpoint:
+        def change(current: Manifest, _: None) -> Manifest:
+            return transitions.commit(
+                current, entry.id, sealed, writer_epoch=self._claim.writer_epoch, at=self._store.clock()
+            )
+
+        try:
+            after = self._store.transact(change, prepare=lambda _: None)
+        except CommitUnknownError:
+            # Everything is in place: if the commit has not landed, the next announce or claim completes it.
+            self._unresolved[entry.id] = sealed
+            raise
+        found = after.find(entry.id)
+        if found is None or found.state is not State.COMMITTED:
+            raise ConflictError(f"{entry.name} was committed, and retired by somebody else meanwhile")
+        return found
+
+    def _tell_committed(self, job: _Job, committed: Checkpoint) -> None:
+        manifest = self._store.last_seen
+        checkpoint = placed(committed, job.pending.checkpoint.root)
+        seconds = time.monotonic() - job.started
+        self._listener(SaveCommitted(checkpoint=checkpoint, seconds=seconds, blocked_seconds=job.blocked))
+        for best in manifest.best if manifest else ():
+            if manifest is not None and best.ids and best.ids[0] == committed.id:
+                kept = [placed(e, checkpoint.root) for e in map(manifest.find, best.ids) if e is not None]
+                values = [value for c in kept if (value := metric_value(c.metrics, best.metric)) is not None]
+                self._listener(BestChanged(metric=best.metric, values=tuple(values), best=tuple(kept)))
+
+    def _clean_up(self, manifest: Manifest | None) -> None:
+        """Delete the bytes of retired entries. A failure is an event, and tried again after the next save."""
+        if manifest is not None and manifest.writer_epoch != self._claim.writer_epoch:
+            self.fenced = True  # a replaced writer sends no DELETE, even if its last save was rolled forward
+        for entry in manifest.in_state(State.RETIRED) if manifest else ():
+            if self.fenced or entry.id in self._gone:
+                continue
+            checkpoint = placed(entry, self._store.storage.url)
+            try:
+                problem = delete_bytes(self._store.storage, entry, self._names.get(entry.id))
+            except Exception as exc:  # noqa: BLE001 - housekeeping never fails training; it is told and repeated
+                problem = str(exc)
+            if problem is None:
+                self._gone.add(entry.id)
+                self._names.pop(entry.id, None)
+                # What was never visible was never somebody's checkpoint: no line for it.
+                if entry.committed_at is not None:
+                    self._listener(Deleted(checkpoint=checkpoint))
+            else:
+                self._listener(DeleteFailed(checkpoint=checkpoint, error=problem))
+
+    # -- the end ---------------------------------------------------------------------------------------------
+
+    def settle_and_close(self) -> None:
+        """Settle what failed, delete what was retired, drop it, and mark the run as closed by its owner.
+
+        Raises:
+            FencedError: a newer writer owns the run; nothing was changed.
+            CommitUnknownError: the store never told.
+        """
+        self.shut_down()
+        if self.fenced:
+            return
+        if self._unresolved:
+            settled = dict(self._unresolved)
+            self._store.transact(
+                lambda m, _: transitions.settle(
+                    m, settled, writer_epoch=self._claim.writer_epoch, at=self._store.clock()
+                ),
+                prepare=lambda _: None,
+            )
+            self._unresolved.clear()
+        self._clean_up(self._store.last_seen)
+
+        def change(current: Manifest, _: None) -> Manifest:
+            transitions.check_fence(current, self._claim.writer_epoch)
+            dropped = transitions.forget(current, self._gone, at=self._store.clock())
+            return transitions.close(dropped, self._claim.token, at=self._store.clock())
+
+        self._store.transact(change, prepare=lambda _: None, keep_copy=True)
+        self._gone.clear()

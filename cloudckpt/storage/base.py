@@ -1,0 +1,136 @@
+"""The promises every storage keeps, spelled out once. ``cloudckpt.testing.StorageContract`` holds them to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from cloudckpt.errors import StorageError
+
+__all__ = ["Buffer", "Landed", "Listed", "Lost", "Outcome", "Storage", "Unknown", "Versioned"]
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """The conditional write is in place; ``version`` is the condition for the next one."""
+
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The condition did not hold, as far as the store says. It can still be our own write, seen twice."""
+
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """No usable answer: the write may have landed, may land later, or never."""
+
+    cause: Exception
+
+
+Outcome = Landed | Lost | Unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned:
+    """A small object's bytes and the version of exactly these bytes, from one request."""
+
+    body: bytes
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One key, relative to the root, and its size in bytes."""
+
+    key: str
+    size_bytes: int
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """The objects under one root. Keys are relative, ``/``-separated, and never start with a slash.
+
+    Every verb is safe to call from several threads. Errors are ``StorageError`` (``retryable`` set where
+    waiting helps) or its subclass ``ObjectNotFoundError`` where the store *proved* that bytes do not exist.
+    Reading verbs, ``put`` and ``delete`` may be retried by a wrapper; ``create`` and ``replace`` never are,
+    because only ``transact`` knows what an unknown answer means.
+    """
+
+    @property
+    def url(self) -> str:
+        """The root in canonical form, without a trailing slash and without secrets."""
+        ...
+
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        """The whole of a small object and its version, from one request, never from a cache.
+
+        Raises:
+            ObjectNotFoundError: there is no such object.
+            StorageError: the store refused, or the object is larger than ``limit_bytes``.
+        """
+        ...
+
+    def create(self, key: str, body: bytes) -> Outcome:
+        """Write a small object if, and only if, nothing has this key. Durable once ``Landed``."""
+        ...
+
+    def replace(self, key: str, body: bytes, *, expecting: str) -> Outcome:
+        """Replace a small object if, and only if, its version is still ``expecting``. Durable once ``Landed``."""
+        ...
+
+    def put(
+        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Write one payload object from buffers laid end to end: all of it becomes visible, or nothing.
+
+        The key belongs to one save alone, so there is no condition; repeating a put with the same bytes is
+        harmless. ``buffers`` is consumed once and in order. ``progress`` is called with the number of further
+        bytes handed over. Durable on return. Any exit, ``KeyboardInterrupt`` included, leaves nothing visible.
+
+        Raises:
+            StorageError: the store refused, or the buffers do not add up to ``size_bytes``.
+        """
+        ...
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        """Fill ``target`` (writable, contiguous bytes) from byte ``start`` of an object.
+
+        Raises:
+            ObjectNotFoundError: there is no such object, or it ends before ``start + len(target)``.
+        """
+        ...
+
+    def size(self, key: str) -> int:
+        """An object's size in bytes, without reading it.
+
+        Raises:
+            ObjectNotFoundError: there is no such object.
+        """
+        ...
+
+    def list(self, prefix: str = "", *, limit: int | None = None) -> Iterator[Listed]:
+        """Every object whose key starts with ``prefix``, never from a cache, at most ``limit`` of them."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
+        """Delete objects in bulk. What was already gone counts as deleted.
+
+        Returns:
+            the keys that are *not* known to be gone, each with its reason; empty when all are.
+        """
+        ...
+
+    def abort_uploads(self, prefix: str) -> int:
+        """Abort unfinished multipart uploads whose key starts with ``prefix``; returns how many."""
+        ...
+
+    def close(self) -> None:
+        """Give back connections and threads. Idempotent."""
+        ...

@@ -1,0 +1,321 @@
+"""``transact``: the only thing that writes the manifest.
+
+A conditional write has three outcomes: landed, lost, unknown. Anything but a plain success means: read again.
+Our write id is current or in the history: it landed. The version is unchanged: the same bytes are sent again
+with the same condition, so at most one copy can win. The version changed without us: lost for good; the
+decision is made again from what is there now. The deadline is over: ``CommitUnknownError``, and nothing is
+ever deleted on the doubt (I11).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from cloudckpt.config import Settings
+from cloudckpt.core import keys
+from cloudckpt.core.garbage import COPIES_KEPT
+from cloudckpt.core.manifest import stamped
+from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest, encode_manifest
+from cloudckpt.core.model import Manifest
+from cloudckpt.errors import (
+    CommitUnknownError,
+    ConflictError,
+    FormatError,
+    ObjectNotFoundError,
+    StorageError,
+)
+from cloudckpt.storage.base import Landed, Storage, Unknown, Versioned
+from cloudckpt.storage.retry import Backoff, RetryingStorage
+
+__all__ = ["Held", "ManifestStore", "utc_now"]
+
+_Facts = TypeVar("_Facts")
+
+
+def utc_now() -> str:
+    """The wall clock as a label for people: UTC, ISO 8601, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A manifest and the version of exactly these bytes; no version means that none exists yet."""
+
+    manifest: Manifest
+    version: str | None
+
+
+class ManifestStore:
+    """The manifest of one run, and the storage it lies on.
+
+    Args:
+        storage: where the run lies; wrapped so that reads, lists and deletes are tried again.
+        settings: deadlines and pauses.
+        clock: gives the time labels.
+        token: gives that many random hex digits.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        settings: Settings | None = None,
+        *,
+        clock: Callable[[], str] = utc_now,
+        token: Callable[[int], str] = lambda digits: secrets.token_hex(digits // 2),
+    ) -> None:
+        self.settings = settings or Settings()
+        self.storage: Storage = RetryingStorage(storage, self._backoff(self.settings.storage_deadline_s))
+        self.clock = clock
+        self.token = token
+        #: Whether a manifest that went back in time stops this process. A writer sets it with its claim;
+        #: readers and editors take the run as they find it.
+        self.refuse_rollback = False
+        self._base: Held | None = None
+        # A background save and a pin from the training thread share one base.
+        self._mutex = threading.RLock()
+
+    def _backoff(self, deadline_s: float) -> Backoff:
+        return Backoff(
+            deadline_s=deadline_s, base_s=self.settings.retry_base_s, cap_s=self.settings.retry_cap_s
+        )
+
+    @property
+    def last_seen(self) -> Manifest | None:
+        """The manifest this process last read or wrote, without a request."""
+        return self._base.manifest if self._base else None
+
+    def read(self) -> Manifest | None:
+        """The manifest as it is now; None if the root is empty.
+
+        Raises:
+            FormatError: there is something, but no readable manifest; says what to do.
+            ConflictError: the run went back in time, or became another run, since this process last looked.
+            StorageError: the store refused; a 403 is never taken for a new run.
+        """
+        with self._mutex:
+            held = self._fetch()
+            if held is not None:
+                self._base = held
+                return held.manifest
+            if self.refuse_rollback:
+                raise ConflictError(
+                    f"{self.storage.url}/{keys.MANIFEST} was there and is gone: somebody deleted it. Stop every "
+                    f"writer and run: cloudckpt repair {self.storage.url}"
+                )
+            self._refuse_leftovers()
+            return None
+
+    def drop_base(self) -> None:
+        """Read the manifest again before the next change."""
+        with self._mutex:
+            self._base = None
+
+    def _fetch(self) -> Held | None:
+        try:
+            found = self.storage.read(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
+        except ObjectNotFoundError:
+            return None
+        url = f"{self.storage.url}/{keys.MANIFEST}"
+        try:
+            held = Held(decode_manifest(found.body, what=url), found.version)
+        except FormatError as exc:
+            if "upgrade cloudckpt" in str(exc):
+                raise
+            raise FormatError(
+                f"{exc}\nNo checkpoint was touched. To rebuild the manifest from its copies and the indexes, run: "
+                f"cloudckpt repair {self.storage.url}"
+            ) from exc
+        self._check_not_rolled_back(held.manifest)
+        return held
+
+    def _check_not_rolled_back(self, found: Manifest) -> None:
+        seen = self.last_seen
+        if seen is None or seen.revision == 0 or not self.refuse_rollback:
+            return
+        if found.run_id != seen.run_id:
+            raise ConflictError(
+                f"{self.storage.url} was run {seen.run_id} and is now run {found.run_id}: it was repaired or "
+                "replaced while this process was writing. Stop this process and start again"
+            )
+        if found.revision < seen.revision:
+            raise ConflictError(
+                f"{self.storage.url}/{keys.MANIFEST} was at revision {seen.revision} and is now at "
+                f"{found.revision}: an older one was put back. Stop every writer and run: cloudckpt repair "
+                f"{self.storage.url}"
+            )
+
+    def _refuse_leftovers(self) -> None:
+        # The only LIST of an open, and only when there is no manifest: max-keys 1 would do, but a lock or a
+        # swap file on local disk is nothing to refuse for.
+        listed = self.storage.list("", limit=3)
+        found = [item.key for item in listed if keys.parse(item.key).kind not in {keys.Kind.LOCK, keys.Kind.TEMPORARY,
+                                                                                keys.Kind.PROBE}]
+        if not found:
+            return
+        if all(keys.parse(key).kind is keys.Kind.FOREIGN for key in found):
+            raise FormatError(
+                f"{self.storage.url} is not empty and holds no run of ours (there is {found[0]!r}): choose an empty "
+                "or new root, for example a subfolder. Nothing was changed"
+            )
+        raise FormatError(
+            f"{self.storage.url} holds checkpoints ({found[0]!r}) but no {keys.MANIFEST}: it was deleted. Nothing "
+            f"was changed. To rebuild it, run: cloudckpt repair {self.storage.url}"
+        )
+
+    def transact(
+        self,
+        change: Callable[[Manifest, _Facts], Manifest],
+        *,
+        prepare: Callable[[Manifest], _Facts],
+        new: Callable[[], Manifest] | None = None,
+        keep_copy: bool = False,
+    ) -> Manifest:
+        """Apply ``change`` to the manifest, whoever else is writing.
+
+        Starts from the last manifest this process read or wrote: in the steady state there is no GET.
+
+        Args:
+            change: pure and idempotent by id; gives back the same object when there is nothing to do.
+            prepare: does the I/O that the decision needs, for one certain manifest.
+            new: the manifest of a run that does not exist yet; without it a missing run is an error.
+            keep_copy: also keep an immutable copy of the revision written, for ``repair``.
+
+        Returns:
+            the manifest after the change.
+
+        Raises:
+            CommitUnknownError: the store never told the outcome before ``settings.manifest_deadline_s``.
+            ConflictError: raised by ``change``; or the manifest was rolled back or replaced.
+            FormatError: the manifest needs features this version does not know, or cannot be read.
+        """
+        with self._mutex:
+            base = self._base or self._start(new)
+            proposal: Manifest | None = None
+            doubt: Exception | None = None
+            for _ in self._backoff(self.settings.manifest_deadline_s).tries():
+                if proposal is None:
+                    self._check_writable(base.manifest)
+                    changed = change(base.manifest, prepare(base.manifest))
+                    if changed is base.manifest:
+                        return changed
+                    proposal = self._stamped(changed, base.manifest, keep_copy=keep_copy)
+                body = encode_manifest(proposal)
+                outcome = (
+                    self.storage.create(keys.MANIFEST, body)
+                    if base.version is None
+                    else self.storage.replace(keys.MANIFEST, body, expecting=base.version)
+                )
+                if isinstance(outcome, Landed):
+                    return self._landed(Held(proposal, outcome.version), proposal, base.manifest)
+                doubt = outcome.cause if isinstance(outcome, Unknown) else doubt
+                try:
+                    current = self._fetch()
+                except StorageError as exc:
+                    doubt = exc
+                    continue
+                if current is None:
+                    if base.version is None:
+                        continue  # nothing there yet: the same create again
+                    raise ConflictError(
+                        f"{self.storage.url}/{keys.MANIFEST} is gone: somebody deleted it while this process was "
+                        f"writing. Stop every writer and run: cloudckpt repair {self.storage.url}"
+                    )
+                if proposal.write_id in current.manifest.history:
+                    # It was ours: the answer had been lost.
+                    return self._landed(current, proposal, base.manifest)
+                if current.version != base.version:
+                    base, proposal, doubt = current, None, None
+                    self._base = base
+            if proposal is None or doubt is None:
+                raise ConflictError(
+                    f"gave up on {self.storage.url}/{keys.MANIFEST} after "
+                    f"{self.settings.manifest_deadline_s:g} s: other writers kept winning"
+                )
+            raise CommitUnknownError(
+                f"the store never told whether revision {proposal.revision} of {self.storage.url}/{keys.MANIFEST} "
+                f"landed ({doubt}). Nothing was deleted; the next write finds out"
+            ) from doubt
+
+    def _start(self, new: Callable[[], Manifest] | None) -> Held:
+        found = self.read()
+        if found is not None and self._base is not None:
+            return self._base
+        if new is None:
+            raise FormatError(f"{self.storage.url} holds no run yet: nothing was ever saved there")
+        return Held(new(), None)
+
+    def _check_writable(self, manifest: Manifest) -> None:
+        if manifest.requires:
+            raise FormatError(
+                f"{self.storage.url} needs {', '.join(manifest.requires)}, which this version does not know: it may "
+                "read this run but will not write or delete anything in it. Upgrade cloudckpt"
+            )
+
+    def rebuild(self, manifest: Manifest, *, over: Versioned | None) -> Manifest:
+        """Put a repaired manifest in place of what is there, or of nothing. Only ``repair`` calls this.
+
+        What was there is kept under a key of its own. The new manifest has another run id, which fences everybody.
+
+        Raises:
+            ConflictError: somebody wrote a manifest meanwhile; nothing was changed.
+            CommitUnknownError: the store never told.
+        """
+        with self._mutex:
+            self._base = None
+            write_id = self.token(16)
+            stamp = replace(manifest, write_id=write_id, history=(write_id,), updated_at=self.clock())
+            body = encode_manifest(stamp)
+            if over is not None:
+                self.storage.put(keys.replaced_manifest(self.token(8)), [over.body], size_bytes=len(over.body))
+            doubt: Exception | None = None
+            for _ in self._backoff(self.settings.manifest_deadline_s).tries():
+                outcome = (
+                    self.storage.create(keys.MANIFEST, body)
+                    if over is None
+                    else self.storage.replace(keys.MANIFEST, body, expecting=over.version)
+                )
+                if isinstance(outcome, Landed):
+                    self._base = Held(stamp, outcome.version)
+                    return stamp
+                doubt = outcome.cause if isinstance(outcome, Unknown) else doubt
+                try:
+                    found = self.storage.read(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
+                except ObjectNotFoundError:
+                    continue
+                except StorageError as exc:
+                    doubt = exc
+                    continue
+                if found.body == body:
+                    self._base = Held(stamp, found.version)
+                    return stamp
+                if over is None or found.version != over.version:
+                    raise ConflictError(
+                        f"somebody else wrote {self.storage.url}/{keys.MANIFEST} during the repair: look at the run again"
+                    )
+            raise CommitUnknownError(
+                f"the store never told whether the repaired manifest of {self.storage.url} landed ({doubt}); run repair "
+                "again"
+            ) from doubt
+
+    def _stamped(self, changed: Manifest, base: Manifest, *, keep_copy: bool) -> Manifest:
+        proposal = stamped(changed, base=base, write_id=self.token(16), at=self.clock())
+        if keep_copy or proposal.revision % self.settings.copy_every_revisions == 0:
+            # Named before it is written, like everything else here: a copy nobody named is never left over.
+            return replace(proposal, copies=(*base.copies, proposal.revision)[-COPIES_KEPT:])
+        return proposal
+
+    def _landed(self, held: Held, written: Manifest, base: Manifest) -> Manifest:
+        self._base = held
+        if written.revision in written.copies:
+            # A failure is harmless: copies only serve repair, and gc clears what is left of older ones.
+            self.storage.create(keys.manifest_copy(written.revision), encode_manifest(written))
+            if dropped := sorted(set(base.copies) - set(written.copies)):
+                with contextlib.suppress(StorageError):
+                    self.storage.delete([keys.manifest_copy(revision) for revision in dropped])
+        return held.manifest

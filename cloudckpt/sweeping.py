@@ -1,0 +1,178 @@
+"""Deleting bytes that nobody can need: of retired entries (``sweep``), and what no entry names (``gc``).
+
+The only module that deletes checkpoints. The manifest says *retired* first, and retired is terminal, so a
+delete that comes late, comes twice or comes from another process harms nothing (I7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cloudckpt.core import keys
+from cloudckpt.core.garbage import GarbagePlan, plan_garbage
+from cloudckpt.core.index_json import decode_index
+from cloudckpt.core.manifest import forget, note
+from cloudckpt.core.model import Checkpoint, Manifest, State
+from cloudckpt.errors import CheckpointNotFoundError, ConflictError, FormatError, ObjectNotFoundError
+from cloudckpt.storage import ManifestStore, Storage
+from cloudckpt.view import placed, read_index_body
+
+__all__ = ["SweepReport", "delete_bytes", "delete_retired", "gc_run", "sweep_run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepReport:
+    """What a sweep or gc deleted, or would delete.
+
+    Attributes:
+        dry_run: nothing was changed.
+        retired: the retired checkpoints whose bytes are (or would be) gone.
+        failed: what could not be deleted, and why, by key or checkpoint name.
+        garbage: what ``gc`` found beside the run; None for ``sweep``.
+        aborted_uploads: unfinished multipart uploads that were aborted.
+    """
+
+    dry_run: bool
+    retired: tuple[Checkpoint, ...]
+    failed: dict[str, str]
+    garbage: GarbagePlan | None = None
+    aborted_uploads: int = 0
+
+
+def delete_bytes(storage: Storage, checkpoint: Checkpoint, names: Sequence[str] | None = None) -> str | None:
+    """Delete a retired checkpoint's objects, payload first and index last; None once all are gone, else why not.
+
+    Args:
+        names: the payload objects' names where the caller knows them; otherwise they come from the index, or
+            from a listing of this one folder if the index is lost.
+    """
+    prefix = keys.checkpoint_prefix(checkpoint.step, checkpoint.id)
+    index = keys.index_key(checkpoint.step, checkpoint.id)
+    payload = _payload_keys(storage, checkpoint, names, prefix)
+    failed = storage.delete(payload)
+    if not failed:
+        # The index goes last: whoever finds it can still learn the names of the rest.
+        failed = storage.delete([index])
+    return "; ".join(f"{key}: {exc}" for key, exc in failed.items()) or None
+
+
+def _payload_keys(storage: Storage, checkpoint: Checkpoint, names: Sequence[str] | None, prefix: str) -> list[str]:
+    if names is None:
+        try:
+            names = [item.name for item in decode_index(read_index_body(storage, checkpoint)).objects]
+        except (ObjectNotFoundError, FormatError):
+            listed = [keys.parse(item.key) for item in storage.list(f"{prefix}/")]
+            # Foreign files in the folder stay, and so does the folder (I12).
+            return [key.text for key in listed if key.kind not in {keys.Kind.FOREIGN, keys.Kind.INDEX}]
+    return [f"{prefix}/{name}" for name in names]
+
+
+def delete_retired(store: ManifestStore, entries: Iterable[Checkpoint]) -> tuple[list[Checkpoint], dict[str, str]]:
+    """Delete the bytes of retired entries: those that are gone, and why the others are not."""
+    gone: list[Checkpoint] = []
+    failed: dict[str, str] = {}
+    for entry in entries:
+        problem = delete_bytes(store.storage, entry)
+        if problem is None:
+            gone.append(placed(entry, store.storage.url))
+        else:
+            failed[entry.name] = problem
+    return gone, failed
+
+
+def sweep_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
+    """Delete the bytes of retired entries and drop the entries. Lists nothing but folders without an index.
+
+    Raises:
+        CheckpointNotFoundError: there is no run here.
+        StorageError: the store refused.
+    """
+    manifest = _required(store)
+    retired = manifest.in_state(State.RETIRED)
+    if dry_run:
+        placed_ = tuple(placed(entry, store.storage.url) for entry in retired)
+        return SweepReport(dry_run=True, retired=placed_, failed={})
+    gone, failed = delete_retired(store, retired)
+    _forget(store, [entry.id for entry in gone])
+    return SweepReport(dry_run=False, retired=tuple(gone), failed=failed)
+
+
+def gc_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
+    """Delete whatever of ours no entry of the manifest can need, and report what is not ours.
+
+    LIST first, *then* a manifest write of our own, and only then a plan made from what that write holds: a
+    save that is announced in between is named by it. No clock and no age takes part (I7, I8).
+
+    Raises:
+        CheckpointNotFoundError: there is no run here.
+        ConflictError: the root holds sealed checkpoints that are newer than the manifest: it was rolled back.
+        StorageError: the store refused.
+    """
+    storage = store.storage
+    _required(store)
+    listing = [(item.key, item.size_bytes) for item in storage.list("")]
+    if dry_run:
+        manifest = _required(store)
+    else:
+        manifest = store.transact(
+            lambda current, _: note(current, "gc", at=store.clock()), prepare=lambda _: None
+        )
+    plan = plan_garbage(manifest, listing)
+    _refuse_newer_than_manifest(storage, manifest, plan)
+    retired = tuple(placed(entry, storage.url) for entry in manifest.in_state(State.RETIRED))
+    if dry_run:
+        return SweepReport(dry_run=True, retired=retired, failed={}, garbage=plan)
+    failed = {key: str(exc) for key, exc in _delete_index_last(storage, [o.key for o in plan.orphans]).items()}
+    aborted = _abort_uploads(storage, manifest)
+    kept_back = {keys.parse(key).id for key in failed}
+    gone = [entry for entry in retired if entry.id not in kept_back]
+    _forget(store, [entry.id for entry in gone])
+    return SweepReport(
+        dry_run=False, retired=tuple(gone), failed=failed, garbage=plan, aborted_uploads=aborted
+    )
+
+
+def _required(store: ManifestStore) -> Manifest:
+    manifest = store.read()
+    if manifest is None:
+        raise CheckpointNotFoundError(f"{store.storage.url} holds no run: nothing was ever saved there")
+    return manifest
+
+
+def _refuse_newer_than_manifest(storage: Storage, manifest: Manifest, plan: GarbagePlan) -> None:
+    for orphan in plan.orphans:
+        key = keys.parse(orphan.key)
+        if key.kind is not keys.Kind.INDEX or (key.id and manifest.find(key.id)):
+            continue
+        try:
+            index = decode_index(storage.read(key.text, limit_bytes=2**40).body)
+        except (ObjectNotFoundError, FormatError):
+            continue
+        if index.seq >= manifest.next_seq or index.writer_epoch > manifest.writer_epoch:
+            raise ConflictError(
+                f"{storage.url}/{key.text} is a sealed checkpoint that is newer than the manifest (seq "
+                f"{index.seq}, writer {index.writer_epoch}): an older manifest was put back. Nothing was deleted. "
+                f"Run: cloudckpt repair {storage.url}"
+            )
+
+
+def _delete_index_last(storage: Storage, orphans: Sequence[str]) -> dict[str, Exception]:
+    indexes = [key for key in orphans if keys.parse(key).kind is keys.Kind.INDEX]
+    rest = [key for key in orphans if keys.parse(key).kind is not keys.Kind.INDEX]
+    failed: dict[str, Exception] = dict(storage.delete(rest))
+    spared = {keys.parse(key).id for key in failed}
+    failed.update(storage.delete([key for key in indexes if keys.parse(key).id not in spared]))
+    return failed
+
+
+def _abort_uploads(storage: Storage, manifest: Manifest) -> int:
+    # A pending save of the current epoch may be uploading at this moment, whatever its key: spare them all.
+    if manifest.in_state(State.PENDING):
+        return 0
+    return storage.abort_uploads("checkpoint-")
+
+
+def _forget(store: ManifestStore, ids: Sequence[str]) -> None:
+    if ids:
+        store.transact(lambda current, _: forget(current, ids, at=store.clock()), prepare=lambda _: None)

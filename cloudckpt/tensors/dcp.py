@@ -1,0 +1,99 @@
+"""PyTorch's distributed checkpoint (DCP) as the planning engine: who writes which box of which tensor.
+
+One process plans like many: each makes a local plan, all plans together make the global one (which drops what
+several ranks would write twice), and each finishes its own. Only the planners are used; bytes never pass
+through DCP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from cloudckpt.core.model import TensorEntry
+from cloudckpt.tensors.memory import dtype_named
+
+__all__ = ["Box", "Copy", "plan_copies", "plan_save"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """A box of one tensor that this rank writes. ``tensor`` is the box's own data.
+
+    Attributes:
+        component: the component it belongs to.
+        name: the tensor's name.
+        offsets: where the box begins in the whole tensor, elements per dimension.
+        shape: the whole tensor's shape.
+        tensor: the data, of the box's own shape.
+    """
+
+    component: str
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """From a stored chunk (number ``chunk`` of its entry) to a target: equal boxes of ``lengths`` elements."""
+
+    chunk: int
+    chunk_offsets: tuple[int, ...]
+    target_offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+def plan_save(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[Box]:
+    """Which boxes this process writes, in a deterministic order."""
+    names = {f"{n}": (component, name) for n, (component, name) in enumerate(_all_names(tensors))}
+    state = {fqn: tensors[component][name] for fqn, (component, name) in names.items()}
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(state, storage_meta=None, is_coordinator=True)
+    global_plan, _ = planner.create_global_plan([planner.create_local_plan()])
+    boxes = []
+    for item in planner.finish_plan(global_plan[0]).items:
+        component, name = names[item.index.fqn]
+        found = planner.lookup_object(item.index)
+        if item.tensor_data is None or not isinstance(found, torch.Tensor):
+            raise TypeError(f"{component}.{name}: planned as something that is no tensor")
+        boxes.append(
+            Box(
+                component=component,
+                name=name,
+                offsets=tuple(item.tensor_data.chunk.offsets),
+                shape=tuple(item.tensor_data.size),
+                tensor=found,
+            )
+        )
+    return boxes
+
+
+def _all_names(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[tuple[str, str]]:
+    return [(component, name) for component, named in tensors.items() for name in named]
+
+
+def plan_copies(entry: TensorEntry, *, offsets: Sequence[int], lengths: Sequence[int]) -> list[Copy]:
+    """How the stored chunks of a tensor fill one box of it."""
+    stored = TensorStorageMetadata(
+        properties=TensorProperties(dtype=dtype_named(entry.dtype)),
+        size=torch.Size(entry.shape),
+        chunks=[ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.lengths)) for c in entry.chunks],
+    )
+    box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(lengths))
+    number = {c.offsets: n for n, c in enumerate(entry.chunks)}
+    return [
+        Copy(
+            chunk=number[tuple(item.storage_index.offset or ())],
+            chunk_offsets=tuple(item.storage_offsets),
+            target_offsets=tuple(item.dest_offsets),
+            lengths=tuple(item.lengths),
+        )
+        for item in create_read_items_for_chunk_list("", stored, [box])
+    ]

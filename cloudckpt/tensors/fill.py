@@ -1,0 +1,167 @@
+"""Loaded values into the caller's own objects, in place; everything is checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from cloudckpt.core.values import Path, render_path
+from cloudckpt.errors import StateMismatchError
+from cloudckpt.tensors.leaves import has_state
+from cloudckpt.tensors.memory import copy_bits
+
+__all__ = ["check_fits", "fill"]
+
+#: More names than this say nothing new.
+_NAMES_SHOWN = 10
+
+
+def check_fits(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict: bool, where: str) -> list[str]:
+    """What of ``loaded`` does not fit into ``state``; with ``strict`` any of it is refused.
+
+    Args:
+        where: the checkpoint's URL, for messages.
+
+    Returns:
+        what does not fit, one sentence each: with ``strict=False`` these are warnings.
+
+    Raises:
+        StateMismatchError: lists missing, unexpected and mis-shaped names. Nothing was changed.
+    """
+    problems: list[str] = []
+    for name, target in state.items():
+        if name not in loaded:
+            problems.append(f"{name}: the checkpoint has no such component (it has {', '.join(sorted(loaded))})")
+        else:
+            _check(target, loaded[name], (name,), problems)
+    if problems and strict:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise StateMismatchError(
+            f"the state does not fit {where}; nothing was changed:{listed}\nFix the state, name fewer components="
+            "[...], or pass strict=False to restore what fits"
+        )
+    return problems
+
+
+def _check(target: object, stored: Any, path: Path, problems: list[str]) -> None:
+    here = render_path(path)
+    if isinstance(target, torch.nn.Module):
+        _check_named(target.state_dict(), stored, here, problems)
+    elif isinstance(target, torch.optim.Optimizer):
+        _check_optimizer(target, stored, here, problems)
+    elif has_state(target):
+        return
+    elif isinstance(target, torch.Tensor):
+        if not isinstance(stored, torch.Tensor) or stored.shape != target.shape:
+            problems.append(f"{here}: the state has {_kind(target)}, the checkpoint {_kind(stored)}")
+    elif isinstance(target, MutableMapping) and isinstance(stored, Mapping):
+        for key in target:
+            if key not in stored:
+                problems.append(f"{render_path((*path, key))}: missing in the checkpoint")
+            else:
+                _check(target[key], stored[key], (*path, key), problems)
+    elif isinstance(target, list) and isinstance(stored, list) and len(target) == len(stored):
+        for n, (inner, value) in enumerate(zip(target, stored, strict=True)):
+            _check(inner, value, (*path, n), problems)
+
+
+def _check_named(own: Mapping[str, object], stored: Any, here: str, problems: list[str]) -> None:
+    if not isinstance(stored, Mapping):
+        problems.append(f"{here}: the state has a module, the checkpoint {_kind(stored)}")
+        return
+    missing = [name for name in own if name not in stored]
+    unexpected = [name for name in stored if name not in own]
+    other = [
+        f"{name} ({_kind(own[name])} here, {_kind(stored[name])} in the checkpoint)"
+        for name in own
+        if name in stored and isinstance(own[name], torch.Tensor) and _shape(own[name]) != _shape(stored[name])
+    ]
+    for what, names in (("missing in the checkpoint", missing), ("unexpected", unexpected), ("mis-shaped", other)):
+        if names:
+            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            problems.append(f"{here}: {what}: {', '.join(map(str, names[:_NAMES_SHOWN]))}{more}")
+
+
+def _check_optimizer(target: torch.optim.Optimizer, stored: Any, here: str, problems: list[str]) -> None:
+    try:
+        counts = [len(group["params"]) for group in stored["param_groups"]]
+    except (TypeError, KeyError):
+        problems.append(f"{here}: the state has an optimizer, the checkpoint {_kind(stored)}")
+        return
+    own = [len(group["params"]) for group in target.param_groups]
+    if counts != own:
+        problems.append(f"{here}: the optimizer has groups of {own} parameters, the checkpoint of {counts}")
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def fill(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict: bool) -> None:
+    """Fill every component of ``state`` that ``loaded`` has, in place. ``check_fits`` comes first.
+
+    Raises:
+        StateMismatchError: an object refused its state; says which components were already filled.
+    """
+    filled: list[str] = []
+    for name, target in state.items():
+        if name not in loaded:
+            continue
+        try:
+            value = _fill(target, loaded[name], strict=strict)
+        except (StateMismatchError, TypeError, ValueError, KeyError, RuntimeError, AttributeError) as exc:
+            raise StateMismatchError(
+                f"{name} refused the state that was saved for it: {exc}. Already restored: "
+                f"{', '.join(filled) or 'nothing'}; start again from fresh objects"
+            ) from exc
+        if value is not target:
+            if not isinstance(state, MutableMapping):
+                raise StateMismatchError(f"{name} is a plain value, and the state is read-only: pass a dict")
+            state[name] = value
+        filled.append(name)
+
+
+def _fill(target: Any, stored: Any, *, strict: bool) -> Any:
+    if isinstance(target, torch.nn.Module):
+        target.load_state_dict(stored if strict else _fitting(target, stored), strict=strict)
+        return target
+    if has_state(target):
+        target.load_state_dict(stored)
+        return target
+    if isinstance(target, torch.Tensor) and isinstance(stored, torch.Tensor):
+        return _fill_tensor(target, stored)
+    if isinstance(target, MutableMapping) and isinstance(stored, Mapping):
+        for key, value in stored.items():
+            target[key] = _fill(target[key], value, strict=strict) if key in target else value
+        return target
+    if isinstance(target, list) and isinstance(stored, list):
+        same = len(target) == len(stored)
+        target[:] = [_fill(t, s, strict=strict) for t, s in zip(target, stored, strict=True)] if same else stored
+        return target
+    return stored
+
+
+def _fill_tensor(target: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    if target.shape != stored.shape:
+        return target  # strict=False: it was warned about
+    with torch.no_grad():
+        if target.dtype == stored.dtype:
+            copy_bits(target, stored)
+        else:
+            target.copy_(stored)
+    return target
+
+
+def _fitting(module: torch.nn.Module, stored: Any) -> dict[str, Any]:
+    own = module.state_dict()
+    if not isinstance(stored, Mapping):
+        return {}
+    return {name: value for name, value in stored.items() if name in own and _shape(own[name]) == _shape(value)}

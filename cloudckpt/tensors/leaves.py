@@ -1,0 +1,228 @@
+"""The leaves that only torch and NumPy know: how the codec stores tensors, dtypes, scalars, arrays, enums."""
+
+from __future__ import annotations
+
+import base64
+import enum
+import io
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cloudckpt.core.values import SKIP, Codec, Path, render_path
+from cloudckpt.errors import ConfigError, FormatError
+from cloudckpt.tensors.memory import check_storable, dtype_name, dtype_named
+
+__all__ = ["ArrayLeaf", "PickleLeaf", "StatefulLeaf", "TensorLeaf", "TorchLeaf", "EnumLeaf", "ScalarLeaf", "has_state"]
+
+
+def has_state(value: object) -> bool:
+    """Whether the object speaks for itself: it has ``state_dict`` and ``load_state_dict``."""
+    return not isinstance(value, type) and all(
+        callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLeaf:
+    """Tensors leave the tree for the payload; a reference by name stays.
+
+    Args:
+        store: takes the tensor and its path, gives the name it is stored under.
+        fetch: gives the tensor of a name.
+    """
+
+    store: Callable[[torch.Tensor, Path], str]
+    fetch: Callable[[str], torch.Tensor]
+    tag: str = "tensor"
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002 - the handler's shape
+        """See ``Handler.encode``."""
+        if not isinstance(value, torch.Tensor):
+            return SKIP
+        check_storable(value, render_path(path))
+        return self.store(value, path)
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> torch.Tensor:  # noqa: ARG002
+        """See ``Handler.decode``."""
+        if not isinstance(payload, str):
+            raise FormatError(f"{render_path(path)}: a tensor is referred to by name")
+        return self.fetch(payload)
+
+
+@dataclass(frozen=True, slots=True)
+class StatefulLeaf:
+    """An object with a state dict of its own, deep inside the state: its state dict stands for it."""
+
+    tag: str = "state"
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
+        """See ``Handler.encode``."""
+        return codec.encode(value.state_dict(), path) if has_state(value) else SKIP  # type: ignore[attr-defined]  # has_state
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:
+        """See ``Handler.decode``: the state dict."""
+        return codec.decode(payload, path)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchLeaf:
+    """``torch.Size``, ``torch.dtype``, ``torch.device`` and memory formats."""
+
+    tag: str = "torch"
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002
+        """See ``Handler.encode``."""
+        match value:
+            case torch.Size():
+                return {"size": list(value)}
+            case torch.dtype():
+                return {"dtype": dtype_name(value)}
+            case torch.device():
+                return {"device": str(value)}
+            case torch.memory_format() | torch.layout():
+                return {"constant": str(value).removeprefix("torch.")}
+        return SKIP
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
+        """See ``Handler.decode``."""
+        ((kind, value),) = payload.items()
+        match kind:
+            case "size":
+                return torch.Size(value)
+            case "dtype":
+                return dtype_named(value)
+            case "device":
+                return torch.device(value)
+            case "constant" if isinstance(getattr(torch, value, None), torch.memory_format | torch.layout):
+                return getattr(torch, value)
+        raise FormatError(f"{render_path(path)}: torch has no {kind} {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarLeaf:
+    """NumPy scalars, with their type."""
+
+    tag: str = "numpy"
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002
+        """See ``Handler.encode``."""
+        if not isinstance(value, np.generic) or value.dtype.hasobject or isinstance(value, np.void):
+            return SKIP
+        return {"dtype": value.dtype.str, "bytes": base64.b64encode(value.tobytes()).decode("ascii")}
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
+        """See ``Handler.decode``."""
+        return np.frombuffer(base64.b64decode(payload["bytes"], validate=True), dtype=_plain(payload["dtype"], path))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLeaf:
+    """NumPy arrays: their bytes are stored as a tensor, dtype and shape beside it.
+
+    Args:
+        store: as for ``TensorLeaf``.
+        fetch: as for ``TensorLeaf``.
+    """
+
+    store: Callable[[torch.Tensor, Path], str]
+    fetch: Callable[[str], torch.Tensor]
+    tag: str = "ndarray"
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002
+        """See ``Handler.encode``."""
+        if type(value) is not np.ndarray or value.dtype.hasobject or value.dtype.names is not None:
+            return SKIP
+        raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        tensor = torch.from_numpy(raw.copy())
+        return {"tensor": self.store(tensor, path), "dtype": value.dtype.str, "shape": list(value.shape)}
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
+        """See ``Handler.decode``."""
+        raw = self.fetch(payload["tensor"]).numpy()
+        return raw.view(_plain(payload["dtype"], path)).reshape(payload["shape"]).copy()
+
+
+def _plain(name: str, path: Path) -> np.dtype[Any]:
+    dtype = np.dtype(name)
+    if dtype.hasobject:
+        raise FormatError(f"{render_path(path)}: an array of objects is never loaded")
+    return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class EnumLeaf:
+    """Members of an enum, by value. Loading imports nothing: an enum whose module is not imported gives its value."""
+
+    tag: str = "enum"
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
+        """See ``Handler.encode``."""
+        if not isinstance(value, enum.Enum):
+            return SKIP
+        # Through int or str first: an IntEnum's value is of the enum's own base type.
+        return {
+            "class": f"{type(value).__module__}:{type(value).__qualname__}",
+            "value": codec.encode(value.value, path),
+        }
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:
+        """See ``Handler.decode``."""
+        value = codec.decode(payload["value"], path)
+        module, _, qualname = payload["class"].partition(":")
+        found: Any = sys.modules.get(module)
+        for name in qualname.split("."):
+            found = getattr(found, name, None)
+        return found(value) if isinstance(found, enum.EnumMeta) else value
+
+
+@dataclass(frozen=True, slots=True)
+class PickleLeaf:
+    """The last resort, asked only after everything else refused and only with ``allow_pickle=True``."""
+
+    allowed: bool
+    note: Callable[[], None]
+    known: Codec
+    tag: str = "pickle"
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002
+        """See ``Handler.encode``."""
+        if not self.allowed or self._can_be_stored(value):
+            return SKIP
+        try:
+            body = pickle.dumps(value, protocol=4)
+        except Exception as exc:
+            raise TypeError(
+                f"{render_path(path)}: a {type(value).__qualname__} cannot even be pickled ({exc}). Give the object that "
+                "holds it a state_dict() and load_state_dict() without it"
+            ) from exc
+        self.note()
+        return base64.b64encode(body).decode("ascii")
+
+    def _can_be_stored(self, value: object) -> bool:
+        # Only this value itself: what is inside a container is asked about in its turn.
+        shell: object = value
+        if isinstance(value, Mapping | list | tuple | set | frozenset) and type(value).__module__ in {
+            "builtins",
+            "collections",
+        }:
+            return True
+        try:
+            self.known.encode(shell)
+        except TypeError:
+            return False
+        return True
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
+        """See ``Handler.decode``."""
+        if not self.allowed:
+            raise ConfigError(
+                f"{render_path(path)} was pickled when it was saved. Loading it runs code from the checkpoint: pass "
+                "allow_pickle=True if you trust everybody who can write to this run"
+            )
+        return pickle.load(io.BytesIO(base64.b64decode(payload, validate=True)))  # noqa: S301 - only with allow_pickle=True

@@ -1,0 +1,93 @@
+"""Tensors as bytes, whatever their dtype, and bytes as tensors again. Nothing here converts a value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from cloudckpt.errors import CorruptCheckpointError
+
+__all__ = ["byte_view", "check_storable", "copy_bits", "dtype_name", "dtype_named", "same_bits_dtype", "typed_view"]
+
+_DTYPES: dict[str, torch.dtype] = {
+    str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)
+}
+
+#: An integer dtype of the same width: copying through it moves bits and never meets a missing kernel.
+_SAME_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of this name.
+
+    Raises:
+        CorruptCheckpointError: this torch has none.
+    """
+    found = _DTYPES.get(name)
+    if found is None:
+        raise CorruptCheckpointError(
+            f"a tensor has dtype {name!r}, which torch {torch.__version__} does not have: load it with the torch it "
+            "was saved with, or a newer one"
+        )
+    return found
+
+
+def check_storable(tensor: torch.Tensor, path: str) -> None:
+    """Refuse tensors whose bytes alone are not their value.
+
+    Raises:
+        TypeError: it is sparse, quantized, nested, on the meta device, fake, or a subclass with parts of its own;
+            names the path.
+    """
+    problem = None
+    if tensor.device.type == "meta":
+        problem = "is on the meta device and has no data: materialise it first (to_empty, then initialise)"
+    elif isinstance(tensor, torch._subclasses.FakeTensor):  # noqa: SLF001 - its only name
+        problem = "is a fake tensor and has no data"
+    elif tensor.is_quantized:
+        problem = "is quantized (scale and zero point are not in its bytes): save int_repr() and its parameters"
+    elif tensor.layout != torch.strided or tensor.is_nested:
+        problem = f"has layout {tensor.layout}: save its indices and values, or to_dense(), instead"
+    elif type(tensor) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer} and hasattr(
+        tensor, "__tensor_flatten__"
+    ):
+        problem = f"is a {type(tensor).__qualname__}, a tensor made of several: save its parts"
+    if problem is not None:
+        raise TypeError(f"{path}: this tensor {problem}")
+
+
+def same_bits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A dtype of the same width that every device can copy."""
+    return _SAME_BITS[dtype.itemsize]
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    wanted = same_bits_dtype(plain.dtype)
+    return plain if plain.dtype == wanted else plain.view(wanted)
+
+
+def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
+    """Copy ``source`` into ``target`` (same dtype and shape), bit for bit, from any device and any strides."""
+    _bits(target).copy_(_bits(source), non_blocking=non_blocking)
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it."""
+    flat = torch.empty(0, dtype=torch.uint8)
+    start = tensor.storage_offset() * tensor.dtype.itemsize
+    flat.set_(tensor.untyped_storage(), start, (tensor.numel() * tensor.dtype.itemsize,))  # type: ignore[call-overload]  # torch's stub lacks the untyped overload
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # an ndarray is a buffer; its stub says so from 3.12 on
+
+
+def typed_view(buffer: torch.Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor over ``buffer`` (uint8) from byte ``start``; ``start`` is a multiple of the element size."""
+    length = math.prod(shape) * dtype.itemsize
+    return buffer[start : start + length].view(dtype).view(tuple(shape))

@@ -1,0 +1,164 @@
+"""The caller's state taken apart: tensors by name for the payload, everything else as JSON for the index.
+
+A *component* is a top-level key of the state. Names are the component's own state-dict names: the path inside
+it, joined with dots. Tied tensors (the same memory seen the same way) are stored once per component, with
+their other names as aliases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cloudckpt.core import keys
+from cloudckpt.core.values import Codec, Handler, Path
+from cloudckpt.errors import ConfigError, FormatError
+from cloudckpt.tensors.leaves import ArrayLeaf, EnumLeaf, PickleLeaf, ScalarLeaf, StatefulLeaf, TensorLeaf, TorchLeaf
+from cloudckpt.tensors.leaves import has_state
+
+__all__ = ["FlatState", "flatten", "unflatten"]
+
+#: What makes two tensors the same memory seen the same way.
+_Identity = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatState:
+    """A state taken apart.
+
+    Attributes:
+        structure: component -> JSON node, tensors replaced by references.
+        tensors: component -> name -> the tensor, each memory once.
+        aliases: component -> name -> the name under which the tied tensor is stored.
+        pickled: whether any leaf had to be pickled.
+    """
+
+    structure: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    aliases: dict[str, dict[str, str]] = field(default_factory=dict)
+    pickled: bool = False
+
+
+@dataclass(slots=True)
+class _Component:
+    name: str
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    seen: dict[_Identity, str] = field(default_factory=dict)
+
+    def store(self, tensor: torch.Tensor, path: Path) -> str:
+        name = self._free_name(".".join(map(str, path[1:])) or self.name)
+        first = self.seen.setdefault(_identity(tensor), name) if tensor.numel() else name
+        if first == name:
+            self.tensors[name] = tensor
+        else:
+            self.aliases[name] = first
+        return name
+
+    def _free_name(self, wanted: str) -> str:
+        # {"a": {"b": t}, "a.b": u} spells the same name twice; the structure refers to each by the name it got.
+        name, number = wanted, 0
+        while name in self.tensors or name in self.aliases:
+            number += 1
+            name = f"{wanted}~{number}"
+        return name
+
+
+def _identity(tensor: torch.Tensor) -> _Identity:
+    return (
+        tensor.device,
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def flatten(state: Mapping[str, object], *, allow_pickle: bool = False) -> FlatState:
+    """Take a state apart. Nothing is copied: the tensors are the caller's own.
+
+    Args:
+        state: component -> object with a state dict, tensor, or plain values, nested as they come.
+        allow_pickle: pickle what nothing else can store, instead of refusing it.
+
+    Raises:
+        TypeError: something cannot be stored; names its path and the ways out.
+        ConfigError: the state is empty, or a component's name cannot be used.
+    """
+    _check_components(state)
+    flat = FlatState()
+    pickled: list[bool] = []
+    for name, value in state.items():
+        component = _Component(name)
+        codec = _codec(component.store, _no_tensor, allow_pickle=allow_pickle, note=lambda: pickled.append(True))
+        own: object = value.state_dict() if has_state(value) else value  # type: ignore[attr-defined]  # has_state
+        flat.structure[name] = codec.encode(own, (name,))
+        flat.tensors[name] = component.tensors
+        flat.aliases[name] = component.aliases
+    return FlatState(flat.structure, flat.tensors, flat.aliases, pickled=bool(pickled))
+
+
+def unflatten(
+    structure: Mapping[str, Any], fetch: Callable[[str, str], torch.Tensor], *, allow_pickle: bool = False
+) -> dict[str, Any]:
+    """The state's values again; ``fetch(component, name)`` gives each tensor.
+
+    Raises:
+        FormatError: the structure is malformed.
+        ConfigError: a leaf was pickled and ``allow_pickle`` is not set.
+    """
+    values: dict[str, Any] = {}
+    for name, node in structure.items():
+
+        def fetch_here(tensor: str, component: str = name) -> torch.Tensor:
+            return fetch(component, tensor)
+
+        values[name] = _codec(_no_store, fetch_here, allow_pickle=allow_pickle).decode(node, (name,))
+    return values
+
+
+def _codec(
+    store: Callable[[torch.Tensor, Path], str],
+    fetch: Callable[[str], torch.Tensor],
+    *,
+    allow_pickle: bool,
+    note: Callable[[], None] = lambda: None,
+) -> Codec:
+    plain: list[Handler] = [TorchLeaf(), ScalarLeaf(), EnumLeaf()]
+    handlers: list[Handler] = [TensorLeaf(store, fetch), ArrayLeaf(store, fetch), StatefulLeaf(), *plain]
+    return Codec([*handlers, PickleLeaf(allow_pickle, note, Codec(plain))])
+
+
+def _no_tensor(name: str) -> torch.Tensor:
+    raise FormatError(f"{name!r}: no tensor is read while a state is taken apart")
+
+
+def _no_store(tensor: torch.Tensor, path: Path) -> str:
+    raise TypeError(tensor, path)
+
+
+def _check_components(state: Mapping[str, object]) -> None:
+    if not isinstance(state, Mapping) or not state:
+        raise ConfigError(
+            'the state must be a mapping of names to objects, such as {"model": model, "optimizer": optimizer}; got '
+            f"{'an empty one' if isinstance(state, Mapping) else type(state).__name__}"
+        )
+    folded: dict[str, str] = {}
+    for name in state:
+        if not isinstance(name, str):
+            raise ConfigError(f"component {name!r}: a top-level key of the state must be a string")
+        try:
+            keys.payload_name(name, 0, 1)
+        except (FormatError, UnicodeEncodeError) as exc:
+            raise ConfigError(f"component {name!r} cannot be used as a name: {exc}") from exc
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            raise ConfigError(
+                f"components {other!r} and {name!r} differ only by case: a disk that ignores case would mix them. Rename one"
+            )
