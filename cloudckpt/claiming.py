@@ -83,7 +83,9 @@ def claim_run(
 
 def _tell(before: Manifest, after: Manifest, url: str, owner: Owner, listener: Listener) -> None:
     settled = [after.find(entry.id) for entry in before.in_state(State.PENDING)]
-    open_before = before.owner if before.owner and not before.owner.closed and before.owner.token != owner.token else None
+    open_before = (
+        before.owner if before.owner and not before.owner.closed and before.owner.token != owner.token else None
+    )
     listener(
         Claimed(
             url=url,

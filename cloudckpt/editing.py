@@ -78,9 +78,7 @@ def tag(
         ConfigError: a tag is not 1 to 200 printable characters.
     """
     more, fewer = checked_labels(add, "a tag"), checked_labels(remove, "a tag")
-    return _edit(
-        store, selector, lambda m, save_id: edits.tag(m, save_id, add=more, remove=fewer, at=store.clock())
-    )
+    return _edit(store, selector, lambda m, save_id: edits.tag(m, save_id, add=more, remove=fewer, at=store.clock()))
 
 
 def mark(store: ManifestStore, selector: str | int, label: str | None) -> Checkpoint:
@@ -112,7 +110,9 @@ def report_metrics(store: ManifestStore, selector: str | int, metrics: Mapping[s
     return True
 
 
-def remove(store: ManifestStore, selectors: Iterable[str | int], *, reason: str = "removed by hand") -> list[Checkpoint]:
+def remove(
+    store: ManifestStore, selectors: Iterable[str | int], *, reason: str = "removed by hand"
+) -> list[Checkpoint]:
     """Retire checkpoints by hand, whatever the rules say; ``sweep`` deletes their bytes.
 
     Raises:

@@ -244,9 +244,7 @@ class LoggingListener:
             case SaveFailed():
                 logger.error("saving step %d to %s failed: %s", event.step, event.url, event.error)
             case Deleted(checkpoint=c):
-                logger.info(
-                    "deleted checkpoint-%d (%s): %s", c.step, format_bytes(c.size_bytes), c.retired_because
-                )
+                logger.info("deleted checkpoint-%d (%s): %s", c.step, format_bytes(c.size_bytes), c.retired_because)
             case DeleteFailed(checkpoint=c):
                 logger.warning("could not delete %s yet, will try again: %s", c.url, event.error)
             case NothingToResume():
@@ -283,9 +281,7 @@ class LoggingListener:
         )
 
     def _best(self, event: BestChanged) -> None:
-        lines = [
-            f"{c.url} ({_valued(event.metric, value)})" for c, value in zip(event.best, event.values, strict=True)
-        ]
+        lines = [f"{c.url} ({_valued(event.metric, value)})" for c, value in zip(event.best, event.values, strict=True)]
         logger.info("New best checkpoint: %s", lines[0])
         logger.info("Best checkpoints:")
         for line in lines:
@@ -295,9 +291,7 @@ class LoggingListener:
         if event.took_over_from is not None:
             logger.warning("took over %s from %s, which had not closed it", event.url, event.took_over_from)
         if event.rolled_forward:
-            logger.info(
-                "completed %s: it was whole when its process died", _names(event.rolled_forward)
-            )
+            logger.info("completed %s: it was whole when its process died", _names(event.rolled_forward))
         for c in event.abandoned:
             logger.info("discarded %s: %s", c.name, c.retired_because)
 
@@ -311,9 +305,7 @@ class LoggingListener:
             ", ".join(event.components),
         )
         if event.not_restored:
-            logger.warning(
-                "not restored, because the state does not name them: %s", ", ".join(event.not_restored)
-            )
+            logger.warning("not restored, because the state does not name them: %s", ", ".join(event.not_restored))
 
     def _closed(self, event: RunClosed) -> None:
         for line in ["=" * 60, "Training complete!", *summary_lines(event.metric, event.values, event.best), "=" * 60]:

@@ -19,7 +19,7 @@ from cloudckpt.tensors.fetch import fetch
 from cloudckpt.tensors.tree import unflatten
 from cloudckpt.view import placed, read_index
 
-__all__ = ["Loaded", "LoadRequest", "load_chosen"]
+__all__ = ["LoadRequest", "Loaded", "load_chosen"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,9 @@ def load_chosen(
                 raise
             damaged.add(chosen.id)
             last = exc
-    raise last or CheckpointNotFoundError(f"{store.storage.url}: checkpoints were retired faster than they could be read")
+    raise last or CheckpointNotFoundError(
+        f"{store.storage.url}: checkpoints were retired faster than they could be read"
+    )
 
 
 def _without(manifest: Manifest, ids: Collection[str]) -> Manifest:

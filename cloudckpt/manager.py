@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -28,7 +29,6 @@ from cloudckpt.errors import (
     StateMismatchError,
 )
 from cloudckpt.events import (
-    FellBack,
     Listener,
     Listeners,
     LoggingListener,
@@ -52,8 +52,6 @@ _TAKEOVERS = ("last_wins", "refuse", "force")
 
 
 def _warn_unclosed(url: str) -> None:
-    import warnings  # at interpreter exit, only where there is something to say
-
     warnings.warn(
         f"a CheckpointManager of {url} was never closed: use it in a with statement, or call close()",
         ResourceWarning,
@@ -99,12 +97,12 @@ class CheckpointManager(Run):
         self,
         root: str | os.PathLike[str] | Storage,
         *,
-        monitor: str | None | Inherit = INHERIT,
-        mode: str | None | Inherit = INHERIT,
-        keep_last: int | None | Inherit = INHERIT,
-        keep_best: int | None | Sequence[KeepBest] | Inherit = INHERIT,
-        keep_every: int | None | Inherit = INHERIT,
-        keep_within: float | None | Inherit = INHERIT,
+        monitor: str | Inherit | None = INHERIT,
+        mode: str | Inherit | None = INHERIT,
+        keep_last: int | Inherit | None = INHERIT,
+        keep_best: int | Sequence[KeepBest] | Inherit | None = INHERIT,
+        keep_every: int | Inherit | None = INHERIT,
+        keep_within: float | Inherit | None = INHERIT,
         keep_unscored: int | Inherit = INHERIT,
         change_policy: bool = False,
         takeover: str = "last_wins",
@@ -244,7 +242,7 @@ class CheckpointManager(Run):
                     given = ", ".join(sorted(request.metrics)) or "none"
                     self._warn_once(
                         f"missing:{rule.metric}",
-                        f"the run keeps its best by {rule.metric!r}, and step {request.step} has no such metric (given: "
+                        f"the run keeps its best by {rule.metric!r}, and step {request.step} has no such metric (given "
                         f"{given}): pass save(..., metrics={{{rule.metric!r}: value}}), or report_metrics() later",
                     )
             elif metric_value(request.metrics, rule.metric) is None:
@@ -387,7 +385,7 @@ class CheckpointManager(Run):
         return editing.tag(self._store, select, add=tags, remove=remove)
 
     def mark(self, select: str | int, label: str | None) -> Checkpoint:
-        """Mark a checkpoint, for example as "diverged", so that nothing selects it unless named. See ``editing.mark``."""
+        """Mark a checkpoint, such as "diverged": nothing selects it unless named. See ``editing.mark``."""
         return editing.mark(self._store, select, label)
 
     def report_metrics(self, select: str | int, metrics: Mapping[str, SupportsFloat]) -> bool:

@@ -81,9 +81,7 @@ def _current(storage: Storage) -> Versioned | None:
         return None
 
 
-def _basis(
-    storage: Storage, listing: Mapping[str, int], current: Versioned | None
-) -> tuple[Manifest | None, str]:
+def _basis(storage: Storage, listing: Mapping[str, int], current: Versioned | None) -> tuple[Manifest | None, str]:
     """The newest readable manifest: the current one or a copy, whichever has the higher revision."""
     found: list[tuple[Manifest, str]] = []
     if current is not None:
@@ -204,8 +202,8 @@ def _could_not_know(basis: Manifest | None, basis_name: str, whole: Sequence[Who
         return ()
     known = {e.id for e in basis.entries}
     newer = sum(w.index.id not in known for w in whole)
+    later = f"changes after revision {basis.revision} ({basis_name}): later pins, tags, marks and reported metrics"
     return (
-        f"changes after revision {basis.revision} ({basis_name}): later pins, tags, marks and reported metrics; "
-        f"{newer} checkpoints are known from their own index only",
+        f"{later}; {newer} checkpoints are known from their own index only",
         "which checkpoints were retired after that revision: all that are whole were admitted, and are held",
     )

@@ -15,8 +15,8 @@ from cloudckpt.errors import CorruptCheckpointError
 from cloudckpt.events import FellBack, Listener, Listeners, LoggingListener
 from cloudckpt.loading import LoadRequest, load_chosen
 from cloudckpt.storage import ManifestStore, Storage, open_storage
-from cloudckpt.vocabulary import unknown_keyword
 from cloudckpt.view import RunView
+from cloudckpt.vocabulary import unknown_keyword
 
 __all__ = ["Run", "moved", "open_run"]
 

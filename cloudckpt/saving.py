@@ -36,7 +36,7 @@ from cloudckpt.events import (
     SaveStarted,
 )
 from cloudckpt.sealed import summed
-from cloudckpt.storage import Landed, ManifestStore
+from cloudckpt.storage import ManifestStore
 from cloudckpt.sweeping import delete_bytes
 from cloudckpt.tensors.dcp import plan_save
 from cloudckpt.tensors.staging import Arena, Payload, lay_out, seal_payload, slices, stage

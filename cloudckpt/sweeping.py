@@ -115,9 +115,7 @@ def gc_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
     if dry_run:
         manifest = _required(store)
     else:
-        manifest = store.transact(
-            lambda current, _: note(current, "gc", at=store.clock()), prepare=lambda _: None
-        )
+        manifest = store.transact(lambda current, _: note(current, "gc", at=store.clock()), prepare=lambda _: None)
     plan = plan_garbage(manifest, listing)
     _refuse_newer_than_manifest(storage, manifest, plan)
     retired = tuple(placed(entry, storage.url) for entry in manifest.in_state(State.RETIRED))
@@ -128,9 +126,7 @@ def gc_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
     kept_back = {keys.parse(key).id for key in failed}
     gone = [entry for entry in retired if entry.id not in kept_back]
     _forget(store, [entry.id for entry in gone])
-    return SweepReport(
-        dry_run=False, retired=tuple(gone), failed=failed, garbage=plan, aborted_uploads=aborted
-    )
+    return SweepReport(dry_run=False, retired=tuple(gone), failed=failed, garbage=plan, aborted_uploads=aborted)
 
 
 def _required(store: ManifestStore) -> Manifest:

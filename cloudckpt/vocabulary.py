@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 __all__ = ["TRANSLATIONS", "Translation", "unknown_keyword"]
@@ -68,8 +69,6 @@ def unknown_keyword(function: str, word: str, known: list[str]) -> TypeError:
     """The error for a keyword that ``function`` does not have, with its translation where there is one."""
     if found := _BY_WORD.get(word):
         return TypeError(f"{function}() has no {word}: that is the {found.tool} name. Here: {found.here}")
-    import difflib  # only on the way to an error
-
     near = difflib.get_close_matches(word, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; it has {', '.join(known)}"
     return TypeError(f"{function}() has no {word}{hint}")

@@ -27,7 +27,9 @@ def checked_step(step: object) -> int:
     except TypeError:
         raise ConfigError(f"step={step!r}: expected an integer >= 0, got {type(step).__name__}") from None
     if not 0 <= number <= _STEP_LIMIT:
-        raise ConfigError(f"step={number}: expected an integer from 0 to 10**18; steps count up from the start of the run")
+        raise ConfigError(
+            f"step={number}: expected an integer from 0 to 10**18; steps count up from the start of the run"
+        )
     return number
 
 

@@ -149,7 +149,12 @@ def read_header(head: bytes, *, object_size_bytes: int) -> dict[str, tuple[str, 
         header = json.loads(head[8 : 8 + length])
         tensors = {name: value for name, value in header.items() if name != _METADATA}
         found = {
-            name: (str(v["dtype"]), tuple(int(n) for n in v["shape"]), int(v["data_offsets"][0]), int(v["data_offsets"][1]))
+            name: (
+                str(v["dtype"]),
+                tuple(int(n) for n in v["shape"]),
+                int(v["data_offsets"][0]),
+                int(v["data_offsets"][1]),
+            )
             for name, v in tensors.items()
         }
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as exc:

@@ -142,12 +142,12 @@ class Policy:
 class PolicyWords:
     """The policy keywords as a user gave them; ``INHERIT`` for each one left out."""
 
-    monitor: str | None | Inherit = INHERIT
-    mode: str | None | Inherit = INHERIT
-    keep_last: int | None | Inherit = INHERIT
-    keep_best: int | None | Sequence[KeepBest] | Inherit = INHERIT
-    keep_every: int | None | Inherit = INHERIT
-    keep_within_s: float | None | Inherit = INHERIT
+    monitor: str | Inherit | None = INHERIT
+    mode: str | Inherit | None = INHERIT
+    keep_last: int | Inherit | None = INHERIT
+    keep_best: int | Sequence[KeepBest] | Inherit | None = INHERIT
+    keep_every: int | Inherit | None = INHERIT
+    keep_within_s: float | Inherit | None = INHERIT
     keep_unscored: int | Inherit = INHERIT
 
     @property
@@ -192,7 +192,7 @@ def _best_rules(words: PolicyWords, base: Policy) -> tuple[KeepBest, ...]:
     if monitor is None:
         if not isinstance(words.keep_best, Inherit) and words.keep_best != 0:
             raise ConfigError(
-                f"keep_best={words.keep_best} needs to know the metric: add monitor=\"val_loss\", mode=\"min\""
+                f'keep_best={words.keep_best} needs to know the metric: add monitor="val_loss", mode="min"'
             )
         if isinstance(words.mode, str):
             raise ConfigError(f'mode="{words.mode}" needs to know the metric: add monitor="val_loss"')

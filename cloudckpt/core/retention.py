@@ -162,8 +162,11 @@ def _protected(committed: Sequence[Checkpoint], resumed_from: str | None) -> dic
 
 
 def _why_nothing_keeps_it(policy: Policy) -> tuple[str, ...]:
-    words = [f"not in best {rule.n}" + (f" by {rule.metric}" if len(policy.keep_best) > 1 else "")
-             for rule in policy.keep_best if rule.n]
+    words = [
+        f"not in best {rule.n}" + (f" by {rule.metric}" if len(policy.keep_best) > 1 else "")
+        for rule in policy.keep_best
+        if rule.n
+    ]
     if policy.keep_last is not None:
         words.append(f"not in last {policy.keep_last}")
     if policy.keep_every is not None:

@@ -15,7 +15,7 @@ __all__ = ["Selector", "parse_selector", "select", "select_best"]
 
 _STEP = re.compile(r"(?:checkpoint-|step-)?(0|[1-9][0-9]{0,18})")
 _ID = re.compile(r"[0-9a-f]{4,8}")
-_SPELLINGS = 'latest, best, a step (1500, step-1500, checkpoint-1500), tag:NAME or a save id'
+_SPELLINGS = "latest, best, a step (1500, step-1500, checkpoint-1500), tag:NAME or a save id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,8 +98,8 @@ class Codec:
         encode = _ENCODERS.get(type(value))
         if encode is None:
             raise TypeError(
-                f"{render_path(path)}: a {type(value).__module__}.{type(value).__qualname__} cannot be stored. Give the "
-                "object that holds it a state_dict() and load_state_dict() without it, or pass allow_pickle=True"
+                f"{render_path(path)}: a {type(value).__module__}.{type(value).__qualname__} cannot be stored. Give "
+                "the object that holds it a state_dict() and load_state_dict() without it, or pass allow_pickle=True"
             )
         if id(value) in self._open:
             raise TypeError(f"{render_path(path)}: this {type(value).__name__} contains itself and cannot be stored")

@@ -169,8 +169,7 @@ class Reader:
             self.problem("an object")
             return {}
         return {
-            name: Reader(item, f"{self.place}[{json.dumps(name)}]", self._problems)
-            for name, item in self.value.items()
+            name: Reader(item, f"{self.place}[{json.dumps(name)}]", self._problems) for name, item in self.value.items()
         }
 
     def rest(self) -> dict[str, Any]:

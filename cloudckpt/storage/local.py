@@ -34,6 +34,7 @@ _ERRORS: dict[int, tuple[str, bool]] = {
     errno.ENOSPC: ("no space left on the device: free some, then save again", False),
     errno.EDQUOT: ("the disk quota is used up: free some, then save again", False),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", False),
+    errno.EEXIST: ("there is a file where a folder should be", False),
     errno.EISDIR: ("there is a folder where a file should be", False),
     errno.ENAMETOOLONG: ("the name is too long for this file system", False),
     errno.ESTALE: ("the network file system lost the file (stale handle)", True),
@@ -99,6 +100,11 @@ class LocalStorage:
     def url(self) -> str:
         """The folder's absolute path."""
         return str(self._root)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder is there already; the first write makes it."""
+        return self._root.is_dir()
 
     def check_writable(self) -> None:
         """Fail early, without writing anything, where the folder could never be written.
@@ -307,9 +313,7 @@ def _write_durably(
         _fsync_folder(path.parent)
 
 
-def _write_all(
-    file: FileIO, buffers: Iterable[Buffer], path: Path, progress: Callable[[int], None] | None
-) -> int:
+def _write_all(file: FileIO, buffers: Iterable[Buffer], path: Path, progress: Callable[[int], None] | None) -> int:
     written = 0
     # The caller's iterator runs outside of _mapped: what it raises is about the caller's own files.
     for buffer in buffers:

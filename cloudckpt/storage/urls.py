@@ -30,7 +30,9 @@ _EXTRAS = {
 _S3_ALIASES = {"r2", "b2", "minio", "wasabi", "ceph", "do", "spaces"}
 
 
-def open_storage(root: str | os.PathLike[str] | Storage, *, storage_options: dict[str, object] | None = None) -> Storage:
+def open_storage(
+    root: str | os.PathLike[str] | Storage, *, storage_options: dict[str, object] | None = None
+) -> Storage:
     """The storage that ``root`` means: a path, a URL, or a ``Storage`` as it is. Opens no connection.
 
     Raises:
@@ -68,8 +70,8 @@ def _no_storage(text: str, scheme: str, storage_options: dict[str, object] | Non
     rest = text.partition("://")[2]
     if scheme in _S3_ALIASES:
         return (
-            f"{text!r}: {scheme}:// is not a URL scheme of its own; such a store speaks S3. Write 's3://{rest}' and set "
-            "AWS_ENDPOINT_URL to the store's endpoint"
+            f"{text!r}: {scheme}:// is not a URL scheme of its own; such a store speaks S3. Write 's3://{rest}' and "
+            "set AWS_ENDPOINT_URL to the store's endpoint"
         )
     if scheme in _EXTRAS:
         extra, module = _EXTRAS[scheme]

@@ -69,9 +69,7 @@ def fetch(
     for (component, name), entry in entries.items():
         _check_sizes(entry, f"{component}.{name}", checkpoint)
     chunks = [chunk for entry in entries.values() for chunk in entry.chunks]
-    extents = plan_extents(
-        (Wanted(c.object, c.start, c.length) for c in chunks), gap_bytes=settings.read_gap_bytes
-    )
+    extents = plan_extents((Wanted(c.object, c.start, c.length) for c in chunks), gap_bytes=settings.read_gap_bytes)
     buffers = _read(storage, checkpoint, extents, settings)
     with ThreadPoolExecutor(settings.io_threads, thread_name_prefix="cloudckpt-check") as pool:
         # list() so that the first damage found is raised here.

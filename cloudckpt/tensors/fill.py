@@ -57,14 +57,20 @@ def _check(target: object, stored: Any, path: Path, problems: list[str]) -> None
         if not isinstance(stored, torch.Tensor) or stored.shape != target.shape:
             problems.append(f"{here}: the state has {_kind(target)}, the checkpoint {_kind(stored)}")
     elif isinstance(target, MutableMapping) and isinstance(stored, Mapping):
-        for key in target:
-            if key not in stored:
-                problems.append(f"{render_path((*path, key))}: missing in the checkpoint")
-            else:
-                _check(target[key], stored[key], (*path, key), problems)
+        _check_mapping(target, stored, path, problems)
     elif isinstance(target, list) and isinstance(stored, list) and len(target) == len(stored):
         for n, (inner, value) in enumerate(zip(target, stored, strict=True)):
             _check(inner, value, (*path, n), problems)
+
+
+def _check_mapping(
+    target: MutableMapping[Any, Any], stored: Mapping[Any, Any], path: Path, problems: list[str]
+) -> None:
+    for key in target:
+        if key in stored:
+            _check(target[key], stored[key], (*path, key), problems)
+        else:
+            problems.append(f"{render_path((*path, key))}: missing in the checkpoint")
 
 
 def _check_named(own: Mapping[str, object], stored: Any, here: str, problems: list[str]) -> None:

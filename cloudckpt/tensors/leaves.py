@@ -18,7 +18,7 @@ from cloudckpt.core.values import SKIP, Codec, Path, render_path
 from cloudckpt.errors import ConfigError, FormatError
 from cloudckpt.tensors.memory import check_storable, dtype_name, dtype_named
 
-__all__ = ["ArrayLeaf", "PickleLeaf", "StatefulLeaf", "TensorLeaf", "TorchLeaf", "EnumLeaf", "ScalarLeaf", "has_state"]
+__all__ = ["ArrayLeaf", "EnumLeaf", "PickleLeaf", "ScalarLeaf", "StatefulLeaf", "TensorLeaf", "TorchLeaf", "has_state"]
 
 
 def has_state(value: object) -> bool:
@@ -198,8 +198,8 @@ class PickleLeaf:
             body = pickle.dumps(value, protocol=4)
         except Exception as exc:
             raise TypeError(
-                f"{render_path(path)}: a {type(value).__qualname__} cannot even be pickled ({exc}). Give the object that "
-                "holds it a state_dict() and load_state_dict() without it"
+                f"{render_path(path)}: a {type(value).__qualname__} cannot even be pickled ({exc}). Give the object "
+                "that holds it a state_dict() and load_state_dict() without it"
             ) from exc
         self.note()
         return base64.b64encode(body).decode("ascii")

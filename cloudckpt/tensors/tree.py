@@ -16,8 +16,16 @@ import torch
 from cloudckpt.core import keys
 from cloudckpt.core.values import Codec, Handler, Path
 from cloudckpt.errors import ConfigError, FormatError
-from cloudckpt.tensors.leaves import ArrayLeaf, EnumLeaf, PickleLeaf, ScalarLeaf, StatefulLeaf, TensorLeaf, TorchLeaf
-from cloudckpt.tensors.leaves import has_state
+from cloudckpt.tensors.leaves import (
+    ArrayLeaf,
+    EnumLeaf,
+    PickleLeaf,
+    ScalarLeaf,
+    StatefulLeaf,
+    TensorLeaf,
+    TorchLeaf,
+    has_state,
+)
 
 __all__ = ["FlatState", "flatten", "unflatten"]
 
@@ -160,5 +168,6 @@ def _check_components(state: Mapping[str, object]) -> None:
         other = folded.setdefault(name.casefold(), name)
         if other != name:
             raise ConfigError(
-                f"components {other!r} and {name!r} differ only by case: a disk that ignores case would mix them. Rename one"
+                f"components {other!r} and {name!r} differ only by case: a disk that ignores case would mix "
+                "them. Rename one"
             )

@@ -1,0 +1,63 @@
+# Two commands do all set-up on a fresh machine with Python 3.11+: `make demo` and `make test`.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ROOT ?= ./runs/demo
+BIN := .venv/bin
+KILLS ?= 200
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check cov unit processes kill slow spec golden fmt clean ci-extra
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.runtime: pyproject.toml tools/install_torch.sh | .venv/bin/python
+	tools/install_torch.sh .venv "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	$(BIN)/python -m pip install --quiet -e ".[test,dev]"
+	@touch $@
+
+demo: .venv/.runtime ## train a small transformer, kill it in mid-save, resume, compare bit for bit (ROOT=…)
+	$(BIN)/python examples/demo.py --root "$(ROOT)"
+
+test: check cov unit ## everything a change must pass
+
+check: .venv/.dev ## format, lint, types, floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+cov: .venv/.dev ## the pure core, with all of its branches
+	$(BIN)/python -m pytest tests/core -q --cov=cloudckpt.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+
+unit: .venv/.dev ## every other suite but the slow ones
+	$(BIN)/python -m pytest tests --ignore=tests/core -m "not slow" -n 2 --dist loadfile
+
+kill: .venv/.dev ## kill -9 at KILLS moments (200) and print which phase was hit
+	$(BIN)/python -m pytest tests/crash/test_kill.py -m slow -s --kills $(KILLS)
+
+slow: .venv/.dev ## every slow suite at full length
+	$(BIN)/python -m pytest tests -m slow -s --kills $(KILLS)
+
+ci-extra: .venv/.dev ## the slow suites, shorter
+	$(BIN)/python -m pytest tests -m slow -s --kills 48
+
+spec: .venv/.dev ## write the examples of docs/spec/v1.md and the generated tables anew
+	$(BIN)/python tools/generate_docs.py --write
+
+golden: .venv/.dev ## write a golden store of the current format (only for a new format)
+	$(BIN)/python tools/make_golden.py
+
+fmt: .venv/.dev ## format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what the other targets made
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache

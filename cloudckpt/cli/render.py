@@ -1,0 +1,101 @@
+"""Checkpoints as tables for people and as JSON for programs. Both say the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cloudckpt.core.model import Checkpoint, State
+from cloudckpt.core.text import format_bytes, format_duration, format_metric
+
+__all__ = ["age", "as_json", "checkpoint_json", "checkpoints_table", "errors", "output", "print_json"]
+
+
+def output() -> Console:
+    """Standard output; without a terminal neither colours nor a guessed width."""
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def errors() -> Console:
+    """Standard error."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON types: dataclasses by field, NaN and infinities as strings."""
+    if isinstance(value, Checkpoint):
+        return checkpoint_json(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "extra"}
+    if isinstance(value, dict):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value
+
+
+def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as every ``--json`` gives it."""
+    fields = {f.name: as_json(getattr(checkpoint, f.name)) for f in dataclasses.fields(checkpoint)}
+    hidden = {"extra", "root"}
+    return {
+        **{k: str(v) if k == "state" else v for k, v in fields.items() if k not in hidden},
+        "name": checkpoint.name,
+        "url": checkpoint.url,
+    }
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(as_json(document), indent=2, ensure_ascii=False) + "\n")
+
+
+def age(at: str | None) -> str:
+    """How long ago, for people."""
+    if at is None:
+        return "-"
+    now = datetime.now(UTC)  # noqa: TID251 - an age for people is relative to now
+    return format_duration(max(0.0, (now - datetime.fromisoformat(at)).total_seconds()))
+
+
+def checkpoints_table(checkpoints: Sequence[Checkpoint]) -> Table:
+    """The listing, newest first: what each is, what it measured, and why it is kept."""
+    metrics = sorted({name for c in checkpoints for name in c.metrics})
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("STEP", justify="right")
+    table.add_column("AGE", justify="right")
+    table.add_column("SIZE", justify="right")
+    for name in metrics:
+        table.add_column(name, justify="right")
+    table.add_column("KEPT BECAUSE", overflow="fold")
+    table.add_column("STATE", overflow="fold")
+    for c in sorted(checkpoints, key=lambda c: -c.seq):
+        table.add_row(
+            str(c.step),
+            age(c.committed_at or c.announced_at),
+            format_bytes(c.size_bytes),
+            *(format_metric(c.metrics[name]) if name in c.metrics else "-" for name in metrics),
+            ", ".join(c.kept_because) if c.state is State.COMMITTED else "-",
+            _state(c),
+            style="dim" if c.state is State.RETIRED else None,
+        )
+    return table
+
+
+def _state(checkpoint: Checkpoint) -> str:
+    words = ["uploading" if checkpoint.state is State.PENDING else str(checkpoint.state)]
+    if checkpoint.damaged is not None:
+        words.append("damaged")
+    words += [f"marked {mark}" for mark in checkpoint.marks]
+    words += [f"tag:{tag}" for tag in checkpoint.tags]
+    return ", ".join(words)
