@@ -6,7 +6,7 @@ BIN := .venv/bin
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check cov unit processes kill slow spec golden fmt clean ci-extra
+.PHONY: help venv demo test check cov unit kill slow spec golden fmt clean ci-extra
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,8 @@ help: ## this list
 .venv/.dev: .venv/.runtime
 	$(BIN)/python -m pip install --quiet -e ".[test,dev]"
 	@touch $@
+
+venv: .venv/.dev ## the virtual environment with everything in it, for an editor or a shell
 
 demo: .venv/.runtime ## train a small transformer, kill it in mid-save, resume, compare bit for bit (ROOT=…)
 	$(BIN)/python examples/demo.py --root "$(ROOT)"
@@ -56,8 +58,8 @@ golden: .venv/.dev ## write a golden store of the current format (only for a new
 	$(BIN)/python tools/make_golden.py
 
 fmt: .venv/.dev ## format and fix
-	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
+	rm -rf .venv runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
         UnsafeStorageError,
     )
     from cloudckpt.manager import CheckpointManager
+    from cloudckpt.pending import PendingSave, Progress
     from cloudckpt.repairing import RepairPlan
     from cloudckpt.run import Run
     from cloudckpt.run import open_run as open  # noqa: A004 - cloudckpt.open() reads as the built-in does
-    from cloudckpt.saving import PendingSave, Progress
     from cloudckpt.storage.base import Storage
     from cloudckpt.sweeping import SweepReport
     from cloudckpt.tools import gc, repair, sweep, verify
@@ -100,9 +100,9 @@ _PLACES: dict[str, tuple[str, str]] = {
     "KeepEvery": ("core.policy", "KeepEvery"),
     "KeepLast": ("core.policy", "KeepLast"),
     "KeepWithin": ("core.policy", "KeepWithin"),
-    "PendingSave": ("saving", "PendingSave"),
+    "PendingSave": ("pending", "PendingSave"),
     "Policy": ("core.policy", "Policy"),
-    "Progress": ("saving", "Progress"),
+    "Progress": ("pending", "Progress"),
     "PrunePlan": ("core.retention", "PrunePlan"),
     "RepairPlan": ("repairing", "RepairPlan"),
     "Run": ("run", "Run"),

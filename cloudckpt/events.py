@@ -13,6 +13,7 @@ from typing import Protocol
 
 from cloudckpt.core.model import Checkpoint
 from cloudckpt.core.text import format_bytes, format_duration, format_metric, format_rate
+from cloudckpt.errors import SaveError
 
 __all__ = [
     "BestChanged",
@@ -241,6 +242,8 @@ class LoggingListener:
                 logger.info("saving %s at %s", c.name, c.url)
             case SaveSkipped():
                 logger.warning("skipped the save of step %d: still saving %s", event.step, event.busy_with)
+            case SaveFailed(error=SaveError()):
+                logger.error("%s", event.error)
             case SaveFailed():
                 logger.error("saving step %d to %s failed: %s", event.step, event.url, event.error)
             case Deleted(checkpoint=c):

@@ -39,8 +39,9 @@ from cloudckpt.events import (
     Warned,
 )
 from cloudckpt.loading import Loaded, LoadRequest, load_chosen
+from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
-from cloudckpt.saving import PendingSave, Saver, SaveRequest
+from cloudckpt.saving import Saver, SaveRequest
 from cloudckpt.storage import LocalStorage, ManifestStore, Storage, open_storage
 from cloudckpt.tensors.fill import check_fits, fill
 from cloudckpt.view import placed

@@ -124,7 +124,7 @@ def main() -> None:
         for step in range(resumed.step + 1 if resumed else 0, args.steps):
             loss = loss_of(model, reader.batch())
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimizer.step()
             scheduler.step()
             if (step + 1) % args.save_every == 0:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import SupportsFloat, SupportsIndex
 
+from cloudckpt.core import keys
 from cloudckpt.errors import ConfigError
 
 __all__ = ["checked_label", "checked_labels", "checked_metrics", "checked_step"]
 
 _LABEL_LIMIT = 200
-_STEP_LIMIT = 10**18
 
 
 def checked_step(step: object) -> int:
@@ -26,7 +26,7 @@ def checked_step(step: object) -> int:
         number = step.__index__()
     except TypeError:
         raise ConfigError(f"step={step!r}: expected an integer >= 0, got {type(step).__name__}") from None
-    if not 0 <= number <= _STEP_LIMIT:
+    if not 0 <= number <= keys.STEP_LIMIT:
         raise ConfigError(
             f"step={number}: expected an integer from 0 to 10**18; steps count up from the start of the run"
         )
@@ -47,14 +47,14 @@ def checked_metrics(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, fl
 
 
 def _number(name: str, value: SupportsFloat) -> float:
-    if type(value) is int:
-        return value
     if isinstance(value, bool | str | bytes):
         raise ConfigError(f"metric {name!r}: expected a number, got {value!r}")
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as exc:
         raise ConfigError(f"metric {name!r}: expected one number, got {type(value).__name__} ({exc})") from exc
+    if type(value) is int:
+        return value
     # One NaN object for all, so that equal metrics compare equal.
     return math.nan if math.isnan(number) else number
 

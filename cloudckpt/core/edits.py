@@ -79,7 +79,7 @@ def report_metrics(manifest: Manifest, save_id: str, metrics: Mapping[str, float
 
 def retire(manifest: Manifest, save_ids: Iterable[str], reason: str, *, at: str) -> Manifest:
     """The manifest in which a person let these committed checkpoints go, whatever the rules say."""
-    found = [manifest.find(save_id) for save_id in save_ids]
+    found = [manifest.find(save_id) for save_id in dict.fromkeys(save_ids)]
     going: list[Checkpoint] = [e for e in found if e is not None and e.state is State.COMMITTED]
     changed = manifest
     for entry in going:

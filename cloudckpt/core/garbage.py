@@ -52,7 +52,8 @@ def plan_garbage(manifest: Manifest, listing: Iterable[tuple[str, int]]) -> Garb
     """What of ``listing`` (key, size in bytes) nobody can need, by a manifest written after the listing.
 
     Retired entries' bytes are garbage; so are folders no entry names, manifest copies that are no longer
-    among the kept ones, and probes. Pending and committed entries keep everything in their folder.
+    among the kept ones, and probes. Pending entries keep everything in their folder; committed ones, to which
+    nobody writes any more, everything but the temporary files of puts that never ended.
     """
     entries = {entry.id: entry for entry in manifest.entries}
     parsed = [(keys.parse(key), size) for key, size in listing]
@@ -67,6 +68,8 @@ def plan_garbage(manifest: Manifest, listing: Iterable[tuple[str, int]]) -> Garb
                 reason = "no entry of the manifest names its folder"
             elif entry.state is State.RETIRED:
                 reason = f"retired: {entry.retired_because}"
+            elif entry.state is State.COMMITTED and key.kind is keys.Kind.TEMPORARY:
+                reason = "left by a put that never ended"
         elif key.kind is keys.Kind.COPY and key.revision not in newest_copies:
             reason = f"an older copy of the manifest; the newest {COPIES_KEPT} are kept"
         elif key.kind is keys.Kind.PROBE:

@@ -1,8 +1,8 @@
 """The index ``checkpoint.json`` as bytes, both directions.
 
 Its keys keep their order (the order of a state dict is part of the state), and its last field, ``digest``, is
-the SHA-256 of everything before it, so that a claim can tell a whole index from a changed one even before
-any manifest has recorded its digest.
+the SHA-256 of the same bytes without that field, so that a claim can tell a whole index from a changed one
+even before any manifest has recorded its digest.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ __all__ = ["INDEX_LIMIT_BYTES", "decode_index", "encode_index", "index_digest"]
 #: An index with 1,000,000 tensors has about 300 MiB; anything past this limit is not one of ours.
 INDEX_LIMIT_BYTES = 512 * 1024 * 1024
 
+_END = b"}\n"
+
 
 def index_digest(body: bytes) -> str:
     """The digest of an index's bytes as the manifest records it: ``sha256:<hex>``."""
@@ -31,8 +33,12 @@ def index_digest(body: bytes) -> str:
 
 def encode_index(index: Index) -> bytes:
     """The index's bytes."""
-    document = _to_json(index)
-    return canonical({**document, "digest": index_digest(canonical(document, readable=False))}, readable=False)
+    body = canonical(_to_json(index), readable=False)
+    return body.removesuffix(_END) + _digest_field(index_digest(body))
+
+
+def _digest_field(digest: str) -> bytes:
+    return f', "digest": "{digest}"'.encode("ascii") + _END
 
 
 def decode_index(body: bytes, *, what: str = keys.INDEX_NAME) -> Index:
@@ -41,15 +47,14 @@ def decode_index(body: bytes, *, what: str = keys.INDEX_NAME) -> Index:
     Raises:
         FormatError: not an index of a format this code knows, or changed since it was written.
     """
-    document = parse_document(body, what=what, limit_bytes=INDEX_LIMIT_BYTES)
-    root = Reader(document, "", [])
+    root = Reader(parse_document(body, what=what, limit_bytes=INDEX_LIMIT_BYTES), "", [])
     digest = root.at("digest").digest()
     index = Index(
         format=root.at("format").integer(least=1),
         requires=root.at("requires").texts(),
         run_id=root.at("run_id").hex(32),
         id=root.at("id").save_id(),
-        step=root.at("step").integer(),
+        step=root.at("step").step(),
         seq=root.at("seq").integer(least=1),
         writer_epoch=root.at("writer_epoch").integer(least=1),
         announced_at=root.at("announced_at").time(),
@@ -71,8 +76,8 @@ def decode_index(body: bytes, *, what: str = keys.INDEX_NAME) -> Index:
     )
     _check_together(index, root)
     root.finish(what)
-    rest = {name: value for name, value in document.items() if name != "digest"}
-    if index_digest(canonical(rest, readable=False)) != digest:
+    sealed = body.removesuffix(_digest_field(digest)) + _END
+    if index_digest(sealed) != digest:
         raise FormatError(f"{what} was changed after it was written: its digest does not match")
     return index
 
@@ -85,6 +90,8 @@ def _check_together(index: Index, root: Reader) -> None:
         for name, tensor in tensors.items():
             if tensor.alias_of is not None and tensors.get(tensor.alias_of, tensor).alias_of is not None:
                 root.at("tensors").complain(f"{component}: {name}: alias_of names no stored tensor")
+            if tensor.alias_of is not None and tensor.chunks:
+                root.at("tensors").complain(f"{component}: {name}: an alias has no bytes of its own")
             for chunk in tensor.chunks:
                 if chunk.object not in sizes or chunk.start + chunk.length > sizes[chunk.object]:
                     root.at("tensors").complain(f"{component}: {name}: bytes outside of its payload object")

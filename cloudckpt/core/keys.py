@@ -8,19 +8,20 @@ Grammar (ABNF-like; every key is relative to the root, parts joined with ``/``):
     prefix      = "checkpoint-" step "." save-id
     index       = prefix "/checkpoint.json"
     payload     = prefix "/" component "-" 5*DIGIT "-of-" 5*DIGIT ".safetensors"
-    temporary   = prefix "/." payload-name ".tmp"          local disk only, while a put is under way
+    temporary   = [prefix "/"] "." name ".tmp"             local disk only, while a put of "name" is under way
     probe       = ".cloudckpt-probe-" 8HEXDIG
     lock        = ".cloudckpt.lock"                        local disk only
     swap        = ".cloudckpt-swap.tmp"                    local disk only, written under the lock
-    step        = "0" / (%x31-39 *DIGIT)
+    step        = "0" / (%x31-39 *18DIGIT)
     save-id     = 8 lower-case hex digits
-    component   = 1*(ALPHA / DIGIT / "_" / "." / "-" / "%" 2HEXDIG), not starting with "."
+    component   = 1*(ALPHA / DIGIT / "_" / "." / "-" / "%" 2HEXDIG), not starting with "." and without ".."
 
 Everything else is foreign: reported, never touched (I12).
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,6 +34,7 @@ __all__ = [
     "LOCK",
     "MANIFEST",
     "PROBE_PREFIX",
+    "STEP_LIMIT",
     "SWAP",
     "Key",
     "Kind",
@@ -56,12 +58,16 @@ LOCK = ".cloudckpt.lock"
 SWAP = ".cloudckpt-swap.tmp"
 PROBE_PREFIX = ".cloudckpt-probe-"
 
+#: The highest step: what a folder's name can spell.
+STEP_LIMIT = 10**18
+
 _ID = re.compile(r"[0-9a-f]{8}")
 _PREFIX = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})\.([0-9a-f]{8})")
 _COPY = re.compile(r"manifest-([0-9]{6,})\.json")
 _REPLACED = re.compile(r"manifest-replaced-[0-9a-f]{8}\.json")
+_REPLACED_TEMPORARY = re.compile(r"\.manifest-replaced-[0-9a-f]{8}\.json\.tmp")
 _PROBE = re.compile(r"\.cloudckpt-probe-[0-9a-f]{8}")
-_PAYLOAD = re.compile(r"((?!\.)(?:[A-Za-z0-9_.-]|%[0-9A-F]{2})+)-([0-9]{5,})-of-([0-9]{5,})\.safetensors")
+_PAYLOAD = re.compile(r"((?!\.|.*\.\.)(?:[A-Za-z0-9_.-]|%[0-9A-F]{2})+)-([0-9]{5,})-of-([0-9]{5,})\.safetensors")
 _TEMPORARY = re.compile(r"\.(.+)\.tmp")
 
 #: Names longer than this do not fit common file systems (255 bytes) with our suffixes.
@@ -123,9 +129,13 @@ def payload_name(component: str, rank: int, world_size: int) -> str:
     """The name, inside the folder, of the payload object of one component and rank.
 
     Raises:
-        FormatError: the component's name is empty or too long once escaped.
+        FormatError: the component's name is empty, too long once escaped, or no text at all.
     """
-    escaped = quote(component, safe="", encoding="utf-8", errors="strict").replace("~", "%7E")
+    try:
+        escaped = quote(component, safe="", encoding="utf-8", errors="strict").replace("~", "%7E")
+    except UnicodeEncodeError:
+        raise FormatError(f"component {component!r}: a lone surrogate has no UTF-8, use another name") from None
+    escaped = escaped.replace("..", ".%2E")
     if escaped.startswith("."):
         escaped = "%2E" + escaped[1:]
     if not escaped or len(escaped) > _COMPONENT_LIMIT:
@@ -153,9 +163,10 @@ def component_of(name: str) -> str:
         FormatError: it is no payload object's name.
     """
     match = _PAYLOAD.fullmatch(name)
-    if match is None:
-        raise FormatError(f"{name!r} is not the name of a payload object")
-    return unquote(match[1], errors="strict")
+    if match is not None:
+        with contextlib.suppress(UnicodeDecodeError):
+            return unquote(match[1], errors="strict")
+    raise FormatError(f"{name!r} is not the name of a payload object")
 
 
 def payload_key(step: int, save_id: str, name: str) -> str:
@@ -189,9 +200,9 @@ def _parse_root(name: str) -> Key:
         return Key(text=name, kind=kind)
     if match := _COPY.fullmatch(name):
         return Key(text=name, kind=Kind.COPY, revision=int(match[1]))
-    if _REPLACED.fullmatch(name):
-        return Key(text=name, kind=Kind.REPLACED)
-    return Key(text=name, kind=Kind.PROBE if _PROBE.fullmatch(name) else Kind.FOREIGN)
+    patterns = ((_REPLACED, Kind.REPLACED), (_PROBE, Kind.PROBE), (_REPLACED_TEMPORARY, Kind.TEMPORARY))
+    kind = next((kind for pattern, kind in patterns if pattern.fullmatch(name)), Kind.FOREIGN)
+    return Key(text=name, kind=kind)
 
 
 def _kind_inside(name: str) -> Kind | None:

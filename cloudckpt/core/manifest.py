@@ -27,7 +27,7 @@ from cloudckpt.core.model import (
     State,
 )
 from cloudckpt.core.policy import Policy
-from cloudckpt.core.retention import PrunePlan, plan_prune
+from cloudckpt.core.retention import plan_prune
 from cloudckpt.errors import ConflictError, FencedError
 
 __all__ = [
@@ -113,14 +113,11 @@ def change_entry(manifest: Manifest, save_id: str, change: Callable[[Checkpoint]
 
 def recompute(manifest: Manifest) -> Manifest:
     """The manifest whose ``best``, ``recent`` and ``kept_because`` follow from its entries and policy (I4)."""
-    plan = _plan(manifest)
+    plan = plan_prune(manifest.entries, manifest.policy, resumed_from=manifest.resumed_from)
     because = {d.checkpoint.id: d.reasons if d.keep else () for d in plan.decisions}
     entries = tuple(replace(e, kept_because=because.get(e.id, e.kept_because)) for e in manifest.entries)
-    return replace(manifest, entries=entries, best=plan.best, recent=plan.recent)
-
-
-def _plan(manifest: Manifest) -> PrunePlan:
-    return plan_prune(manifest.entries, manifest.policy, resumed_from=manifest.resumed_from)
+    recomputed = replace(manifest, entries=entries, best=plan.best, recent=plan.recent)
+    return manifest if recomputed == manifest else recomputed
 
 
 def check_fence(manifest: Manifest, writer_epoch: int) -> None:
@@ -165,7 +162,10 @@ def claim(
     open_before = before if before is not None and not before.closed else None
     if open_before is not None:
         _check_takeover(open_before, owner, takeover)
-    earlier = manifest.claims if open_before is not None else ()
+    pending = [(entry, settlements[entry.id]) for entry in manifest.in_state(State.PENDING)]
+    # A save that rolls forward is a commit since the last claim, and so the end of any duel.
+    progress = any(isinstance(settlement, RollForward) for _, settlement in pending)
+    earlier = manifest.claims if open_before is not None and not progress else ()
     writer_epoch = manifest.writer_epoch + 1
     claims = (*earlier, Claim(writer_epoch=writer_epoch, identity=owner.identity))[-_DUEL:]
     if takeover != "force" and _is_duel(claims):
@@ -177,8 +177,8 @@ def claim(
     claimed = replace(manifest, writer_epoch=writer_epoch, owner=owner, claims=claims, policy=policy)
     detail = f"{owner}" + (f", taking over from {open_before}" if open_before else "")
     claimed = note(claimed, "claim", at=at, detail=detail)
-    for entry in claimed.in_state(State.PENDING):
-        claimed = _settle_one(claimed, entry, settlements[entry.id], at=at)
+    for entry, settlement in pending:
+        claimed = _settle_one(claimed, entry, settlement, at=at)
     return recompute(claimed)
 
 
@@ -209,6 +209,8 @@ def settle(manifest: Manifest, settlements: Mapping[str, Settlement], *, writer_
         entry = settled.find(save_id)
         if entry is not None and entry.state is State.PENDING:
             settled = _settle_one(settled, entry, settlement, at=at)
+    if settled.commits != manifest.commits:
+        settled = replace(settled, claims=())
     return settled if settled is manifest else recompute(settled)
 
 
@@ -234,9 +236,13 @@ def announce(
 
     Raises:
         FencedError: somebody claimed a newer epoch.
+        ConflictError: another save has this id already (one in four billion): its folder must not be written to.
     """
     check_fence(manifest, writer_epoch)
-    if manifest.find(entry.id) is not None:
+    known = manifest.find(entry.id)
+    if known is not None:
+        if (known.step, known.writer_epoch) != (entry.step, writer_epoch):
+            raise ConflictError(f"the save id {entry.id} is taken by {known.name}: save again, with a new one")
         return manifest
     settled = forget(settle(manifest, settlements, writer_epoch=writer_epoch, at=at), gone, at=at)
     pending = replace(entry, seq=settled.next_seq, state=State.PENDING, writer_epoch=writer_epoch, announced_at=at)
@@ -285,13 +291,16 @@ def _commit_one(manifest: Manifest, entry: Checkpoint, sealed: RollForward, *, e
 def resume_from(manifest: Manifest, save_id: str, *, writer_epoch: int, at: str) -> Manifest:
     """The manifest that protects the older checkpoint this epoch resumed from, until its first commit.
 
+    One that was retired meanwhile cannot be protected any more.
+
     Raises:
         FencedError: somebody claimed a newer epoch.
     """
     check_fence(manifest, writer_epoch)
-    if manifest.resumed_from == save_id:
+    entry = manifest.find(save_id)
+    if manifest.resumed_from == save_id or entry is None or entry.state is not State.COMMITTED:
         return manifest
-    noted = note(manifest, "resume", at=at, entry=manifest.find(save_id))
+    noted = note(manifest, "resume", at=at, entry=entry)
     return recompute(replace(noted, resumed_from=save_id))
 
 

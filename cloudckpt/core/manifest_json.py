@@ -92,6 +92,7 @@ def _check_together(manifest: Manifest, root: Reader) -> None:
 def policy_to_json(policy: Policy) -> dict[str, Any]:
     """A policy as it stands in the manifest and in each index."""
     return {
+        **policy.extra,
         "keep_last": policy.keep_last,
         "keep_best": [{"metric": r.metric, "mode": r.mode, "n": r.n} for r in policy.keep_best],
         "keep_every": policy.keep_every,
@@ -108,7 +109,7 @@ def policy_from_json(reader: Reader) -> Policy:
             keep_last=reader.optional("keep_last", lambda r: r.integer(least=1)),
             keep_best=tuple(
                 KeepBest(
-                    r.object().at("metric").text() or "?",
+                    r.object().at("metric").word(),
                     r.at("mode").choice(MODES),
                     r.optional("n", lambda n: n.integer()),
                 )
@@ -117,6 +118,7 @@ def policy_from_json(reader: Reader) -> Policy:
             keep_every=reader.optional("keep_every", lambda r: r.integer(least=1)),
             keep_within_s=reader.optional("keep_within_s", Reader.number),
             keep_unscored=reader.at("keep_unscored").integer(),
+            extra=reader.rest(),
         )
     except ConfigError as exc:
         reader.complain(str(exc))
@@ -127,6 +129,7 @@ def _owner_to_json(owner: Owner | None) -> dict[str, Any] | None:
     if owner is None:
         return None
     return {
+        **owner.extra,
         "host": owner.host,
         "pid": owner.pid,
         "run_key": owner.run_key,
@@ -145,6 +148,7 @@ def _owner(reader: Reader) -> Owner:
         claimed_at=reader.at("claimed_at").time(),
         closed=reader.at("closed").boolean(),
         token=reader.at("token").hex(16),
+        extra=reader.rest(),
     )
 
 
@@ -165,7 +169,7 @@ def _best(reader: Reader) -> Best:
 def _event_to_json(event: JournalEvent) -> dict[str, Any]:
     fields = {"id": event.id, "step": event.step, "detail": event.detail}
     named = {name: value for name, value in fields.items() if value is not None}
-    return {"at": event.at, "revision": event.revision, "event": event.event, **named}
+    return {**event.extra, "at": event.at, "revision": event.revision, "event": event.event, **named}
 
 
 def _event(reader: Reader) -> JournalEvent:
@@ -175,8 +179,9 @@ def _event(reader: Reader) -> JournalEvent:
         revision=reader.at("revision").integer(),
         event=reader.at("event").text(),
         id=reader.optional("id", Reader.save_id),
-        step=reader.optional("step", Reader.integer),
+        step=reader.optional("step", Reader.step),
         detail=reader.optional("detail", Reader.text),
+        extra=reader.rest(),
     )
 
 
@@ -210,7 +215,7 @@ def _entry(reader: Reader) -> Checkpoint:
     state = State(reader.at("state").choice([str(state) for state in State]))
     entry = Checkpoint(
         id=reader.at("id").save_id(),
-        step=reader.at("step").integer(),
+        step=reader.at("step").step(),
         seq=reader.at("seq").integer(least=1),
         state=state,
         writer_epoch=reader.at("writer_epoch").integer(least=1),

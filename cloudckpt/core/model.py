@@ -125,6 +125,7 @@ class Owner:
     run_key: str | None
     claimed_at: str
     closed: bool = False
+    extra: Mapping[str, Json] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host}" + (f" (run {self.run_key})" if self.run_key else "")
@@ -153,6 +154,7 @@ class JournalEvent:
     id: str | None = None
     step: int | None = None
     detail: str | None = None
+    extra: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

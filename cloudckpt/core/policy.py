@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Final, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, TypeVar
 
 from cloudckpt.errors import ConfigError
 
@@ -27,6 +27,10 @@ MODES: Final = ("min", "max")
 _T = TypeVar("_T")
 
 
+def _is_count(value: object, *, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
 class Inherit:
     """The type of ``INHERIT``: a policy word that was left out, so that the stored one rules."""
 
@@ -44,10 +48,10 @@ class KeepLast:
     n: int | None
 
     def __post_init__(self) -> None:
-        if self.n is not None and self.n < 1:
+        if self.n is not None and not _is_count(self.n, least=1):
             raise ConfigError(
-                f"keep_last={self.n}: the newest checkpoint is always kept, so write keep_last=1 for only that, "
-                "or keep_last=None to keep all"
+                f"keep_last={self.n!r}: expected an integer >= 1. The newest checkpoint is always kept, so write "
+                "keep_last=1 for only that, or keep_last=None to keep all"
             )
 
 
@@ -63,12 +67,14 @@ class KeepBest:
     n: int | None = 1
 
     def __post_init__(self) -> None:
-        if not self.metric:
+        if not isinstance(self.metric, str) or not self.metric:
             raise ConfigError('monitor needs the name of a metric, such as monitor="val_loss"')
         if self.mode not in MODES:
             raise ConfigError(f'mode={self.mode!r} for {self.metric!r}: write mode="min" or mode="max"')
-        if self.n is not None and self.n < 0:
-            raise ConfigError(f"keep_best={self.n}: write 0 to keep none for being best, or None to keep all")
+        if self.n is not None and not _is_count(self.n, least=0):
+            raise ConfigError(
+                f"keep_best={self.n!r}: expected an integer >= 0; 0 keeps none for being best, None keeps all"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +84,8 @@ class KeepEvery:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"keep_every={self.steps}: write a number of steps >= 1, or None")
+        if not _is_count(self.steps, least=1):
+            raise ConfigError(f"keep_every={self.steps!r}: expected an integer number of steps >= 1, or None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,8 @@ class KeepWithin:
     seconds: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.seconds) and self.seconds > 0):
-            raise ConfigError(f"keep_within={self.seconds}: write a positive number of seconds, or None")
+        if type(self.seconds) not in {int, float} or not 0 < self.seconds < math.inf:
+            raise ConfigError(f"keep_within={self.seconds!r}: expected a positive number of seconds, or None")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +109,7 @@ class Policy:
         keep_every: every N steps, or None.
         keep_within_s: seconds before the newest commit, or None.
         keep_unscored: under a monitor, the newest N entries that lack the metric.
+        extra: fields written by a newer version, carried along untouched.
     """
 
     keep_last: int | None = 3
@@ -110,6 +117,7 @@ class Policy:
     keep_every: int | None = None
     keep_within_s: float | None = None
     keep_unscored: int = 2
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         KeepLast(self.keep_last)
@@ -117,8 +125,8 @@ class Policy:
             KeepEvery(self.keep_every)
         if self.keep_within_s is not None:
             KeepWithin(self.keep_within_s)
-        if self.keep_unscored < 0:
-            raise ConfigError(f"keep_unscored={self.keep_unscored}: write a number >= 0")
+        if not _is_count(self.keep_unscored, least=0):
+            raise ConfigError(f"keep_unscored={self.keep_unscored!r}: expected an integer >= 0")
         metrics = [rule.metric for rule in self.keep_best]
         if twice := sorted({metric for metric in metrics if metrics.count(metric) > 1}):
             raise ConfigError(f"keep_best names {', '.join(map(repr, twice))} more than once: one rule per metric")
@@ -172,6 +180,7 @@ def resolve(words: PolicyWords, stored: Policy | None, *, has_entries: bool, cha
         keep_every=_or(words.keep_every, base.keep_every),
         keep_within_s=_or(words.keep_within_s, base.keep_within_s),
         keep_unscored=_or(words.keep_unscored, base.keep_unscored),
+        extra=base.extra,
     )
     if stored and has_entries and not change_policy:
         _refuse_other_direction(stored, policy)
@@ -183,7 +192,9 @@ def _or(given: _T | Inherit, stored: _T) -> _T:
 
 
 def _best_rules(words: PolicyWords, base: Policy) -> tuple[KeepBest, ...]:
-    if isinstance(words.keep_best, Sequence):
+    if isinstance(words.keep_best, Sequence) and not isinstance(words.keep_best, str):
+        if not all(isinstance(rule, KeepBest) for rule in words.keep_best):
+            raise ConfigError('keep_best as a list needs rules in it, such as keep_best=[Best("val_loss", "min", 2)]')
         if not isinstance(words.monitor, Inherit) or not isinstance(words.mode, Inherit):
             raise ConfigError("keep_best as a list of rules names its own metrics: leave monitor and mode out")
         return tuple(words.keep_best)
@@ -214,7 +225,8 @@ def _direction_hint(monitor: str) -> str:
 def _refuse_other_direction(stored: Policy, policy: Policy) -> None:
     before = [(rule.metric, rule.mode) for rule in stored.keep_best]
     after = [(rule.metric, rule.mode) for rule in policy.keep_best]
-    if before and before != after:
+    # A further rule keeps more, never less; another first one changes what "best" means.
+    if before and (before[:1] != after[:1] or not set(before) <= set(after)):
         raise ConfigError(
             f"this run keeps {_spelled(before)}, and now {_spelled(after)} was asked for; its best checkpoints "
             "would be judged anew and some could be retired. Leave monitor and mode out to go on as before, or "
@@ -229,12 +241,13 @@ def _spelled(rules: Sequence[tuple[str, str]]) -> str:
 def tightened(before: Policy, after: Policy) -> bool:
     """Whether ``after`` may retire what ``before`` would have kept."""
     best_after = {(rule.metric, rule.mode): rule.n for rule in after.keep_best}
+    unscored_after = {rule.metric: after.keep_unscored for rule in after.keep_best}
     return (
         _fewer(before.keep_last, after.keep_last)
         or any(_fewer(rule.n, best_after.get((rule.metric, rule.mode), 0)) for rule in before.keep_best)
-        or (before.keep_every is not None and before.keep_every != after.keep_every)
+        or any(before.keep_unscored > unscored_after.get(rule.metric, 0) for rule in before.keep_best)
+        or (before.keep_every is not None and (after.keep_every is None or before.keep_every % after.keep_every > 0))
         or (before.keep_within_s or 0) > (after.keep_within_s or 0)
-        or (bool(before.keep_best) and before.keep_unscored > after.keep_unscored)
     )
 
 

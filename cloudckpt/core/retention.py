@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from cloudckpt.core.model import Best, Checkpoint, State
 from cloudckpt.core.policy import KeepBest, KeepEvery, KeepLast, KeepWithin, Policy
@@ -66,6 +66,11 @@ def metric_value(metrics: Mapping[str, float], metric: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def _has_metric(metrics: Mapping[str, float], metric: str) -> bool:
+    """Whether the metric was reported at all; NaN is a report too."""
+    return metric in metrics or f"eval_{metric}" in metrics
+
+
 def ranked(checkpoints: Iterable[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:
     """The usable checkpoints that have the metric, best first; of equal ones the older first."""
     scored = [(value, c) for c in checkpoints if c.usable and (value := metric_value(c.metrics, metric)) is not None]
@@ -93,9 +98,9 @@ def plan_prune(entries: Sequence[Checkpoint], policy: Policy, *, resumed_from: s
     _note(reasons, _within(policy, usable))
     _note(reasons, _unscored(policy, usable))
     _note(reasons, _protected(committed, resumed_from))
-    if committed and not usable:
-        # Everything left is marked or damaged: a run that has committed something never ends up with nothing.
-        _note(reasons, {committed[-1].id: "newest"})
+    if not usable:
+        # Everything left is marked or damaged: a run that has whole checkpoints never ends up without one.
+        _note(reasons, {e.id: "newest" for e in [e for e in committed if e.damaged is None][-1:]})
 
     against = _why_nothing_keeps_it(policy)
     decisions = tuple(
@@ -131,14 +136,16 @@ def _within(policy: Policy, usable: Sequence[Checkpoint]) -> dict[str, str]:
     if policy.keep_within_s is None or not times:
         return {}
     rule = KeepWithin(policy.keep_within_s)
-    since = max(times.values()) - timedelta(seconds=rule.seconds)
-    return {save_id: f"within {rule.seconds:g} s" for save_id, at in times.items() if at >= since}
+    newest = max(times.values())
+    ages = {save_id: (newest - at).total_seconds() for save_id, at in times.items()}
+    return {save_id: f"within {rule.seconds:g} s" for save_id, age in ages.items() if age <= rule.seconds}
 
 
 def _unscored(policy: Policy, usable: Sequence[Checkpoint]) -> dict[str, str]:
     kept: dict[str, str] = {}
     for rule in policy.keep_best:
-        lacking = [c for c in reversed(usable) if metric_value(c.metrics, rule.metric) is None]
+        # NaN is no gap that a late report will fill: it must not take the place of one that is still evaluated.
+        lacking = [c for c in reversed(usable) if not _has_metric(c.metrics, rule.metric)]
         kept |= {c.id: f"unscored #{rank}" for rank, c in enumerate(lacking[: policy.keep_unscored], 1)}
     return kept
 

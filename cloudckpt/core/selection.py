@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cloudckpt.core import keys
-from cloudckpt.core.model import Checkpoint, Manifest, State
+from cloudckpt.core.model import Checkpoint, Manifest
 from cloudckpt.core.retention import ranked
 from cloudckpt.errors import CheckpointNotFoundError, ConfigError
 
@@ -20,7 +20,10 @@ _SPELLINGS = "latest, best, a step (1500, step-1500, checkpoint-1500), tag:NAME 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selector:
-    """A parsed selector: exactly one field says how to choose.
+    """A parsed selector: exactly one field says how to choose, but for eight decimal digits.
+
+    Those are a step, and a save id if no checkpoint has that step. Fewer digits are never the beginning of a
+    save id: a step that is gone must not select (or remove) some other checkpoint.
 
     ``named`` selectors mean one certain checkpoint, marked or not; ``latest`` and ``best`` choose among the
     usable ones and may fall back to another.
@@ -53,7 +56,7 @@ def parse_selector(text: str | int) -> Selector:
     if word == "best":
         return Selector(text=word, best=True)
     if match := _STEP.fullmatch(word):
-        return Selector(text=word, step=int(match[1]))
+        return Selector(text=word, step=int(match[1]), id=word if text == word and keys.is_save_id(word) else None)
     if word.startswith("tag:") and len(word) > len("tag:"):
         return Selector(text=word, tag=word.removeprefix("tag:"))
     if place := keys.parse_prefix(word):
@@ -75,11 +78,11 @@ def select(manifest: Manifest, selector: Selector) -> Checkpoint:
     elif selector.best:
         return select_best(manifest)
     elif selector.step is not None:
-        found = [e for e in committed if e.step == selector.step] or _by_id(committed, selector.text)
+        found = [e for e in committed if e.step == selector.step] or _by_id(committed, selector.id)
     elif selector.tag is not None:
         found = [e for e in committed if selector.tag in e.tags]
     else:
-        found = _by_id(committed, selector.id or "")
+        found = _by_id(committed, selector.id)
         if len(found) > 1:
             raise CheckpointNotFoundError(
                 f"{selector.text!r} is the beginning of {len(found)} save ids: {', '.join(e.id for e in found)}"
@@ -112,21 +115,15 @@ def select_best(manifest: Manifest, metric: str | None = None, mode: str | None 
     return order[0]
 
 
-def _by_id(entries: Sequence[Checkpoint], beginning: str) -> list[Checkpoint]:
-    return [e for e in entries if len(beginning) >= 4 and e.id.startswith(beginning)]
+def _by_id(entries: Sequence[Checkpoint], beginning: str | None) -> list[Checkpoint]:
+    return [e for e in entries if beginning is not None and e.id.startswith(beginning)]
 
 
 def _nothing(manifest: Manifest, selector: Selector) -> str:
     committed = manifest.committed
-    other = next(
-        (
-            e
-            for e in manifest.entries
-            if e.state is not State.COMMITTED and (e.step == selector.step or (selector.id and e.id == selector.id))
-        ),
-        None,
-    )
-    if other is not None:
+    others = [e for e in manifest.entries if e.step == selector.step] or _by_id(manifest.entries, selector.id)
+    if others:
+        other = others[-1]
         why = f": {other.retired_because}" if other.retired_because else ""
         return f"{other.name} is {other.state}{why}; only committed checkpoints can be selected"
     if not committed:
@@ -140,6 +137,7 @@ def _nothing(manifest: Manifest, selector: Selector) -> str:
         tags = sorted({name for e in committed for name in e.tags})
         return f"nothing has the tag {selector.tag!r}; the tags there are: {', '.join(tags) or 'none'}"
     if selector.step is not None:
-        near = sorted({e.step for e in committed}, key=lambda step: (abs(step - (selector.step or 0)), step))[:3]
-        return f"no committed checkpoint of step {selector.step}; the nearest are {', '.join(map(str, sorted(near)))}"
+        wanted = selector.step
+        near = sorted({e.step for e in committed}, key=lambda step: (abs(step - wanted), step))[:3]
+        return f"no committed checkpoint of step {wanted}; the nearest are {', '.join(map(str, sorted(near)))}"
     return f"no committed checkpoint has the save id {selector.text!r}"

@@ -11,7 +11,7 @@ def format_bytes(size_bytes: float) -> str:
     """``2.1 GiB``; whole numbers below one KiB."""
     size = float(size_bytes)
     for unit in _UNITS[:-1]:
-        if abs(size) < 1024:
+        if abs(size) < 1023.95:  # from here on one decimal would read "1024.0"
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} {_UNITS[-1]}"

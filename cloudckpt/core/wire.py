@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
@@ -22,8 +24,15 @@ __all__ = ["Reader", "canonical", "metric_to_json", "metrics_to_json", "parse_do
 _T = TypeVar("_T")
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_LARGEST_FLOAT = int(sys.float_info.max)
 _LOW_HEX = re.compile(r"[0-9a-f]+")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+#: Every counter of the format fits a signed 64-bit integer.
+_LARGEST = 2**63 - 1
+
+#: Deeper nesting of fields we only carry along could be read, and then not be written again.
+_DEPTH_LIMIT = 100
 
 #: More problems than this say nothing new; a hostile document must not make an endless message.
 _PROBLEMS_SHOWN = 20
@@ -66,7 +75,9 @@ def parse_document(body: bytes, *, what: str, limit_bytes: int) -> dict[str, Any
     if len(body) > limit_bytes:
         raise FormatError(f"{what} has {len(body)} bytes, more than the {limit_bytes} that are read")
     try:
-        document = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        document = json.loads(
+            body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except RecursionError:
         raise FormatError(f"{what} is nested too deeply to be one of ours") from None
     except ValueError as exc:
@@ -87,8 +98,8 @@ def parse_document(body: bytes, *, what: str, limit_bytes: int) -> dict[str, Any
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        twice = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
-        raise ValueError(f"the name {twice!r} occurs twice in one object")
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {_shown(twice)} occurs twice in one object")
     return found
 
 
@@ -96,9 +107,27 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:30]} is too large")
+    return number
+
+
 def _shown(value: object) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_deeper(value: object, limit: int) -> bool:
+    level, depth = [value], 0
+    while level and depth <= limit:
+        containers = [inner for inner in level if isinstance(inner, dict | list)]
+        level = [inner for c in containers for inner in (c.values() if isinstance(c, dict) else c)]
+        depth += 1
+    return bool(level)
 
 
 class Reader:
@@ -169,13 +198,16 @@ class Reader:
             self.problem("an object")
             return {}
         return {
-            name: Reader(item, f"{self.place}[{json.dumps(name)}]", self._problems) for name, item in self.value.items()
+            name: Reader(item, f"{self.place}[{_shown(name)}]", self._problems) for name, item in self.value.items()
         }
 
     def rest(self) -> dict[str, Any]:
         """The fields nobody asked for: written by a newer version, and carried along."""
         fields = self.value if isinstance(self.value, dict) else {}
-        return {name: value for name, value in fields.items() if name not in self._taken}
+        unknown = {name: value for name, value in fields.items() if name not in self._taken}
+        if _is_deeper(unknown, _DEPTH_LIMIT):
+            self.complain(f"unknown fields are nested more than {_DEPTH_LIMIT} deep")
+        return unknown
 
     # -- leaves ----------------------------------------------------------------------------------------------
 
@@ -186,12 +218,24 @@ class Reader:
         self.problem("a string")
         return ""
 
-    def integer(self, *, least: int = 0) -> int:
-        """An integer, not a bool and not 1.0."""
-        if type(self.value) is int and self.value >= least:
+    def word(self) -> str:
+        """A string that is not empty."""
+        if isinstance(self.value, str) and self.value:
             return self.value
-        self.problem(f"an integer >= {least}")
+        self.problem("a string that is not empty")
+        return "?"
+
+    def integer(self, *, least: int = 0, most: int = _LARGEST) -> int:
+        """An integer, not a bool and not 1.0."""
+        if type(self.value) is int and least <= self.value <= most:
+            return self.value
+        too_large = type(self.value) is int and self.value > most
+        self.problem(f"an integer <= {most}" if too_large else f"an integer >= {least}")
         return least
+
+    def step(self) -> int:
+        """A training step."""
+        return self.integer(most=keys.STEP_LIMIT)
 
     def boolean(self) -> bool:
         """True or false."""
@@ -202,8 +246,10 @@ class Reader:
 
     def number(self) -> float:
         """A finite number; an integer stays one."""
-        if type(self.value) in {int, float}:
-            return self.value  # type: ignore[return-value]  # narrowed by the set, which mypy does not follow
+        if isinstance(self.value, float):
+            return self.value
+        if type(self.value) is int and abs(self.value) <= _LARGEST_FLOAT:
+            return self.value
         self.problem("a number")
         return 0.0
 

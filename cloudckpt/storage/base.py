@@ -92,10 +92,12 @@ class Storage(Protocol):
 
         The key belongs to one save alone, so there is no condition; repeating a put with the same bytes is
         harmless. ``buffers`` is consumed once and in order. ``progress`` is called with the number of further
-        bytes handed over. Durable on return. Any exit, ``KeyboardInterrupt`` included, leaves nothing visible.
+        bytes handed over. Durable on return. An exit before the last buffer, ``KeyboardInterrupt`` included, leaves
+        nothing visible; after a later error the whole object may be there.
 
         Raises:
             StorageError: the store refused, or the buffers do not add up to ``size_bytes``.
+            BaseException: whatever ``buffers`` or ``progress`` raised, as it was.
         """
         ...
 

@@ -15,22 +15,23 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from cloudckpt.config import Settings
 from cloudckpt.core import keys
 from cloudckpt.core.garbage import COPIES_KEPT
 from cloudckpt.core.manifest import stamped
 from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest, encode_manifest
-from cloudckpt.core.model import Manifest
+from cloudckpt.core.model import HISTORY_LENGTH, Manifest
 from cloudckpt.errors import (
+    CloudCkptError,
     CommitUnknownError,
     ConflictError,
     FormatError,
     ObjectNotFoundError,
     StorageError,
 )
-from cloudckpt.storage.base import Landed, Storage, Unknown, Versioned
+from cloudckpt.storage.base import Landed, Outcome, Storage, Unknown, Versioned
 from cloudckpt.storage.retry import Backoff, RetryingStorage
 
 __all__ = ["Held", "ManifestStore", "utc_now"]
@@ -40,7 +41,8 @@ _Facts = TypeVar("_Facts")
 
 def utc_now() -> str:
     """The wall clock as a label for people: UTC, ISO 8601, milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    now = datetime.now(UTC)  # noqa: TID251 - this is the one clock
+    return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,22 @@ class Held:
 
     manifest: Manifest
     version: str | None
+
+
+def _means_nothing(key: str) -> bool:
+    """Whether a key says nothing about a run: what a probe, a lock or a write under the lock left behind."""
+    parsed = keys.parse(key)
+    return parsed.kind in {keys.Kind.LOCK, keys.Kind.PROBE} or (
+        parsed.kind is keys.Kind.TEMPORARY and parsed.id is None
+    )
+
+
+def _is_ours(key: str) -> bool:
+    return keys.parse(key).kind is not keys.Kind.FOREIGN and not _means_nothing(key)
+
+
+def _is_refusal(outcome: Outcome) -> TypeGuard[Unknown]:
+    return isinstance(outcome, Unknown) and isinstance(outcome.cause, StorageError) and not outcome.cause.retryable
 
 
 class ManifestStore:
@@ -71,6 +89,8 @@ class ManifestStore:
     ) -> None:
         self.settings = settings or Settings()
         self.storage: Storage = RetryingStorage(storage, self._backoff(self.settings.storage_deadline_s))
+        # transact tries again by itself, under its own one deadline.
+        self._once = storage
         self.clock = clock
         self.token = token
         #: Whether a manifest that went back in time stops this process. A writer sets it with its claim;
@@ -81,9 +101,7 @@ class ManifestStore:
         self._mutex = threading.RLock()
 
     def _backoff(self, deadline_s: float) -> Backoff:
-        return Backoff(
-            deadline_s=deadline_s, base_s=self.settings.retry_base_s, cap_s=self.settings.retry_cap_s
-        )
+        return Backoff(deadline_s=deadline_s, base_s=self.settings.retry_base_s, cap_s=self.settings.retry_cap_s)
 
     @property
     def last_seen(self) -> Manifest | None:
@@ -99,7 +117,7 @@ class ManifestStore:
             StorageError: the store refused; a 403 is never taken for a new run.
         """
         with self._mutex:
-            held = self._fetch()
+            held = self._fetch(self.storage)
             if held is not None:
                 self._base = held
                 return held.manifest
@@ -108,7 +126,15 @@ class ManifestStore:
                     f"{self.storage.url}/{keys.MANIFEST} was there and is gone: somebody deleted it. Stop every "
                     f"writer and run: cloudckpt repair {self.storage.url}"
                 )
-            self._refuse_leftovers()
+            try:
+                self._refuse_leftovers()
+            except FormatError:
+                # Another process may have made the run between our look at the manifest and our listing.
+                held = self._fetch(self.storage)
+                if held is None:
+                    raise
+                self._base = held
+                return held.manifest
             return None
 
     def drop_base(self) -> None:
@@ -116,9 +142,9 @@ class ManifestStore:
         with self._mutex:
             self._base = None
 
-    def _fetch(self) -> Held | None:
+    def _fetch(self, storage: Storage) -> Held | None:
         try:
-            found = self.storage.read(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
+            found = storage.read(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
         except ObjectNotFoundError:
             return None
         url = f"{self.storage.url}/{keys.MANIFEST}"
@@ -149,22 +175,32 @@ class ManifestStore:
                 f"{found.revision}: an older one was put back. Stop every writer and run: cloudckpt repair "
                 f"{self.storage.url}"
             )
+        if found.revision < seen.revision + HISTORY_LENGTH and seen.write_id not in found.history:
+            raise ConflictError(
+                f"{self.storage.url}/{keys.MANIFEST} is at revision {found.revision} and knows nothing of revision "
+                f"{seen.revision} that this process saw: an older one was put back and written upon. Stop every "
+                f"writer and run: cloudckpt repair {self.storage.url}"
+            )
 
     def _refuse_leftovers(self) -> None:
-        # The only LIST of an open, and only when there is no manifest: max-keys 1 would do, but a lock or a
-        # swap file on local disk is nothing to refuse for.
-        listed = self.storage.list("", limit=3)
-        found = [item.key for item in listed if keys.parse(item.key).kind not in {keys.Kind.LOCK, keys.Kind.TEMPORARY,
-                                                                                keys.Kind.PROBE}]
-        if not found:
+        # The only LIST of an open, and only when there is no manifest. A probe or a swap file is nothing to refuse
+        # for, but however many there are, what sorts after them must not be overlooked.
+        found = next((item.key for item in self.storage.list("", limit=1)), None)
+        if found is not None and _means_nothing(found):
+            found = next((item.key for item in self.storage.list("") if not _means_nothing(item.key)), None)
+        if found is None:
             return
-        if all(keys.parse(key).kind is keys.Kind.FOREIGN for key in found):
-            raise FormatError(
-                f"{self.storage.url} is not empty and holds no run of ours (there is {found[0]!r}): choose an empty "
-                "or new root, for example a subfolder. Nothing was changed"
-            )
+        if not _is_ours(found):
+            # Foreign files may lie beside a run of ours: the advice depends on it.
+            ours = (item.key for start in ("checkpoint-", "manifest-") for item in self.storage.list(start))
+            found, foreign = next(filter(_is_ours, ours), None), found
+            if found is None:
+                raise FormatError(
+                    f"{self.storage.url} is not empty and holds no run of ours (there is {foreign!r}): choose an "
+                    "empty or new root, for example a subfolder. Nothing was changed"
+                )
         raise FormatError(
-            f"{self.storage.url} holds checkpoints ({found[0]!r}) but no {keys.MANIFEST}: it was deleted. Nothing "
+            f"{self.storage.url} holds checkpoints ({found!r}) but no {keys.MANIFEST}: it was deleted. Nothing "
             f"was changed. To rebuild it, run: cloudckpt repair {self.storage.url}"
         )
 
@@ -191,47 +227,41 @@ class ManifestStore:
 
         Raises:
             CommitUnknownError: the store never told the outcome before ``settings.manifest_deadline_s``.
+            StorageError: the store said no for good, and the manifest is as it was.
             ConflictError: raised by ``change``; or the manifest was rolled back or replaced.
             FormatError: the manifest needs features this version does not know, or cannot be read.
         """
         with self._mutex:
+            remembered = self._base is not None
             base = self._base or self._start(new)
             proposal: Manifest | None = None
             doubt: Exception | None = None
             for _ in self._backoff(self.settings.manifest_deadline_s).tries():
                 if proposal is None:
-                    self._check_writable(base.manifest)
-                    changed = change(base.manifest, prepare(base.manifest))
+                    changed, base = self._decided(base, change, prepare, remembered=remembered)
                     if changed is base.manifest:
                         return changed
                     proposal = self._stamped(changed, base.manifest, keep_copy=keep_copy)
-                body = encode_manifest(proposal)
-                outcome = (
-                    self.storage.create(keys.MANIFEST, body)
-                    if base.version is None
-                    else self.storage.replace(keys.MANIFEST, body, expecting=base.version)
-                )
+                outcome = self._write(encode_manifest(proposal), base.version)
                 if isinstance(outcome, Landed):
                     return self._landed(Held(proposal, outcome.version), proposal, base.manifest)
+                certain_before = doubt is None
                 doubt = outcome.cause if isinstance(outcome, Unknown) else doubt
                 try:
-                    current = self._fetch()
+                    current = self._look_again(base)
                 except StorageError as exc:
                     doubt = exc
                     continue
-                if current is None:
-                    if base.version is None:
-                        continue  # nothing there yet: the same create again
-                    raise ConflictError(
-                        f"{self.storage.url}/{keys.MANIFEST} is gone: somebody deleted it while this process was "
-                        f"writing. Stop every writer and run: cloudckpt repair {self.storage.url}"
-                    )
                 if proposal.write_id in current.manifest.history:
                     # It was ours: the answer had been lost.
                     return self._landed(current, proposal, base.manifest)
                 if current.version != base.version:
-                    base, proposal, doubt = current, None, None
-                    self._base = base
+                    self._base = base = current
+                    proposal, doubt, remembered = None, None, False
+                elif certain_before and _is_refusal(outcome):
+                    # A plain no to every request sent, and nothing landed: there is nothing to be in doubt about,
+                    # and two minutes of asking again would not help.
+                    raise outcome.cause
             if proposal is None or doubt is None:
                 raise ConflictError(
                     f"gave up on {self.storage.url}/{keys.MANIFEST} after "
@@ -241,6 +271,56 @@ class ManifestStore:
                 f"the store never told whether revision {proposal.revision} of {self.storage.url}/{keys.MANIFEST} "
                 f"landed ({doubt}). Nothing was deleted; the next write finds out"
             ) from doubt
+
+    def _decided(
+        self,
+        base: Held,
+        change: Callable[[Manifest, _Facts], Manifest],
+        prepare: Callable[[Manifest], _Facts],
+        *,
+        remembered: bool,
+    ) -> tuple[Manifest, Held]:
+        """What ``change`` makes of the manifest, and of which one.
+
+        A write made upon a remembered manifest that is out of date fails its condition. "Nothing to do" and a
+        refusal send no write that could: they are decided again upon what is there now.
+        """
+        self._check_writable(base.manifest)
+        try:
+            changed = change(base.manifest, prepare(base.manifest))
+        except StorageError:
+            raise
+        except CloudCkptError:
+            if not remembered:
+                raise
+            changed = base.manifest
+        if changed is not base.manifest or not remembered:
+            return changed, base
+        held = self._fetch(self.storage)
+        if held is None:
+            raise self._gone()
+        self._base = held
+        return self._decided(held, change, prepare, remembered=False)
+
+    def _gone(self) -> ConflictError:
+        return ConflictError(
+            f"{self.storage.url}/{keys.MANIFEST} is gone: somebody deleted it while this process was writing. Stop "
+            f"every writer and run: cloudckpt repair {self.storage.url}"
+        )
+
+    def _write(self, body: bytes, version: str | None) -> Outcome:
+        if version is None:
+            return self.storage.create(keys.MANIFEST, body)
+        return self.storage.replace(keys.MANIFEST, body, expecting=version)
+
+    def _look_again(self, base: Held) -> Held:
+        """What is there now; ``base`` itself while a run that is being made is not there yet."""
+        current = self._fetch(self._once)
+        if current is not None:
+            return current
+        if base.version is None:
+            return base
+        raise self._gone()
 
     def _start(self, new: Callable[[], Manifest] | None) -> Held:
         found = self.read()
@@ -275,11 +355,7 @@ class ManifestStore:
                 self.storage.put(keys.replaced_manifest(self.token(8)), [over.body], size_bytes=len(over.body))
             doubt: Exception | None = None
             for _ in self._backoff(self.settings.manifest_deadline_s).tries():
-                outcome = (
-                    self.storage.create(keys.MANIFEST, body)
-                    if over is None
-                    else self.storage.replace(keys.MANIFEST, body, expecting=over.version)
-                )
+                outcome = self._write(body, over.version if over else None)
                 if isinstance(outcome, Landed):
                     self._base = Held(stamp, outcome.version)
                     return stamp
@@ -296,11 +372,12 @@ class ManifestStore:
                     return stamp
                 if over is None or found.version != over.version:
                     raise ConflictError(
-                        f"somebody else wrote {self.storage.url}/{keys.MANIFEST} during the repair: look at the run again"
+                        f"somebody else wrote {self.storage.url}/{keys.MANIFEST} during the repair: look at the run "
+                        "again"
                     )
             raise CommitUnknownError(
-                f"the store never told whether the repaired manifest of {self.storage.url} landed ({doubt}); run repair "
-                "again"
+                f"the store never told whether the repaired manifest of {self.storage.url} landed ({doubt}); run "
+                "repair again"
             ) from doubt
 
     def _stamped(self, changed: Manifest, base: Manifest, *, keep_copy: bool) -> Manifest:

@@ -106,8 +106,9 @@ class MemoryStorage:
 
     def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
         """See ``Storage.delete``."""
+        going = [*keys]  # the caller's iterator may ask this storage something
         with self._lock:
-            for key in keys:
+            for key in going:
                 self._objects.pop(key, None)
                 self._versions.pop(key, None)
         return {}

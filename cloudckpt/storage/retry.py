@@ -82,9 +82,7 @@ class RetryingStorage:
                 if not exc.retryable:
                     raise
                 last = exc
-        raise StorageError(
-            f"{last} (tried again for {self._backoff.deadline_s:g} s)", retryable=True
-        ) from last
+        raise StorageError(f"{last} (tried again for {self._backoff.deadline_s:g} s)", retryable=True) from last
 
     def read(self, key: str, *, limit_bytes: int) -> Versioned:
         """See ``Storage.read``."""
@@ -115,13 +113,21 @@ class RetryingStorage:
     def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
         """See ``Storage.delete``; the keys that failed retryably are tried again."""
         left = [*keys]
+        refused: dict[str, StorageError] = {}
         failed: dict[str, StorageError] = {}
-        for _ in self._backoff.tries():
-            failed = self._again(lambda: self._inner.delete(left))
+        for _ in self._backoff.tries() if left else ():
+            try:
+                failed = self._inner.delete(left)
+            except StorageError as exc:
+                if not exc.retryable:
+                    raise
+                # No answer about any of them; one deadline covers this and the single failures.
+                failed = dict.fromkeys(left, exc)
+            refused |= {key: exc for key, exc in failed.items() if not exc.retryable}
             left = [key for key, exc in failed.items() if exc.retryable]
             if not left:
                 break
-        return failed
+        return refused | {key: failed[key] for key in left}
 
     def abort_uploads(self, prefix: str) -> int:
         """See ``Storage.abort_uploads``."""

@@ -1,0 +1,119 @@
+"""A save on its way, as the training loop holds it."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+
+from cloudckpt.core.model import Checkpoint
+
+__all__ = ["PendingSave", "Progress"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a save is. ``phase``: announce, upload, seal, commit, delete, done or failed; bytes of payload."""
+
+    phase: str
+    bytes_done: int
+    bytes_total: int
+
+
+class PendingSave:
+    """A save on its way. ``wait()`` for it, or let the next call or ``close()`` raise what went wrong."""
+
+    def __init__(self, checkpoint: Checkpoint, bytes_total: int) -> None:
+        self._checkpoint = checkpoint
+        self._bytes_total = bytes_total
+        self._bytes_done = 0
+        self._phase = "announce"
+        self._mutex = threading.Lock()
+        self._staged = threading.Event()
+        self._outcome: Future[Checkpoint] = Future()
+        self._seen = False
+
+    def __repr__(self) -> str:
+        return f"<PendingSave {self._checkpoint.name}: {self.progress.phase}>"
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The entry: pending until the save is committed, then as committed."""
+        if self._outcome.done() and self._outcome.exception() is None:
+            return self._outcome.result()
+        return self._checkpoint
+
+    @property
+    def progress(self) -> Progress:
+        """How far it is."""
+        with self._mutex:
+            return Progress(phase=self._phase, bytes_done=self._bytes_done, bytes_total=self._bytes_total)
+
+    def done(self) -> bool:
+        """Whether it has ended, one way or the other."""
+        return self._outcome.done()
+
+    def wait(self, timeout_s: float | None = None) -> Checkpoint:
+        """Wait until the save is committed.
+
+        Raises:
+            SaveError: it did not become visible; the cause is chained.
+            ConflictError: this process was replaced by a newer writer, or the run was changed under it.
+            TimeoutError: it is still on its way after ``timeout_s`` seconds.
+        """
+        try:
+            result = self._outcome.result(timeout_s)
+        except FutureTimeoutError:
+            if not self._outcome.done():
+                raise TimeoutError(f"{self._checkpoint.name} is still at {self.progress.phase}") from None
+            self._seen = True
+            raise
+        except BaseException:
+            self._seen = True
+            raise
+        self._seen = True
+        return result
+
+    def wait_quietly(self) -> None:
+        """Wait until it has ended, one way or the other, without taking note of its failure."""
+        wait([self._outcome])
+
+    def wait_staged(self) -> None:
+        """Wait until the state may be changed again. Already so when ``save()`` returned."""
+        self._staged.wait()
+
+    # -- for the saver ---------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong, if nobody has been told yet."""
+        if self._seen or not self._outcome.done():
+            return None
+        return self._outcome.exception()
+
+    def mark_seen(self) -> None:
+        """The caller learns of the failure in another way."""
+        self._seen = True
+
+    def enter(self, phase: str) -> None:
+        """Note the phase."""
+        with self._mutex:
+            self._phase = phase
+
+    def advance(self, count: int) -> None:
+        """Note further bytes handed to the store."""
+        with self._mutex:
+            self._bytes_done += count
+
+    def mark_staged(self) -> None:
+        """The caller's state may change from now on."""
+        self._staged.set()
+
+    def end(self, outcome: Checkpoint | BaseException) -> None:
+        """Note how it ended."""
+        if isinstance(outcome, Checkpoint):
+            self._outcome.set_result(outcome)
+        else:
+            self.enter("failed")
+            self._outcome.set_exception(outcome)

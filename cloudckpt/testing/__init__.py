@@ -1,0 +1,41 @@
+"""For tests of this package, of other storages, and of programs that use it: public, and needs ``cloudckpt[test]``.
+
+Nothing is loaded before it is used, so importing this package needs neither pytest nor hypothesis.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cloudckpt.testing.contract import StorageContract
+    from cloudckpt.testing.invariants import check_store
+    from cloudckpt.testing.scripted import Call, Crash, Fault, ScriptedStorage
+
+__all__ = ["Call", "Crash", "Fault", "ScriptedStorage", "StorageContract", "check_store"]
+
+_PLACES = {
+    "Call": "scripted",
+    "Crash": "scripted",
+    "Fault": "scripted",
+    "ScriptedStorage": "scripted",
+    "StorageContract": "contract",
+    "check_store": "invariants",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = f"{__name__}.{_PLACES[name]}"
+    if _PLACES[name] == "contract":
+        # A failing promise shows its values only if pytest rewrites the asserts, which it does for test files alone.
+        importlib.import_module("pytest").register_assert_rewrite(module)
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

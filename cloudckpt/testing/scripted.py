@@ -1,0 +1,226 @@
+"""A storage that keeps a log and fails at one chosen call: stop the program at every call, do not pick one."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
+
+from cloudckpt.errors import StorageError
+from cloudckpt.storage.base import Buffer, Listed, Outcome, Storage, Unknown, Versioned
+
+__all__ = ["Call", "Crash", "Fault", "ScriptedStorage"]
+
+_T = TypeVar("_T")
+
+
+class Fault(StrEnum):
+    """What goes wrong at the chosen call.
+
+    Attributes:
+        REFUSED: the store says no and does nothing. Not retryable.
+        ANSWER_LOST: the store does it, and the answer never comes. Retryable.
+        CRASH_BEFORE: the process dies before the request leaves.
+        CRASH_HALF: the process dies on the way: half of a put's bytes are sent (nothing becomes visible), half of a
+            delete's keys are gone; any other verb is not carried out.
+        CRASH_AFTER: the process dies after the store did it, before the answer is read.
+    """
+
+    REFUSED = "refused"
+    ANSWER_LOST = "answer lost"
+    CRASH_BEFORE = "crash before"
+    CRASH_HALF = "crash half-way"
+    CRASH_AFTER = "crash after"
+
+
+class Crash(BaseException):
+    """The process is dead. No ``Exception``, so that no handler goes on as if it were alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request: its verb, and the keys (for ``list`` and ``abort_uploads``: the prefix) it named."""
+
+    verb: str
+    keys: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.verb}({', '.join(self.keys)})"
+
+
+class ScriptedStorage:
+    """A storage around a storage: logs each call and, at call number ``at`` (from 0), applies ``fault``.
+
+    After a crash every further call raises ``Crash`` as well, calls of other threads that are under way
+    included: the process is dead. What it left behind is in ``inner``, for the next process.
+
+    ``close`` and ``url`` are no requests: they are neither logged nor counted.
+
+    Attributes:
+        calls: the log, in the order in which the calls began.
+    """
+
+    def __init__(self, inner: Storage, at: int | None = None, fault: Fault | None = None) -> None:
+        if (at is None) != (fault is None):
+            raise TypeError("at and fault go together: which call fails, and how")
+        self.calls: list[Call] = []
+        self._inner = inner
+        self._at = at
+        self._fault = fault
+        self._mutex = threading.Lock()
+        self._dead: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<ScriptedStorage {self._inner.url}: {len(self.calls)} calls, {self._fault} at {self._at}>"
+
+    @property
+    def inner(self) -> Storage:
+        """The storage underneath: what is there, whoever died."""
+        return self._inner
+
+    @property
+    def fired(self) -> bool:
+        """Whether the chosen call was reached."""
+        return self._at is not None and len(self.calls) > self._at
+
+    @property
+    def dead(self) -> bool:
+        """Whether the process crashed."""
+        return self._dead is not None
+
+    def counts(self) -> Counter[str]:
+        """How many requests of each verb were made."""
+        with self._mutex:
+            return Counter(call.verb for call in self.calls)
+
+    def keys_of(self, *verbs: str) -> list[str]:
+        """The keys that requests of these verbs named, in order."""
+        with self._mutex:
+            return [key for call in self.calls if call.verb in verbs for key in call.keys]
+
+    def forget(self) -> None:
+        """Empty the log, to count from here. Only without a fault, whose number it would shift."""
+        if self._at is not None:
+            raise TypeError("the log numbers the calls; it cannot be emptied under a fault")
+        with self._mutex:
+            self.calls.clear()
+
+    # -- what happens to a call ------------------------------------------------------------------------------
+
+    def _begin(self, verb: str, *keys: str) -> Fault | None:
+        with self._mutex:
+            self._check_alive()
+            number = len(self.calls)
+            call = Call(verb, keys)
+            self.calls.append(call)
+            fault = self._fault if number == self._at else None
+            if fault is Fault.CRASH_BEFORE:
+                self._dead = f"crashed before call {number}, {call}"
+                self._check_alive()
+            return fault
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise Crash(self._dead)
+
+    def _die(self, fault: Fault) -> Crash:
+        with self._mutex:
+            call = self.calls[self._at or 0]
+            self._dead = f"{fault} in call {self._at}, {call}"
+        return Crash(self._dead)
+
+    def _do(self, fault: Fault | None, verb: Callable[[], _T], *, half: Callable[[], object] | None = None) -> _T:
+        if fault is Fault.REFUSED:
+            raise StorageError(f"call {self._at} was refused", retryable=False)
+        if fault is Fault.CRASH_HALF:
+            if half is not None:
+                half()
+            raise self._die(fault)
+        answer = verb()
+        if fault is Fault.ANSWER_LOST:
+            raise StorageError(f"the answer to call {self._at} was lost", retryable=True)
+        if fault is Fault.CRASH_AFTER:
+            raise self._die(fault)
+        self._check_alive()
+        return answer
+
+    def _write(self, fault: Fault | None, verb: Callable[[], Outcome]) -> Outcome:
+        try:
+            return self._do(fault, verb)
+        except StorageError as exc:
+            return Unknown(exc)
+
+    # -- the verbs -------------------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """See ``Storage.url``."""
+        return self._inner.url
+
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        """See ``Storage.read``."""
+        return self._do(self._begin("read", key), lambda: self._inner.read(key, limit_bytes=limit_bytes))
+
+    def create(self, key: str, body: bytes) -> Outcome:
+        """See ``Storage.create``."""
+        return self._write(self._begin("create", key), lambda: self._inner.create(key, body))
+
+    def replace(self, key: str, body: bytes, *, expecting: str) -> Outcome:
+        """See ``Storage.replace``."""
+        return self._write(self._begin("replace", key), lambda: self._inner.replace(key, body, expecting=expecting))
+
+    def put(
+        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """See ``Storage.put``."""
+        fault = self._begin("put", key)
+
+        def mortal(stop_at: int | None = None) -> Iterator[Buffer]:
+            sent = 0
+            for buffer in buffers:
+                self._check_alive()
+                if stop_at is not None and sent + memoryview(buffer).nbytes > stop_at:
+                    yield memoryview(buffer).cast("B")[: stop_at - sent]
+                    break
+                sent += memoryview(buffer).nbytes
+                yield buffer
+            if stop_at is not None:
+                raise self._die(Fault.CRASH_HALF)
+
+        def send(parts: Iterator[Buffer]) -> None:
+            self._inner.put(key, parts, size_bytes=size_bytes, progress=progress)
+
+        self._do(fault, lambda: send(mortal()), half=lambda: send(mortal(size_bytes // 2)))
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        """See ``Storage.read_into``."""
+        self._do(self._begin("read_into", key), lambda: self._inner.read_into(key, start, target))
+
+    def size(self, key: str) -> int:
+        """See ``Storage.size``."""
+        return self._do(self._begin("size", key), lambda: self._inner.size(key))
+
+    def list(self, prefix: str = "", *, limit: int | None = None) -> Iterator[Listed]:
+        """See ``Storage.list``; carried out when it is called, as one request."""
+        return iter(self._do(self._begin("list", prefix), lambda: [*self._inner.list(prefix, limit=limit)]))
+
+    def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
+        """See ``Storage.delete``."""
+        going = [*keys]
+        return self._do(
+            self._begin("delete", *going),
+            lambda: self._inner.delete(going),
+            half=lambda: self._inner.delete(going[: len(going) // 2]),
+        )
+
+    def abort_uploads(self, prefix: str) -> int:
+        """See ``Storage.abort_uploads``."""
+        return self._do(self._begin("abort_uploads", prefix), lambda: self._inner.abort_uploads(prefix))
+
+    def close(self) -> None:
+        """See ``Storage.close``."""
+        self._check_alive()
+        self._inner.close()

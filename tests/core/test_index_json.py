@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudckpt.core.index_json import decode_index, encode_index, index_digest
+from cloudckpt.core.model import Index
+from cloudckpt.errors import FormatError
+from cloudckpt.testing.builders import index
+from cloudckpt.testing.strategies import indexes
+
+Document = dict[str, Any]
+
+
+def document() -> Document:
+    """The JSON of a small index without its digest, to be changed."""
+    found: Document = json.loads(encode_index(index()))
+    del found["digest"]
+    return found
+
+
+def resealed(changed: Document) -> bytes:
+    """These fields with a digest that fits: what a faulty or hostile writer could have sealed."""
+    body = json.dumps(changed).encode() + b"\n"
+    return body[:-2] + f', "digest": "sha256:{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
+
+
+# -- round trip ----------------------------------------------------------------------------------------------
+
+
+@given(indexes())
+def test_an_index_survives_its_bytes(drawn: Index) -> None:
+    """Decoding what was encoded gives an equal index, in the same order, and encoding that the same bytes."""
+    body = encode_index(drawn)
+    found = decode_index(body)
+
+    assert found == drawn
+    assert encode_index(found) == body
+    assert [list(tensors) for tensors in found.tensors.values()] == [list(t) for t in drawn.tensors.values()]
+
+
+def test_the_last_field_is_the_digest_of_the_rest() -> None:
+    """Anybody can check an index: cut the last field off and take the SHA-256."""
+    body = encode_index(index())
+    rest, field = body.rsplit(b', "digest": ', 1)
+
+    assert json.loads(field.removesuffix(b"}\n")) == index_digest(rest + b"}\n")
+    assert index_digest(body) == f"sha256:{hashlib.sha256(body).hexdigest()}"
+
+
+def test_unknown_fields_are_given_back() -> None:
+    """A field that a newer version sealed is read and kept."""
+    found = decode_index(resealed({**document(), "later": {"a": [1]}}))
+    assert found.extra == {"later": {"a": [1]}}
+
+
+# -- bad input -----------------------------------------------------------------------------------------------
+
+
+@given(indexes(), st.data())
+def test_any_changed_byte_is_found(drawn: Index, data: st.DataObject) -> None:
+    """An index with a byte changed, cut off or put in is refused, wherever it is (L11)."""
+    body = encode_index(drawn)
+    start = data.draw(st.integers(0, len(body) - 1))
+    changed = body[:start] + data.draw(st.binary(max_size=2)) + body[start + data.draw(st.integers(0, 1)) :]
+    if changed == body:
+        return
+    with pytest.raises(FormatError):
+        decode_index(changed)
+
+
+def test_an_index_spelled_otherwise_is_refused() -> None:
+    """The digest is of the bytes: the same JSON with other spaces is not what was sealed."""
+    body = encode_index(index())
+    with pytest.raises(FormatError, match="changed after it was written: its digest does not match"):
+        decode_index(json.dumps(json.loads(body), indent=1).encode())
+
+
+def _tensor(name: str, **fields: Any) -> Callable[[Document], None]:
+    return lambda changed: changed["tensors"]["model"][name].update(fields)
+
+
+def _chunk(**fields: Any) -> Callable[[Document], None]:
+    return lambda changed: changed["tensors"]["model"]["weight"]["chunks"][0].update(fields)
+
+
+def _object(**fields: Any) -> Callable[[Document], None]:
+    return lambda changed: changed["objects"][0].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_object(name="../manifest.json"), "objects[0].name: expected the name of a payload object inside this folder"),
+        (_object(name="/etc/passwd"), "objects[0].name: expected the name of a payload object inside this folder"),
+        (_object(name="checkpoint.json"), "objects[0].name: expected the name of a payload object inside this folder"),
+        (_object(name=7), "objects[0].name: expected a string, got 7"),
+        (_object(size_bytes=-1), "objects[0].size_bytes: expected an integer >= 0, got -1"),
+        (_object(size_bytes=100), "tensors: model: weight: bytes outside of its payload object"),
+        (_object(crc32c="DEADBEEF"), 'objects[0].crc32c: expected 8 lower-case hex digits, got "DEADBEEF"'),
+        (lambda d: d["objects"].append(d["objects"][0]), "objects: two payload objects have the same name"),
+        (lambda d: d["objects"].clear(), "tensors: model: weight: bytes outside of its payload object"),
+        (_chunk(start=145), "tensors: model: weight: bytes outside of its payload object"),
+        (_chunk(object="other"), "tensors: model: weight: bytes outside of its payload object"),
+        (_chunk(offsets=[1]), "tensors: model: weight: a chunk outside of its shape"),
+        (_chunk(lengths=[5]), "tensors: model: weight: a chunk outside of its shape"),
+        (_chunk(offsets=[0, 0]), "tensors: model: weight: a chunk outside of its shape"),
+        (_chunk(lengths=[]), "tensors: model: weight: a chunk outside of its shape"),
+        (_chunk(lengths=["4"]), 'tensors["model"]["weight"].chunks[0].lengths[0]: expected an integer >= 0, got "4"'),
+        (_tensor("weight", shape=[4, -1]), 'tensors["model"]["weight"].shape[1]: expected an integer >= 0, got -1'),
+        (_tensor("weight", shape=[]), "tensors: model: weight: a chunk outside of its shape"),
+        (_tensor("weight", alias_of="bias"), "tensors: model: weight: an alias has no bytes of its own"),
+        (_tensor("tied", alias_of="nobody"), "tensors: model: tied: alias_of names no stored tensor"),
+        (_tensor("tied", alias_of="tied"), "tensors: model: tied: alias_of names no stored tensor"),
+        (_tensor("tied", alias_of=1), 'tensors["model"]["tied"].alias_of: expected a string, got 1'),
+        (lambda d: d["tensors"].update(model=[]), 'tensors["model"]: expected an object, got an array'),
+        (lambda d: d["versions"].update(torch=2.6), 'versions["torch"]: expected a string, got 2.6'),
+        (lambda d: d["policy"].update(keep_last=0), "policy.keep_last: expected an integer >= 1, got 0"),
+        (lambda d: d.update(step="100"), 'step: expected an integer >= 0, got "100"'),
+        (lambda d: d.update(structure=None), "structure: expected an object, got null"),
+        (lambda d: d.update(pickled="no"), 'pickled: expected true or false, got "no"'),
+    ],
+)  # fmt: skip
+def test_every_problem_is_named_by_its_place(change: Callable[[Document], None], message: str) -> None:
+    """A sealed index that reaches out of its folder, its objects or its shapes is refused, and the place is named."""
+    changed = document()
+    change(changed)
+    with pytest.raises(FormatError) as refused:
+        decode_index(resealed(changed), what="s3://b/checkpoint.json")
+
+    assert "s3://b/checkpoint.json is malformed:" in str(refused.value)
+    assert f"\n  {message}" in str(refused.value)
+
+
+@pytest.mark.parametrize("digest", [None, 7, "md5:abc"])
+def test_an_index_without_a_digest_is_refused(digest: object) -> None:
+    """Without a digest nobody can tell a whole index from a changed one."""
+    with pytest.raises(FormatError, match="digest: expected a digest"):
+        decode_index(json.dumps({**document(), "digest": digest}).encode())
+
+
+@pytest.mark.parametrize(("field", "depth"), [("structure", 300), ("later", 50)])
+def test_a_state_may_be_nested_deeply(field: str, depth: int) -> None:
+    """The structure of a state is taken as it is; the codec of values has its own limit."""
+    nested: Any = {}
+    for _ in range(depth):
+        nested = {"a": nested}
+
+    assert decode_index(resealed({**document(), field: nested})).step == 100

@@ -1,0 +1,166 @@
+"""ScriptedStorage: what a fault does to its call, and to the calls after it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from cloudckpt.errors import StorageError
+from cloudckpt.storage import Landed, MemoryStorage, Storage, Unknown
+from cloudckpt.testing import Call, Crash, Fault, ScriptedStorage, StorageContract
+
+WRITES: dict[str, Callable[[Storage], object]] = {
+    "create": lambda s: s.create("new", b"1"),
+    "replace": lambda s: s.replace("old", b"2", expecting="1"),
+    "put": lambda s: s.put("put", iter([b"12", b"345"]), size_bytes=5),
+    "delete": lambda s: s.delete(["old", "older"]),
+}
+READS: dict[str, Callable[[Storage], object]] = {
+    "read": lambda s: s.read("old", limit_bytes=9),
+    "read_into": lambda s: s.read_into("old", 0, memoryview(bytearray(1))),
+    "size": lambda s: s.size("old"),
+    "list": lambda s: s.list("o"),
+    "abort_uploads": lambda s: s.abort_uploads("o"),
+}
+VERBS = {**READS, **WRITES}
+
+
+def filled() -> MemoryStorage:
+    """Two objects, the older one of which has version "1"."""
+    storage = MemoryStorage()
+    storage.create("old", b"1")
+    storage.create("older", b"1")
+    return storage
+
+
+def state(storage: MemoryStorage) -> dict[str, bytes]:
+    """What is there."""
+    return {item.key: storage.read(item.key, limit_bytes=99).body for item in storage.list()}
+
+
+def carried_out(verb: str) -> dict[str, bytes]:
+    """What is there after the verb, without any fault."""
+    storage = filled()
+    VERBS[verb](storage)
+    return state(storage)
+
+
+class TestScripted(StorageContract):
+    """Without a fault it is the storage inside."""
+
+    @pytest.fixture
+    def storage(self, memory_storage: MemoryStorage) -> Storage:
+        return ScriptedStorage(memory_storage)
+
+
+def test_the_log_tells_verbs_and_keys_in_order() -> None:
+    """Every request is logged with the keys it named; closing is none."""
+    storage = ScriptedStorage(filled())
+    for ask in VERBS.values():
+        ask(storage)
+    storage.close()
+
+    assert [call.verb for call in storage.calls] == [*VERBS]
+    assert storage.calls[-1] == Call("delete", ("old", "older"))
+    assert storage.counts() == dict.fromkeys(VERBS, 1)
+    assert storage.keys_of("create", "put") == ["new", "put"]
+    storage.forget()
+    assert storage.calls == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_refused_call_does_nothing(verb: str) -> None:
+    """The store says no for good; the process lives, and its next call is carried out."""
+    inner = filled()
+    storage = ScriptedStorage(inner, at=0, fault=Fault.REFUSED)
+    try:
+        outcome = VERBS[verb](storage)
+        assert isinstance(outcome, Unknown)
+        cause = outcome.cause
+    except StorageError as exc:
+        cause = exc
+
+    assert isinstance(cause, StorageError)
+    assert not cause.retryable
+    assert state(inner) == state(filled())
+    assert isinstance(storage.create("later", b"1"), Landed)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_lost_answer_hides_what_was_done(verb: str) -> None:
+    """The store has done it, and what comes back says neither that nor the contrary."""
+    inner = filled()
+    storage = ScriptedStorage(inner, at=0, fault=Fault.ANSWER_LOST)
+    try:
+        outcome = VERBS[verb](storage)
+        assert isinstance(outcome, Unknown)
+        cause = outcome.cause
+    except StorageError as exc:
+        cause = exc
+
+    assert isinstance(cause, StorageError)
+    assert cause.retryable
+    assert state(inner) == carried_out(verb)
+    assert storage.fired
+    assert not storage.dead
+
+
+@pytest.mark.parametrize("fault", [Fault.CRASH_BEFORE, Fault.CRASH_HALF, Fault.CRASH_AFTER])
+@pytest.mark.parametrize("verb", VERBS)
+def test_after_a_crash_the_process_is_dead(verb: str, fault: Fault) -> None:
+    """A crash before does nothing, one after has done it, half-way shows no object, and nothing works ever after."""
+    inner = filled()
+    storage = ScriptedStorage(inner, at=1, fault=fault)
+    storage.size("old")
+    with pytest.raises(Crash):
+        VERBS[verb](storage)
+
+    left = state(inner)
+    if fault is Fault.CRASH_HALF and verb == "delete":
+        assert left == {"older": b"1"}
+    else:
+        assert left == (carried_out(verb) if fault is Fault.CRASH_AFTER else state(filled()))
+    assert storage.dead
+    for ask in (*VERBS.values(), ScriptedStorage.close):
+        with pytest.raises(Crash):
+            ask(storage)
+    assert state(inner) == left
+    assert len(storage.calls) == 2
+
+
+def test_a_crash_ends_the_calls_under_way() -> None:
+    """A put that another thread has under way when the process dies becomes no object."""
+    inner = filled()
+    storage = ScriptedStorage(inner, at=1, fault=Fault.CRASH_AFTER)
+
+    def buffers() -> Iterator[bytes]:
+        yield b"12"
+        with pytest.raises(Crash):
+            storage.size("old")
+        yield b"345"
+
+    with pytest.raises(Crash):
+        storage.put("put", buffers(), size_bytes=5)
+    assert state(inner) == state(filled())
+
+
+def test_half_a_script_is_refused() -> None:
+    """A fault without a call, or a call without a fault, is a mistake of the test."""
+    with pytest.raises(TypeError, match="go together"):
+        ScriptedStorage(MemoryStorage(), at=3)
+    with pytest.raises(TypeError, match="cannot be emptied"):
+        ScriptedStorage(MemoryStorage(), at=3, fault=Fault.REFUSED).forget()
+
+
+@pytest.mark.processes
+def test_importing_the_package_loads_no_test_tool() -> None:
+    """``import cloudckpt.testing``, and its scripted storage, need neither pytest nor hypothesis nor torch."""
+    code = (
+        "import sys, cloudckpt.testing; cloudckpt.testing.ScriptedStorage; cloudckpt.testing.check_store; "
+        "print(sorted({'pytest', 'hypothesis', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
