@@ -236,7 +236,7 @@ class LoggingListener:
             case _:
                 self._one_line(event)
 
-    def _one_line(self, event: Event) -> None:
+    def _one_line(self, event: Event) -> None:  # noqa: C901 - a table of lines
         match event:
             case SaveStarted(checkpoint=c):
                 logger.info("saving %s at %s", c.name, c.url)

@@ -204,7 +204,7 @@ class ManifestStore:
             f"was changed. To rebuild it, run: cloudckpt repair {self.storage.url}"
         )
 
-    def transact(
+    def transact(  # noqa: C901, PLR0912 - the one loop of the protocol, read from top to bottom
         self,
         change: Callable[[Manifest, _Facts], Manifest],
         *,
@@ -235,33 +235,44 @@ class ManifestStore:
             remembered = self._base is not None
             base = self._base or self._start(new)
             proposal: Manifest | None = None
+            outcome: Outcome | None = None
             doubt: Exception | None = None
             for _ in self._backoff(self.settings.manifest_deadline_s).tries():
+                if proposal is not None and outcome is not None:
+                    # Looked at after the pause, not before it: what is decided next must be fresh when it is
+                    # written, or a writer that never rests would win every time.
+                    try:
+                        current = self._look_again(base)
+                    except StorageError as exc:
+                        doubt = exc
+                        continue
+                    if proposal.write_id in current.manifest.history:
+                        # It was ours: the answer had been lost.
+                        return self._landed(current, proposal, base.manifest)
+                    if current.version != base.version:
+                        self._base = base = current
+                        proposal, doubt, remembered = None, None, False
+                    elif doubt is None and _is_refusal(outcome):
+                        # A plain no to the only request sent, and nothing landed: there is nothing to be in doubt
+                        # about, and two minutes of asking again would not help.
+                        raise outcome.cause
                 if proposal is None:
                     changed, base = self._decided(base, change, prepare, remembered=remembered)
                     if changed is base.manifest:
                         return changed
                     proposal = self._stamped(changed, base.manifest, keep_copy=keep_copy)
+                if outcome is not None and isinstance(outcome, Unknown):
+                    doubt = outcome.cause
                 outcome = self._write(encode_manifest(proposal), base.version)
                 if isinstance(outcome, Landed):
                     return self._landed(Held(proposal, outcome.version), proposal, base.manifest)
-                certain_before = doubt is None
-                doubt = outcome.cause if isinstance(outcome, Unknown) else doubt
-                try:
-                    current = self._look_again(base)
-                except StorageError as exc:
-                    doubt = exc
-                    continue
+            if isinstance(outcome, Unknown):
+                doubt = doubt or outcome.cause
+            elif proposal is not None and outcome is not None and doubt is None:
+                # The last answer was a plain no; it can still be our own write, seen twice.
+                current = self._look_again(base)
                 if proposal.write_id in current.manifest.history:
-                    # It was ours: the answer had been lost.
                     return self._landed(current, proposal, base.manifest)
-                if current.version != base.version:
-                    self._base = base = current
-                    proposal, doubt, remembered = None, None, False
-                elif certain_before and _is_refusal(outcome):
-                    # A plain no to every request sent, and nothing landed: there is nothing to be in doubt about,
-                    # and two minutes of asking again would not help.
-                    raise outcome.cause
             if proposal is None or doubt is None:
                 raise ConflictError(
                     f"gave up on {self.storage.url}/{keys.MANIFEST} after "

@@ -286,7 +286,9 @@ def again(by: Owner, number: int) -> Owner:
 def test_the_third_claim_of_a_duel_is_refused() -> None:
     """Two jobs that a supervisor restarts take the run from each other; the third claim without a commit is refused (C8)."""
     m = claimed(claimed(manifest(owner=None), A), B)
-    with pytest.raises(ConflictError, match="two jobs fight over this run: pid 4711 on node-b has claimed it between two"):
+    with pytest.raises(
+        ConflictError, match="two jobs fight over this run: pid 4711 on node-b has claimed it between two"
+    ):
         claimed(m, again(A, 1))
 
     forced = claimed(m, again(A, 1), takeover="force")

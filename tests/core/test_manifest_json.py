@@ -82,7 +82,9 @@ def test_the_root_of_an_entry_is_not_stored() -> None:
 def _objects(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     if isinstance(value, dict):
         yield path, value
-    for name, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for name, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from _objects(inner, (*path, name))
 
 
@@ -204,7 +206,24 @@ def test_the_object_that_cannot_be_read_is_named(body: bytes, message: str) -> N
     assert message in str(refused.value)
 
 
-WRONG: list[Any] = [None, True, -1, 0, 10**400, 2**64, 1.5, "", "..", "nan", [], {}, [[]], [None], {"": None}, "2026-01-31"]
+WRONG: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    10**400,
+    2**64,
+    1.5,
+    "",
+    "..",
+    "nan",
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    "2026-01-31",
+]
 
 
 @given(st.data())
@@ -246,7 +265,9 @@ def test_changed_bytes_are_refused_or_make_a_manifest(data: st.DataObject) -> No
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(body)))
         end = min(len(body), start + data.draw(st.sampled_from([0, 1, 1, 1, 20])))
-        body[start:end] = data.draw(st.binary(max_size=2) | st.sampled_from([b'"', b"{", b"9", b"null", b"-", b"1e999"]))
+        body[start:end] = data.draw(
+            st.binary(max_size=2) | st.sampled_from([b'"', b"{", b"9", b"null", b"-", b"1e999"])
+        )
     try:
         found = decode_manifest(bytes(body))
     except FormatError as exc:

@@ -71,7 +71,10 @@ def test_a_rule_that_cannot_be_meant_is_refused(make: Callable[[], object], mess
     [
         (Policy(), "last 3"),
         (Policy(keep_last=None), "keep all"),
-        (Policy(keep_best=(LOSS, KeepBest("acc", "max", None))), "last 3, best 2 by val_loss (min), best all by acc (max)"),
+        (
+            Policy(keep_best=(LOSS, KeepBest("acc", "max", None))),
+            "last 3, best 2 by val_loss (min), best all by acc (max)",
+        ),
         (
             Policy(keep_last=1, keep_every=500, keep_within_s=3600),
             "last 1, every 500 steps, within 3600 s of the newest",

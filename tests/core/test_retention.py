@@ -19,9 +19,7 @@ from cloudckpt.testing.strategies import METRICS, checkpoint_lists, policies
 
 def losses(*values: float | None, metric: str = "loss") -> list[Checkpoint]:
     """Committed checkpoints of steps 1, 2, 3 … with these losses; None for one without."""
-    return [
-        checkpoint(step, metrics={} if value is None else {metric: value}) for step, value in enumerate(values, 1)
-    ]
+    return [checkpoint(step, metrics={} if value is None else {metric: value}) for step, value in enumerate(values, 1)]
 
 
 def best(n: int | None, *, keep_last: int | None = 1, mode: str = "min", **fields: Any) -> Policy:
@@ -66,7 +64,9 @@ def test_a_new_best_displaces_the_worst_of_the_list() -> None:
     ("mode", "values", "expected"),
     [("min", (2.0, 3.0, 2.5), [1, 3]), ("max", (0.9, 0.5, 0.7), [1, 3])],
 )
-def test_a_save_qualifies_against_the_worst_of_the_list(mode: str, values: tuple[float, ...], expected: list[int]) -> None:
+def test_a_save_qualifies_against_the_worst_of_the_list(
+    mode: str, values: tuple[float, ...], expected: list[int]
+) -> None:
     """N=2: losses 2.0, 3.0, 2.5 give [2.0, 2.5]; accuracies 0.9, 0.5, 0.7 give [0.9, 0.7] (L1)."""
     assert best_steps(plan_prune(losses(*values), best(2, mode=mode))) == expected
 
@@ -81,7 +81,7 @@ def test_the_newest_is_kept_whatever_the_numbers(keep_last: int | None, n_best: 
 
 
 def test_the_best_survives_a_list_evicted_before_its_successor_was_durable() -> None:
-    """Limit 2, N 1; 1 (loss 1.0) is saved, 2 (0.9) fails, 3, 4, 5 are saved: 1 is still there, the failed one counts nowhere (L28)."""  # noqa: E501 - the scenario in one sentence
+    """Limit 2, N 1; 1 (loss 1.0) is saved, 2 (0.9) fails, 3, 4, 5 are saved: 1 is still there, the failed one counts nowhere (L28)."""
     entries = losses(1.0, 0.9, 1.3, 1.2, 1.1)
     for failed in (State.PENDING, State.RETIRED):
         entries[1] = replace(entries[1], state=failed)

@@ -233,7 +233,9 @@ def test_fields_nobody_asked_for_are_the_rest() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize(("depth", "expected"), [(100, []), (101, ["here: unknown fields are nested more than 100 deep"])])
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(100, []), (101, ["here: unknown fields are nested more than 100 deep"])]
+)
 def test_unknown_fields_that_could_not_be_written_again_are_refused(depth: int, expected: list[str]) -> None:
     """A field we only carry along may be nested as deeply as it can surely be written again."""
     value: object = {}

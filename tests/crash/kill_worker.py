@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from cloudckpt import CheckpointManager
+from cloudckpt.errors import StorageError
 from cloudckpt.storage import LocalStorage
 from cloudckpt.storage.base import Buffer, Outcome
-from cloudckpt.errors import StorageError
 
 PHASES = ("other", "claim", "announce", "upload", "seal", "seal-to-commit", "delete")
 SIZE = 200_000

@@ -70,6 +70,7 @@ class Nursery:
 
 @pytest.fixture
 def nursery() -> Iterator[Nursery]:
+    """A warm process to fork trainers from."""
     found = Nursery()
     yield found
     found.close()
@@ -99,10 +100,12 @@ def kill_in(phase: str | None, pid: int, note: mmap.mmap, rng: random.Random) ->
 
 
 def expected(step: int) -> torch.Tensor:
+    """The weights that the trainer saves at a step."""
     return torch.arange(SIZE, dtype=torch.int64) * (step + 1)
 
 
 def loss_of(step: int) -> float:
+    """The loss that the trainer reports at a step."""
     return float((step * 7919) % 101) / 101
 
 
@@ -132,9 +135,7 @@ def check_after_kill(root: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(1800)
-def test_nothing_acknowledged_is_lost_by_kill_9(
-    nursery: Nursery, tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
+def test_nothing_acknowledged_is_lost_by_kill_9(nursery: Nursery, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """A trainer killed with SIGKILL at any moment loses nothing it was told is saved, and the next start goes on."""
     kills = int(pytestconfig.getoption("--kills"))
     rng = random.Random(20261123)

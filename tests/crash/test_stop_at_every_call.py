@@ -48,9 +48,7 @@ class History:
         self._try(act)
 
     def _first_job(self) -> None:
-        ckpts = CheckpointManager(
-            self.storage, monitor="loss", mode="min", keep_best=1, keep_last=1, settings=FAST
-        )
+        ckpts = CheckpointManager(self.storage, monitor="loss", mode="min", keep_best=1, keep_last=1, settings=FAST)
         try:
             self._try(lambda: ckpts.restore(state_of(0)))
             for step in (1, 2):
@@ -75,10 +73,12 @@ class History:
 
 
 def make_storage(kind: str, folder: Path) -> Storage:
+    """An empty storage."""
     return MemoryStorage() if kind == "memory" else LocalStorage(folder)
 
 
 def count_calls(storage: Storage) -> int:
+    """How many requests the history makes when nothing goes wrong."""
     scripted = ScriptedStorage(storage)
     history = History(scripted)
     history.run()
@@ -104,9 +104,7 @@ def check_recovery(storage: Storage, history: History) -> None:
         assert loaded["extra"]["step"] == checkpoint.step
 
     fresh = state_of(0)
-    with CheckpointManager(
-        storage, monitor="loss", mode="min", keep_best=1, keep_last=1, settings=FAST
-    ) as ckpts:
+    with CheckpointManager(storage, monitor="loss", mode="min", keep_best=1, keep_last=1, settings=FAST) as ckpts:
         resumed = ckpts.restore(fresh)
         assert (resumed is not None) == bool(committed or ckpts.checkpoints())
         if resumed is not None:

@@ -421,7 +421,7 @@ def test_a_plain_refusal_is_no_doubt(run: MemoryStorage) -> None:
         store.transact(count_up, prepare=nothing)
 
     assert len(storage.sent) == 1
-    assert store.time_s == 0.0
+    assert store.time_s <= 0.1  # one pause, before the look that proves that nothing landed
     assert store.transact(count_up, prepare=nothing).next_seq == 2
 
 
@@ -438,7 +438,7 @@ def test_a_root_that_cannot_be_written_says_so_at_once(memory_storage: MemorySto
     store = Store(Flaky(memory_storage, forever=Fate.REFUSED))
     with pytest.raises(StorageError, match="403: no"):
         store.transact(count_up, prepare=nothing, new=new_run)
-    assert store.time_s == 0.0
+    assert store.time_s <= 0.1  # one pause, before the look that proves that nothing landed
 
 
 def test_others_who_always_win_end_in_a_conflict(run: MemoryStorage) -> None:

@@ -1,0 +1,76 @@
+"""The public surface, written down."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import cloudckpt
+
+
+def test_the_public_names_are_these() -> None:
+    """``cloudckpt`` has exactly these public names, and each can be had."""
+    assert cloudckpt.__all__ == [
+        "Best",
+        "Checkpoint",
+        "CheckpointManager",
+        "CheckpointNotFoundError",
+        "CloudCkptError",
+        "CommitUnknownError",
+        "ConfigError",
+        "ConflictError",
+        "CorruptCheckpointError",
+        "Decision",
+        "FencedError",
+        "Finding",
+        "FormatError",
+        "KeepBest",
+        "KeepEvery",
+        "KeepLast",
+        "KeepWithin",
+        "ObjectNotFoundError",
+        "PendingSave",
+        "Policy",
+        "Progress",
+        "PrunePlan",
+        "RepairPlan",
+        "Run",
+        "SaveError",
+        "Settings",
+        "State",
+        "StateMismatchError",
+        "Storage",
+        "StorageError",
+        "SweepReport",
+        "UnsafeStorageError",
+        "VerifyReport",
+        "__version__",
+        "gc",
+        "open",
+        "repair",
+        "sweep",
+        "verify",
+    ]
+    for name in cloudckpt.__all__:
+        assert getattr(cloudckpt, name) is not None
+    assert set(dir(cloudckpt)) == set(cloudckpt.__all__)
+
+
+def test_a_submodule_never_hides_a_public_function() -> None:
+    """After everything was imported, ``cloudckpt.verify`` and its siblings are still functions."""
+    import cloudckpt.manager
+    import cloudckpt.tools
+
+    for name in ("gc", "open", "repair", "sweep", "verify"):
+        assert callable(getattr(cloudckpt, name)), name
+
+
+def test_importing_the_package_and_the_command_line_loads_no_torch() -> None:
+    """``import cloudckpt``, its metadata half and its command line load neither torch nor NumPy."""
+    code = (
+        "import sys, cloudckpt, cloudckpt.cli.app, cloudckpt.view, cloudckpt.testing; "
+        "cloudckpt.verify, cloudckpt.Settings, cloudckpt.FencedError; "
+        "sys.exit(sorted({'torch', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
