@@ -1,4 +1,7 @@
-"""The façade: what a training loop holds. It wires the parts and has no ideas of its own."""
+"""The façade: what a training loop holds. It wires the parts and has no ideas of its own.
+
+(Past 350 lines: half of it is the public surface's own description.)
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,10 @@ from cloudckpt.events import (
 from cloudckpt.loading import Loaded, LoadRequest, load_chosen
 from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
-from cloudckpt.saving import Saver, SaveRequest
+from cloudckpt.saving import Saver, SaveRequest, plan_payloads
 from cloudckpt.storage import LocalStorage, ManifestStore, Storage, open_storage
 from cloudckpt.tensors.fill import check_fits, fill
+from cloudckpt.tensors.staging import Arena
 from cloudckpt.view import placed
 from cloudckpt.vocabulary import unknown_keyword
 
@@ -141,6 +145,7 @@ class CheckpointManager(Run):
         self._change_policy = change_policy
         self._takeover = takeover
         self._coordinator: Coordinator = SingleProcess()
+        self._arena = Arena()
         self._saver: Saver | None = None
         self._claim: claiming.Claim | None = None
         self._closed = False
@@ -169,7 +174,7 @@ class CheckpointManager(Run):
                 takeover=self._takeover,
                 listener=self._listener,
             )
-            self._saver = Saver(self._store, self._claim, self._listener)
+            self._saver = Saver(self._store, self._claim, self._coordinator, self._arena, self._listener)
             self._finalizer = weakref.finalize(self, _warn_unclosed, self.url)
             self._finalizer.atexit = False
         return self._saver, self._claim
@@ -260,9 +265,19 @@ class CheckpointManager(Run):
             self._listener(Warned(message=message))
 
     def prepare(self, state: Mapping[str, object]) -> None:
-        """Make ready for saves of this state. The first save is quicker for it; nothing is announced."""
-        if not isinstance(state, Mapping):
-            raise ConfigError("prepare() takes the state that save() will take")
+        """Make the host memory for saves of this state now, so that the first save blocks no longer than later ones.
+
+        Nothing is announced or written. A state that grows afterwards (an optimizer before its first step) is
+        staged into further memory when it is saved.
+
+        Raises:
+            TypeError: something in the state cannot be stored; names its path.
+            MemoryError: the host has no room to stage it.
+        """
+        self.wait()
+        _, payloads = plan_payloads(state, self._coordinator, allow_pickle=self._allow_pickle)
+        self._arena.fit(payloads)
+        self._arena.fault_in()
 
     def wait(self) -> None:
         """Wait for the save in flight, and raise what it or an earlier one failed with.
@@ -373,21 +388,27 @@ class CheckpointManager(Run):
 
     # -- labels, metrics, retention --------------------------------------------------------------------------
 
+    def _announced(self) -> ManifestStore:
+        # Right after save() the announce may still be under way, and what is meant is not in the manifest yet.
+        if self._saver is not None and (in_flight := self._saver.busy_with) is not None:
+            in_flight.wait_announced()
+        return self._store
+
     def pin(self, select: str | int) -> Checkpoint:
         """Exempt a checkpoint from every rule. See ``editing.pin``."""
-        return editing.pin(self._store, select)
+        return editing.pin(self._announced(), select)
 
     def unpin(self, select: str | int) -> Checkpoint:
         """Give a pinned checkpoint back to the rules. See ``editing.pin``."""
-        return editing.pin(self._store, select, pinned=False)
+        return editing.pin(self._announced(), select, pinned=False)
 
     def tag(self, select: str | int, *tags: str, remove: Iterable[str] = ()) -> Checkpoint:
         """Give a checkpoint further tags, or take some away. See ``editing.tag``."""
-        return editing.tag(self._store, select, add=tags, remove=remove)
+        return editing.tag(self._announced(), select, add=tags, remove=remove)
 
     def mark(self, select: str | int, label: str | None) -> Checkpoint:
         """Mark a checkpoint, such as "diverged": nothing selects it unless named. See ``editing.mark``."""
-        return editing.mark(self._store, select, label)
+        return editing.mark(self._announced(), select, label)
 
     def report_metrics(self, select: str | int, metrics: Mapping[str, SupportsFloat]) -> bool:
         """Add metrics to an earlier save; False, with a warning, if it was already retired.
@@ -395,7 +416,7 @@ class CheckpointManager(Run):
         Raises:
             ConfigError: a metric is not a number.
         """
-        landed = editing.report_metrics(self._store, select, metrics)
+        landed = editing.report_metrics(self._announced(), select, metrics)
         if not landed:
             self._listener(Warned(message=f"report_metrics: {select} is not a checkpoint of {self.url} (any more)"))
         return landed

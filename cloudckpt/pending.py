@@ -31,6 +31,7 @@ class PendingSave:
         self._phase = "announce"
         self._mutex = threading.Lock()
         self._staged = threading.Event()
+        self._announced = threading.Event()
         self._outcome: Future[Checkpoint] = Future()
         self._seen = False
 
@@ -83,6 +84,10 @@ class PendingSave:
         """Wait until the state may be changed again. Already so when ``save()`` returned."""
         self._staged.wait()
 
+    def wait_announced(self) -> None:
+        """Wait until the manifest names the save, or it has ended."""
+        self._announced.wait()
+
     # -- for the saver ---------------------------------------------------------------------------------------
 
     @property
@@ -91,6 +96,10 @@ class PendingSave:
         if self._seen or not self._outcome.done():
             return None
         return self._outcome.exception()
+
+    def mark_announced(self) -> None:
+        """The manifest names the save."""
+        self._announced.set()
 
     def mark_seen(self) -> None:
         """The caller learns of the failure in another way."""
@@ -117,3 +126,4 @@ class PendingSave:
         else:
             self.enter("failed")
             self._outcome.set_exception(outcome)
+        self._announced.set()

@@ -3,6 +3,8 @@
 The manifest is updated before the upload: no payload byte leaves until the announce is *known* to have landed.
 Staging runs in the caller's thread, at the same time as the announce; everything after it runs in the
 background. A save that fails costs nothing but itself: the next announce settles it.
+
+(Past 350 lines: the story is one, and told in one place.)
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 
 from cloudckpt._version import __version__
 from cloudckpt.claiming import Claim
+from cloudckpt.coordination import Coordinator
 from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
 from cloudckpt.core.index_json import encode_index
@@ -43,7 +46,7 @@ from cloudckpt.tensors.staging import Arena, Payload, lay_out, seal_payload, sli
 from cloudckpt.tensors.tree import FlatState, flatten
 from cloudckpt.view import placed
 
-__all__ = ["SaveRequest", "Saver"]
+__all__ = ["SaveRequest", "Saver", "plan_payloads"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +79,31 @@ class _Job:
         return [payload.name for payload in self.payloads]
 
 
+def plan_payloads(
+    state: Mapping[str, object], coordinator: Coordinator, *, allow_pickle: bool
+) -> tuple[FlatState, list[Payload]]:
+    """Take a state apart and lay out what this rank writes of it. No bytes move.
+
+    Raises:
+        TypeError: something in it cannot be stored; names its path.
+        ConfigError: the state is empty, or a component's name cannot be used.
+    """
+    flat = flatten(state, allow_pickle=allow_pickle)
+    boxes = plan_save(flat.tensors)
+    return flat, lay_out(boxes, rank=coordinator.rank, world_size=coordinator.world_size)
+
+
 class Saver:
     """Makes the saves of one writer, one at a time, in one background thread."""
 
-    def __init__(self, store: ManifestStore, claim: Claim, listener: Listener) -> None:
+    def __init__(
+        self, store: ManifestStore, claim: Claim, coordinator: Coordinator, arena: Arena, listener: Listener
+    ) -> None:
         self._store = store
         self._claim = claim
+        self._coordinator = coordinator
+        self._arena = arena
         self._listener = listener
-        self._arena = Arena()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-save")
         self._current: PendingSave | None = None
         # What the next announce settles: saves of ours that failed, or whose commit nobody confirmed.
@@ -118,8 +138,7 @@ class Saver:
             TypeError: the state holds something that cannot be stored; nothing was announced.
             MemoryError: the host has no room to stage it; nothing was announced.
         """
-        flat = flatten(request.state, allow_pickle=request.allow_pickle)
-        payloads = lay_out(plan_save(flat.tensors), rank=0, world_size=1)
+        flat, payloads = plan_payloads(request.state, self._coordinator, allow_pickle=request.allow_pickle)
         self._arena.fit(payloads)
         total = sum(payload.layout.size_bytes for payload in payloads)
         entry = Checkpoint(
@@ -132,6 +151,7 @@ class Saver:
             metrics=request.metrics,
             size_bytes=total,
             object_count=len(payloads) + 1,
+            world_size=self._coordinator.world_size,
             tags=request.tags,
             pinned=request.pin,
             root=self._store.storage.url,
@@ -193,6 +213,7 @@ class Saver:
 
     def _save(self, job: _Job, entry: Checkpoint) -> Checkpoint:
         announced = self._announce(entry)
+        job.pending.mark_announced()
         self._listener(SaveStarted(checkpoint=placed(announced, entry.root)))
         job.staged.wait()
         if job.stage_failed is not None:

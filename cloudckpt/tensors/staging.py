@@ -69,6 +69,11 @@ class Arena:
                         f"no {size_bytes} bytes of host memory to stage {name}: save fewer components, or free memory"
                     ) from exc
 
+    def fault_in(self) -> None:
+        """Touch every page now, so that the first save does not pay for it."""
+        for segment in self._segments.values():
+            segment.zero_()
+
     def segment(self, payload: Payload) -> torch.Tensor:
         """The memory (uint8) of one payload object."""
         return self._segments[payload.name]

@@ -304,7 +304,6 @@ class Move:
     step: int
     metrics: dict[str, float]
     policy: Policy
-    token: str
 
     def bind(self, before: Manifest) -> Transition:
         """The transition, tied to the entries that ``before`` holds; applying it twice changes nothing more."""
@@ -334,7 +333,7 @@ class Move:
         ends: list[Settlement] = [sealed(), Abandon(reason="it failed")]
         settlements = {save_id: ends[(self.pick + n) % 2] for n, save_id in enumerate(pending)}
         if self.kind == "announce":
-            entry = checkpoint(self.step, state=State.PENDING, id=self.token[:8], metrics=self.metrics)
+            entry = checkpoint(self.step, state=State.PENDING, id=f"{before.next_seq:08x}", metrics=self.metrics)
             gone = {self._chosen(before, [State.RETIRED])}
             return lambda m: transitions.announce(
                 m, entry, writer_epoch=epoch, settlements=settlements, gone=gone, at=now
@@ -349,9 +348,9 @@ class Move:
             save_id = self._chosen(before, [State.COMMITTED])
             return lambda m: transitions.resume_from(m, save_id, writer_epoch=epoch, at=now)
         if self.kind == "close":
-            token = before.owner.token if before.owner else self.token
+            token = before.owner.token if before.owner else ""
             return lambda m: transitions.close(m, token, at=now)
-        new = owner(self.token, host=f"node-{self.pick % 3}")
+        new = owner(f"{epoch:016x}", host=f"node-{self.pick % 3}")
         return lambda m: transitions.claim(
             m, new, policy=self.policy, settlements=settlements, takeover="force", at=now
         )
@@ -383,7 +382,6 @@ def moves(kinds: Sequence[str] = _KINDS) -> st.SearchStrategy[Move]:
         step=st.integers(0, 20),
         metrics=metrics(),
         policy=policies(),
-        token=hex_digits(16),
     )
 
 
