@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudckpt.core import manifest as transitions
@@ -483,7 +483,7 @@ def test_a_fenced_writer_can_change_nothing(story: Story, move: Move) -> None:
     before = story[-1][1]
     transition = move.bind(before)
     pending = {f"s{e.id}": FAILED for e in before.in_state(State.PENDING)}
-    after = claimed(before, owner("f" * 16), takeover="force", **pending)  # type: ignore[arg-type]  # settlements only
+    after = claimed(before, owner("f" * 16), takeover="force", **pending)
     try:
         changed = transition(after)
     except FencedError:
@@ -507,7 +507,6 @@ def test_order_is_by_seq_and_seq_only_rises(story: Story) -> None:
         assert list(after.recent) == order[: after.policy.keep_last]
 
 
-@settings(deadline=None)
 @given(histories())
 def test_every_manifest_of_a_run_can_be_stored(story: Story) -> None:
     """Whatever was done to a run, its manifest is read back as it was written; journal and history stay bounded."""

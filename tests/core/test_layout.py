@@ -1,0 +1,132 @@
+"""Where each tensor lies in a payload object."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudckpt.core.layout import ALIGNMENT, Item, plan_layout, read_header
+from cloudckpt.errors import FormatError
+
+SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "uint8": 1, "bool": 1, "complex128": 16, "float8_e5m2fnuz": 1}
+items = st.lists(
+    st.builds(
+        lambda name, dtype, shape: Item(name=name, dtype=dtype, shape=tuple(shape), item_size=SIZES[dtype]),
+        st.sampled_from(["w", "b", "w~1", "__metadata__", "", "ä b.c"]),
+        st.sampled_from(sorted(SIZES)),
+        st.lists(st.integers(0, 4), max_size=3),
+    ),
+    max_size=8,
+)
+
+
+@given(items)
+def test_no_holes_all_aligned_each_once(given_items: list[Item]) -> None:
+    """Tensors follow one another without holes, each on a multiple of its element size, data from a 64-byte boundary."""
+    layout = plan_layout(given_items)
+    assert len(layout.header) % ALIGNMENT == 0
+    at = len(layout.header)
+    for place in layout.places:
+        assert place.start == at
+        assert place.start % place.item.item_size == 0
+        assert given_items[place.number] is place.item
+        at += place.size_bytes
+    assert layout.size_bytes == at
+    assert sorted(place.number for place in layout.places) == list(range(len(given_items)))
+    names = [place.stored_as for place in layout.places]
+    assert len(set(names)) == len(names)
+    assert "__metadata__" not in names
+    assert set(read_header(layout.header, object_size_bytes=layout.size_bytes)) == set(names)
+
+
+@given(items)
+def test_equal_items_give_equal_bytes(given_items: list[Item]) -> None:
+    """The layout is a function of its items alone."""
+    assert plan_layout(given_items) == plan_layout(list(given_items))
+
+
+def test_the_reference_library_reads_it() -> None:
+    """What is laid out here is a safetensors file to the safetensors library, odd names and empty tensors included."""
+    tensors = {
+        "w": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "none": torch.zeros(0, 3, dtype=torch.int16),
+        "ö . ": torch.tensor([True, False]),
+    }
+    listed = [
+        Item(name=n, dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape), item_size=t.dtype.itemsize)
+        for n, t in tensors.items()
+    ]
+    layout = plan_layout(listed)
+    body = bytearray(layout.header)
+    for place in layout.places:
+        body += tensors[place.item.name].numpy().tobytes()
+    loaded = safetensors.torch.load(bytes(body))
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_names_that_are_taken_get_a_suffix_and_own_names_win() -> None:
+    """A second "w" becomes "w~2" where another item is called "w~1"; ``__metadata__`` is never a tensor's name."""
+    listed = [Item(name=n, dtype="uint8", shape=(1,), item_size=1) for n in ("w", "w", "w~1", "__metadata__")]
+    assert [p.stored_as for p in plan_layout(listed).places] == ["w", "w~2", "w~1", "__metadata__~1"]
+
+
+def test_a_dtype_without_a_name_is_stored_as_bytes() -> None:
+    """A dtype that safetensors cannot name is U8 of as many bytes as it has."""
+    layout = plan_layout([Item(name="z", dtype="complex128", shape=(2, 2), item_size=16)])
+    assert read_header(layout.header, object_size_bytes=layout.size_bytes)["z"][:2] == ("U8", (64,))
+
+
+def test_sizes_past_32_bits() -> None:
+    """Tensors past 2**31 and 2**40 bytes are arithmetic."""
+    listed = [
+        Item(name="big", dtype="float32", shape=(2**20, 2**12), item_size=4),
+        Item(name="huge", dtype="bfloat16", shape=(2**20, 2**20), item_size=2),
+    ]
+    layout = plan_layout(listed)
+    assert layout.size_bytes == len(layout.header) + 2**34 + 2**41
+    assert layout.places[1].start == len(layout.header) + 2**34
+
+
+def head(document: object, extra: int = 0) -> bytes:
+    """A header around any document."""
+    text = json.dumps(document).encode()
+    return struct.pack("<Q", len(text) + extra) + text
+
+
+ONE = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("body", "size", "what"),
+    [
+        (b"short", 5, "too short"),
+        (head({}, extra=1000), 100, "does not fit"),
+        (struct.pack("<Q", 2**60) + b"{}", 2**62, "does not fit"),
+        (struct.pack("<Q", 4) + b"nope", 12, "not a safetensors header"),
+        (head([1]), 100, "not a safetensors header"),
+        (head({"w": {"dtype": "U8"}}), 100, "not a safetensors header"),
+        (head({"w": {**ONE, "data_offsets": [1, 4]}}), len(head({"w": ONE})) + 4, "hole or an overlap"),
+        (head({"w": ONE, "v": ONE}), len(head({"w": ONE, "v": ONE})) + 4, "hole or an overlap"),
+        (head({"w": {**ONE, "data_offsets": [0, -4]}}), 100, "hole or an overlap"),
+        (head({"w": ONE}), len(head({"w": ONE})) + 5, "describes"),
+    ],
+)
+def test_a_header_that_does_not_cover_its_object_is_refused(body: bytes, size: int, what: str) -> None:
+    """Holes, overlaps, wrong sizes and things that are no header are refused by what is wrong."""
+    with pytest.raises(FormatError, match=what):
+        read_header(body, object_size_bytes=size)
+
+
+def test_an_empty_object_has_only_a_header() -> None:
+    """No tensors is a valid layout, and reads back as none."""
+    layout = plan_layout([])
+    assert read_header(layout.header, object_size_bytes=layout.size_bytes) == {}
