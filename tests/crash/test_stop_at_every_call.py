@@ -11,6 +11,7 @@ import torch
 
 import cloudckpt
 from cloudckpt import CheckpointManager, CloudCkptError, Settings, State
+from cloudckpt.core import keys
 from cloudckpt.storage import LocalStorage, MemoryStorage, Storage
 from cloudckpt.testing import Crash, Fault, ScriptedStorage, check_store
 
@@ -86,10 +87,18 @@ def count_calls(storage: Storage) -> int:
     return len(scripted.calls)
 
 
+def check_every_object_is_named(storage: Storage, run: cloudckpt.Run) -> None:
+    """No byte lies in a folder that the manifest does not name: announced before the upload, forgotten after the delete."""
+    named = {c.id for c in run.checkpoints(state=None)}
+    keys_there = [keys.parse(item.key) for item in storage.list("")]
+    assert not [key.text for key in keys_there if key.id is not None and key.id not in named], "unnamed bytes (I7)"
+
+
 def check_recovery(storage: Storage, history: History) -> None:
     """The store is consistent, nothing acknowledged and good is lost, and the next job goes on and settles the rest."""
     check_store(storage)
     run = cloudckpt.open(storage)
+    check_every_object_is_named(storage, run)
     committed = {c.id: c for c in run.checkpoints()}
     if history.acknowledged:
         newest = history.acknowledged[-1]
