@@ -16,9 +16,23 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from cloudckpt.core.model import TensorEntry
-from cloudckpt.tensors.memory import dtype_named
+from cloudckpt.tensors.memory import dtype_named, same_bits_dtype
 
 __all__ = ["Box", "Copy", "plan_copies", "plan_save"]
+
+
+#: The dtypes besides floating-point and complex ones whose width ``torch.iinfo`` knows.
+_KNOWN = {
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +67,7 @@ class Copy:
 def plan_save(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[Box]:
     """Which boxes this process writes, in a deterministic order."""
     names = {f"{n}": (component, name) for n, (component, name) in enumerate(_all_names(tensors))}
-    state = {fqn: tensors[component][name] for fqn, (component, name) in names.items()}
+    state = {fqn: _plannable(tensors[component][name]) for fqn, (component, name) in names.items()}
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(state, storage_meta=None, is_coordinator=True)
     global_plan, _ = planner.create_global_plan([planner.create_local_plan()])
@@ -63,6 +77,8 @@ def plan_save(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[Box]:
         found = planner.lookup_object(item.index)
         if item.tensor_data is None or not isinstance(found, torch.Tensor):
             raise TypeError(f"{component}.{name}: planned as something that is no tensor")
+        if found is state[item.index.fqn]:
+            found = tensors[component][name]
         boxes.append(
             Box(
                 component=component,
@@ -73,6 +89,14 @@ def plan_save(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[Box]:
             )
         )
     return boxes
+
+
+def _plannable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a view of another dtype of the same width where DCP cannot tell how wide the dtype is."""
+    dtype = tensor.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype in _KNOWN:
+        return tensor
+    return tensor.detach().view(same_bits_dtype(dtype))
 
 
 def _all_names(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[tuple[str, str]]:

@@ -193,6 +193,7 @@ def test_an_abandoned_save_cannot_be_committed(m: Manifest, message: str) -> Non
         lambda m: transitions.announce(
             m, checkpoint(9, state=State.PENDING), writer_epoch=1, settlements={}, gone=(), at=NOW
         ),
+        lambda m: transitions.announce(m, m.entries[1], writer_epoch=1, settlements={}, gone=(), at=NOW),
         lambda m: transitions.commit(m, "00000002", sealed(), writer_epoch=1, at=NOW),
         lambda m: transitions.commit(m, "0000dead", sealed(), writer_epoch=1, at=NOW),
         lambda m: transitions.settle(m, {"00000002": FAILED}, writer_epoch=1, at=NOW),
@@ -419,6 +420,7 @@ def test_the_lists_follow_from_the_entries(story: Story) -> None:
         assert transitions.recompute(after) is after, move.kind
         listed = {*after.recent, *(save_id for best in after.best for save_id in best.ids)}
         assert listed <= {e.id for e in after.committed if e.usable}
+        assert not any(e.kept_because for e in after.in_state(State.RETIRED))
 
 
 @given(histories())
