@@ -12,6 +12,7 @@ from cloudckpt.core.manifest import Settlement
 from cloudckpt.core.model import Manifest, Owner, State
 from cloudckpt.core.policy import Policy, PolicyWords, resolve, tightened
 from cloudckpt.core.retention import plan_prune
+from cloudckpt.errors import FencedError
 from cloudckpt.events import Claimed, Listener, PolicyTightened
 from cloudckpt.sealed import settlement_of
 from cloudckpt.storage import ManifestStore
@@ -46,6 +47,7 @@ def claim_run(
 
     Raises:
         ConflictError: refused by ``takeover``, or a duel of two jobs.
+        FencedError: another job claimed the run at the same moment, after this one.
         ConfigError: the policy words do not fit the stored policy.
         FormatError: the root holds something that is not a run, or a manifest that cannot be read or written.
         StorageError: the store refused; a 403 is never taken for a new run.
@@ -77,6 +79,13 @@ def claim_run(
     store.drop_base()
     after = store.transact(change, prepare=prepare, new=new)
     store.refuse_rollback = True
+    if after.owner is None or after.owner.token != owner.token:
+        # Our claim landed and its answer was lost, and somebody has claimed on top of it meanwhile: their epoch
+        # is not ours (I6).
+        raise FencedError(
+            f"{store.storage.url} was claimed by {after.owner} while this process was claiming it: stop this process. It "
+            "has deleted nothing"
+        )
     _tell(before[0], after, store.storage.url, owner, listener)
     return Claim(manifest=after, writer_epoch=after.writer_epoch, token=owner.token)
 

@@ -40,10 +40,15 @@ def judge_folder(body: bytes, *, save_id: str, step: int, sizes: Mapping[str, in
         body: the bytes of its index.
         sizes: the sizes of the objects in the folder, by name.
         what: the index's URL, for messages.
+
+    Raises:
+        FormatError: the index has a newer format than this version reads.
     """
     try:
         index = decode_index(body, what=what)
     except FormatError as exc:
+        if "upgrade cloudckpt" in str(exc):
+            raise  # it may be whole for all this version knows
         return str(exc)
     if (index.id, index.step) != (save_id, step):
         return f"{what} describes checkpoint-{index.step}.{index.id}"

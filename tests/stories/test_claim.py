@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager, ConflictError, FencedError, Settings, State
-from cloudckpt.storage import MemoryStorage
+from cloudckpt import CheckpointManager, ConflictError, FencedError, FormatError, Settings, State, StorageError
+from cloudckpt.storage import MemoryStorage, Outcome, Unknown, Versioned
 from cloudckpt.testing import Call, Crash, Fault, ScriptedStorage, check_store
 
 
@@ -148,3 +148,47 @@ def test_a_job_that_crashes_again_and_again_is_no_duel(monkeypatch: pytest.Monke
         with pytest.raises(FencedError):
             ckpts.close()
     managers[-1].close()
+
+
+def test_a_claim_whose_answer_was_lost_never_shares_an_epoch() -> None:
+    """I6: A's claim lands, its answer is lost, B claims on top: A is fenced at once and does not take B's epoch."""
+    inner = MemoryStorage()
+    with CheckpointManager(inner) as earlier:
+        earlier.save(1, state_of(1))
+    second = CheckpointManager(inner)
+
+    class LosesTheFirstAnswer(MemoryStorage):
+        """Shares the objects of ``inner``; B claims before A has read its answer."""
+
+        lost = False
+
+        def replace(self, key: str, body: bytes, *, expecting: str) -> Outcome:
+            answer = inner.replace(key, body, expecting=expecting)
+            if not self.lost:
+                self.lost = True
+                second.restore(state_of(0))
+                return Unknown(StorageError("the answer was lost", retryable=True))
+            return answer
+
+        def read(self, key: str, *, limit_bytes: int) -> Versioned:
+            return inner.read(key, limit_bytes=limit_bytes)
+
+    first = CheckpointManager(LosesTheFirstAnswer())
+    with pytest.raises(FencedError, match="while this process was claiming it"):
+        first.restore(state_of(0))
+    second.save(2, state_of(2), block=True)
+    second.close()
+    check_store(inner, settled=True)
+
+
+def test_a_sealed_save_of_a_newer_version_is_not_thrown_away() -> None:
+    """A pending save whose index has a newer format makes the claim refuse with "upgrade"; nothing is retired."""
+    storage = MemoryStorage()
+    die_at(storage, "put", "checkpoint.json", Fault.CRASH_AFTER)
+    folder = next(c.name for c in cloudckpt.open(storage).checkpoints(state=State.PENDING))
+    key = f"{folder}/checkpoint.json"
+    newer = storage.read(key, limit_bytes=10**6).body.replace(b'"format": 1', b'"format": 2')
+    storage.put(key, [newer], size_bytes=len(newer))
+    with pytest.raises(FormatError, match="upgrade cloudckpt"):
+        CheckpointManager(storage).restore(state_of(0))
+    assert [c.state for c in cloudckpt.open(storage).checkpoints(state=None)] == [State.COMMITTED, State.PENDING]
