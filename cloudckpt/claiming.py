@@ -83,8 +83,8 @@ def claim_run(
         # Our claim landed and its answer was lost, and somebody has claimed on top of it meanwhile: their epoch
         # is not ours (I6).
         raise FencedError(
-            f"{store.storage.url} was claimed by {after.owner} while this process was claiming it: stop this process. It "
-            "has deleted nothing"
+            f"{store.storage.url} was claimed by {after.owner} while this process was claiming it: stop this process. "
+            "It has deleted nothing"
         )
     _tell(before[0], after, store.storage.url, owner, listener)
     return Claim(manifest=after, writer_epoch=after.writer_epoch, token=owner.token)
