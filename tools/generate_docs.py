@@ -59,13 +59,11 @@ class Fixed:
         self.tokens = 0
 
     def clock(self) -> str:
-        """A minute later than before."""
         """The next time label."""
         self.minutes += 1
         return f"2026-01-31T12:{self.minutes:02d}:00.000Z"
 
     def token(self, digits: int) -> str:
-        """The next of a fixed row of tokens."""
         """The next token."""
         self.tokens += 1
         return hashlib.sha256(f"example {self.tokens}".encode()).hexdigest()[:digits]
@@ -214,8 +212,8 @@ def example_header() -> str:
     return (
         _fenced(json.dumps(json.loads(layout.header[8:]), indent=1), "json")
         + f"\nThe object begins with the bytes `{layout.header[:8].hex(' ')}` (the length {length}, little-endian), "
-        f"then this header on one line, padded with spaces; its data begins at byte {len(layout.header)}. The whole object "
-        f"has {len(payload)} bytes and CRC-32C `{format_crc32c(crc32c.crc32c(payload))}`.\n\n"
+        f"then this header on one line, padded with spaces; its data begins at byte {len(layout.header)}. The whole "
+        f"object has {len(payload)} bytes and CRC-32C `{format_crc32c(crc32c.crc32c(payload))}`.\n\n"
         "| tensor | start in the object | length | CRC-32C |\n| --- | --- | --- | --- |\n" + rows
     )
 
@@ -273,13 +271,6 @@ def key_vectors() -> str:
     )
 
 
-def component_names() -> str:
-    """How components are spelled in keys."""
-    names = ["model", "a/b", "..", ".hidden", "100%", "größe", "a b", "~"]
-    rows = "".join(f"| `{name}` | `{keys.payload_name(name, 0, 1)}` |\n" for name in names)
-    return "| component | payload object of rank 0 of 1 |\n| --- | --- |\n" + rows
-
-
 def translations() -> str:
     """The words of other tools, tool by tool."""
     text = ""
@@ -316,7 +307,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "example-index": example_index,
     "example-header": example_header,
     "key-vectors": key_vectors,
-    "component-names": component_names,
     "translations": translations,
     "exit-codes": exit_codes,
 }
