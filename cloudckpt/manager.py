@@ -212,7 +212,7 @@ class CheckpointManager(Run):
             ConflictError: a newer writer owns the run, or it was changed under this process.
         """
         for word in unknown:
-            raise unknown_keyword("saving", word, _keywords(CheckpointManager.save))
+            raise unknown_keyword("save", word, _keywords(CheckpointManager.save))
         request = SaveRequest(
             step=checked_step(step),
             state=state,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cloudckpt.core import keys
 from cloudckpt.core.garbage import GarbagePlan, plan_garbage
-from cloudckpt.core.index_json import decode_index
+from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, decode_index
 from cloudckpt.core.manifest import forget, note
 from cloudckpt.core.model import Checkpoint, Manifest, State
 from cloudckpt.errors import CheckpointNotFoundError, ConflictError, FormatError, ObjectNotFoundError
@@ -142,7 +142,7 @@ def _refuse_newer_than_manifest(storage: Storage, manifest: Manifest, plan: Garb
         if key.kind is not keys.Kind.INDEX or (key.id and manifest.find(key.id)):
             continue
         try:
-            index = decode_index(storage.read(key.text, limit_bytes=2**40).body)
+            index = decode_index(storage.read(key.text, limit_bytes=INDEX_LIMIT_BYTES).body)
         except (ObjectNotFoundError, FormatError):
             continue
         if index.seq >= manifest.next_seq or index.writer_epoch > manifest.writer_epoch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,9 +20,14 @@ from cloudckpt.core.text import format_bytes, format_duration, format_metric
 __all__ = ["age", "as_json", "checkpoint_json", "checkpoints_table", "errors", "output", "print_json"]
 
 
+#: A pipe has no width; tables take what they need of this.
+_PIPE_WIDTH = 1000
+
+
 def output() -> Console:
     """Standard output; without a terminal neither colours nor a guessed width."""
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False, width=_PIPE_WIDTH if piped else None)
 
 
 def errors() -> Console:

@@ -129,9 +129,10 @@ class LocalStorage:
         """See ``Storage.read``; the version is the content's SHA-256, since every manifest differs."""
         path = self._path(key)
         with _reading(path), path.open("rb") as file:
-            body = file.read(limit_bytes + 1)
-        if len(body) > limit_bytes:
-            raise StorageError(f"{path} has more than the {limit_bytes} bytes expected")
+            size = os.fstat(file.fileno()).st_size
+            if size > limit_bytes:
+                raise StorageError(f"{path} has {size} bytes, more than the {limit_bytes} expected")
+            body = file.read()
         return Versioned(body, _version(body))
 
     def create(self, key: str, body: bytes) -> Outcome:

@@ -1,0 +1,276 @@
+"""The command line as a person, and as a script, meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cloudckpt
+from cloudckpt import CheckpointManager
+from cloudckpt.cli import app as commands
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A closed run: steps 1 to 4, best 2, tagged and pinned."""
+    place = str(tmp_path_factory.mktemp("cli") / "run")
+    with CheckpointManager(place, monitor="loss", mode="min", keep_best=1, keep_last=2) as ckpts:
+        for step, loss in [(1, 0.9), (2, 0.1), (3, 0.5), (4, 0.4)]:
+            ckpts.save(step, {"model": {"w": torch.full((9,), float(step))}}, metrics={"loss": loss, "acc": step / 10})
+        ckpts.wait()
+        ckpts.tag(2, "release")
+        ckpts.pin(3)
+    return place
+
+
+class Result:
+    """What a command printed and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code = code
+        self.out = out
+        self.err = err
+
+    @property
+    def json(self) -> Any:
+        """The one document on standard output."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command in this process, through the very entry point."""
+    monkeypatch.delenv("CLOUDCKPT_ROOT", raising=False)
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["cloudckpt", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            commands.run()
+        captured = capsys.readouterr()
+        return Result(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "cloudckpt", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_ls_says_why_each_is_kept(cli: Any, root: str) -> None:
+    """The listing has a row per checkpoint, newest first, with metrics and the reasons it is kept."""
+    result = cli("ls", root)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert lines[0].split() == ["STEP", "AGE", "SIZE", "acc", "loss", "KEPT", "BECAUSE", "STATE"]
+    assert [line.split()[0] for line in lines[1:4]] == ["4", "3", "2"]
+    assert "last #2, pinned" in lines[2]
+    assert "best #1" in lines[3]
+    assert "tag:release" in lines[3]
+    assert lines[4].startswith("3 checkpoints, ")
+    assert "policy: last 2, best 1 by loss (min)" in lines[4]
+
+
+def test_ls_for_scripts(cli: Any, root: str) -> None:
+    """-q prints names only; --json is one document with everything the table says."""
+    names = cli("ls", "-q", "-r", root).out.split()
+    assert [name.split(".")[0] for name in names] == ["checkpoint-4", "checkpoint-3", "checkpoint-2"]
+    document = cli("ls", "--json", root).json
+    assert document.keys() == {"root", "run_id", "revision", "policy", "best", "recent", "checkpoints"}
+    assert [c["step"] for c in document["checkpoints"]] == [2, 3, 4]
+    best = document["checkpoints"][0]
+    assert best["kept_because"] == ["best #1"]
+    assert best["state"] == "committed"
+    assert best["url"].startswith(root)
+    assert best["metrics"] == {"acc": 0.2, "loss": 0.1}
+
+
+def test_the_root_comes_from_three_places(cli: Any, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argument, -r, CLOUDCKPT_ROOT, or within the selector; without any, exit 2 says how to give it."""
+    assert cli("best", "-q", root).out == cli("best", "-q", "-r", root).out
+    assert cli("show", f"{root}#best").code == 0
+    missing = cli("ls")
+    assert missing.code == 2
+    assert "set CLOUDCKPT_ROOT" in missing.err
+    monkeypatch.setenv("CLOUDCKPT_ROOT", root)
+    assert cli("best", "-q").out.startswith(f"{root}/checkpoint-2.")
+    assert cli("show", "latest").code == 0
+
+
+def test_show_tells_what_is_inside(cli: Any, root: str) -> None:
+    """Show prints facts and objects of one checkpoint; --json adds every tensor with its place."""
+    result = cli("show", "tag:release", "-r", root)
+    assert "model (1 tensors)" in result.out
+    assert "model-00000-of-00001.safetensors" in result.out
+    document = cli("show", "2", "-r", root, "--json").json
+    assert document["checkpoint"]["step"] == 2
+    assert document["index"]["tensors"]["model"]["w"]["shape"] == [9]
+
+
+def test_best_by_any_metric(cli: Any, root: str) -> None:
+    """Best ranks by the monitor, or by any metric with a direction; a metric nobody has is exit 4."""
+    assert cli("best", root).out.strip().endswith("loss=0.1000")
+    by_acc = cli("best", root, "--metric", "acc", "--mode", "max", "--json").json
+    assert (by_acc["metric"], by_acc["value"], by_acc["checkpoint"]["step"]) == ("acc", 0.4, 4)
+    assert cli("best", root, "--metric", "acc").code == 2
+    nobody = cli("best", root, "--metric", "bleu", "--mode", "max")
+    assert nobody.code == 4
+    assert "acc, loss" in nobody.err or "bleu" in nobody.err
+
+
+def test_log_prints_the_journal(cli: Any, root: str) -> None:
+    """Log prints the last events, newest last, in text and as JSON."""
+    lines = cli("log", root, "-n", "3").out.splitlines()
+    assert [line.split()[2] for line in lines][-3:] == ["tag", "pin", "close:"]
+    events = [event["event"] for event in cli("log", root, "--json").json["events"]]
+    assert events[0] == "claim"
+    assert {"announce", "commit", "retire", "delete"} <= set(events)
+
+
+def copy_of(root: str, place: Path) -> Path:
+    """A run of one's own to damage."""
+    return Path(shutil.copytree(root, place))
+
+
+def test_verify_names_object_and_range(cli: Any, root: str, tmp_path: Path) -> None:
+    """Sizes are right and a byte is not: verify is content, verify --deep exits 3 and names object and bytes."""
+    run = copy_of(root, tmp_path / "run")
+    assert cli("verify", str(run), "--deep").code == 0
+    payload = next(run.glob("checkpoint-2.*/model-*.safetensors"))
+    body = bytearray(payload.read_bytes())
+    body[-1] ^= 1
+    payload.write_bytes(body)
+    assert cli("verify", str(run)).code == 0
+    damaged = cli("verify", str(run), "--deep")
+    assert damaged.code == 3
+    assert f"DAMAGED {payload} bytes {len(body) - 36}..{len(body)}: model.w: checksum" in damaged.out
+    assert cli("verify", "latest", "-r", str(run), "--deep").code == 0
+    document = cli("verify", f"{run}#2", "--deep", "--json")
+    assert document.code == 3
+    assert document.json["ok"] is False
+    assert document.json["findings"][0]["length"] == 36
+    payload.unlink()
+    assert cli("verify", str(run)).code == 3
+
+
+def test_repair_proposes_first(cli: Any, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a manifest ls names repair; --dry-run and a "no" change nothing; --yes brings the run back."""
+    run = copy_of(root, tmp_path / "run")
+    (run / "manifest.json").unlink()
+    lost = cli("ls", str(run))
+    assert lost.code == 1
+    assert f"cloudckpt repair {run}" in lost.err
+    proposal = cli("repair", str(run), "--dry-run")
+    assert proposal.code == 0
+    assert "3 checkpoints are whole" in proposal.out
+    assert "could not know" in proposal.out or "manifest-" in proposal.out
+    assert not (run / "manifest.json").exists()
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
+    assert "nothing was changed" in cli("repair", str(run)).out
+    assert not (run / "manifest.json").exists()
+    assert cli("repair", str(run), "--yes").code == 0
+    assert "held" in cli("ls", str(run)).out
+    assert torch.equal(cloudckpt.open(str(run)).load("best")["model"]["w"], torch.full((9,), 2.0))
+
+
+def test_doctor(cli: Any, root: str, tmp_path: Path) -> None:
+    """Doctor says ready, or what is wrong with exit 1; it leaves nothing behind."""
+    run = copy_of(root, tmp_path / "run")
+    before = sorted(p.name for p in run.rglob("*"))
+    ready = cli("doctor", str(run))
+    assert ready.code == 0
+    assert "verdict: ready" in ready.out
+    assert "closed by pid" in ready.out
+    assert sorted(p.name for p in run.rglob("*") if p.name != ".cloudckpt.lock") == [
+        name for name in before if name != ".cloudckpt.lock"
+    ]
+    new = cli("doctor", str(tmp_path / "new"))
+    assert new.code == 0
+    assert "can be made" in new.out
+    assert not (tmp_path / "new").exists()
+    (run / "manifest.json").write_text("{")
+    broken = cli("doctor", str(run), "--json")
+    assert broken.code == 1
+    assert broken.json["ok"] is False
+    file = tmp_path / "file"
+    file.touch()
+    assert cli("doctor", str(file)).code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["show", "99"], 4, "no committed checkpoint of step 99; the nearest are 2, 3, 4"),
+        (["show", "nonsense!"], 2, "selects nothing: write latest, best"),
+        (["show", "tag:none"], 4, "the tags there are: release"),
+    ],
+)
+def test_errors_are_sentences(cli: Any, root: str, arguments: list[str], code: int, message: str) -> None:
+    """A user's mistake is one line on standard error and an exit code, never a traceback."""
+    result = cli(*arguments, "-r", root)
+    assert result.code == code
+    assert message in result.err
+    assert "Traceback" not in result.err + result.out
+    assert result.out == ""
+
+
+def test_debug_shows_the_traceback(root: str) -> None:
+    """--debug is for those who want one; an unknown option is usage, exit 2."""
+    done = process("--debug", "show", "99", "-r", root)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert process("ls", "--nonsense").returncode == 2
+    assert process("--version").stdout == f"cloudckpt {cloudckpt.__version__}\n"
+
+
+def test_a_narrow_terminal_without_colour(root: str) -> None:
+    """40 columns and NO_COLOR give plain text that folds and still has everything in it; a pipe folds nothing."""
+    done = process("ls", root, COLUMNS="40", NO_COLOR="1")
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()[:-1]) <= 40
+    assert "best" in done.stdout
+    assert "rele" in done.stdout
+    piped = process("ls", root).stdout
+    assert "last #2, pinned" in piped
+    assert "committed, tag:release" in piped
+
+
+def test_a_reader_that_leaves_early_is_no_error(root: str) -> None:
+    """A closed pipe ends the command in silence."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "cloudckpt", "ls", "--json", root], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as done:
+        assert done.stdout is not None
+        assert done.stderr is not None
+        done.stdout.close()
+        assert b"Traceback" not in done.stderr.read()
+
+
+def test_no_command_loads_torch(root: str) -> None:
+    """Every command works where torch cannot be imported at all."""
+    block = "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None; "
+    for arguments in (
+        ["ls", root],
+        ["show", "best", "-r", root],
+        ["verify", root, "--deep"],
+        ["doctor", root],
+        ["log", root],
+    ):
+        code = f"{block}sys.argv = ['cloudckpt', *{arguments!r}]; from cloudckpt.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
