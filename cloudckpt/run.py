@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -65,20 +66,26 @@ class Run(RunView):
 
 
 def moved(value: Any, device: str | torch.device | None) -> Any:
-    """The value with every tensor in it on ``device``; containers are changed in place where they can be."""
+    """The value with every tensor in it on ``device``, tied ones still tied; containers are changed in place."""
     if device is None or torch.device(device).type == "cpu":
         return value
+    return _moved(value, torch.device(device), {})
+
+
+def _moved(value: Any, device: torch.device, seen: dict[int, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        # ``value`` outlives the dictionary, in the tree that is still being walked or in what holds its memory.
+        return seen.setdefault(id(value), value if id(value) in seen else value.to(device))
     if isinstance(value, dict):
         for key in value:
-            value[key] = moved(value[key], device)
+            value[key] = _moved(value[key], device, seen)
         return value
-    if isinstance(value, list):
-        value[:] = [moved(item, device) for item in value]
+    if isinstance(value, list | deque):
+        for n, item in enumerate(value):
+            value[n] = _moved(item, device, seen)
         return value
     if type(value) is tuple:
-        return tuple(moved(item, device) for item in value)
+        return tuple(_moved(item, device, seen) for item in value)
     return value
 
 

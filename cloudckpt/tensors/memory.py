@@ -76,6 +76,10 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool = False) -> None:
     """Copy ``source`` into ``target`` (same dtype and shape), bit for bit, from any device and any strides."""
+    if target.is_conj() or target.is_neg():
+        # What such a view shows is no memory of its own: only torch can write through it.
+        target.copy_(source, non_blocking=non_blocking)
+        return
     _bits(target).copy_(_bits(source), non_blocking=non_blocking)
 
 

@@ -244,7 +244,6 @@ def test_a_narrow_terminal_without_colour(root: str) -> None:
     assert "\x1b" not in done.stdout
     assert max(len(line) for line in done.stdout.splitlines()[:-1]) <= 40
     assert "best" in done.stdout
-    assert "rele" in done.stdout
     piped = process("ls", root).stdout
     assert "last #2, pinned" in piped
     assert "committed, tag:release" in piped

@@ -29,8 +29,9 @@ def saved(root: str, *steps: int, **policy: Any) -> None:
 @pytest.mark.parametrize("row", TRANSLATIONS, ids=lambda row: f"{row.tool}:{row.word}")
 def test_the_words_of_other_tools_are_translated(row: Any) -> None:
     """S9: a keyword of another tool is a TypeError that names the tool and what to write here; never silence."""
+    words: dict[str, Any] = {row.word: 1}
     with pytest.raises(TypeError) as refused:
-        CheckpointManager(MemoryStorage(), **{row.word: 1})
+        CheckpointManager(MemoryStorage(), **words)
     assert str(refused.value) == f"CheckpointManager() has no {row.word}: that is the {row.tool} name. Here: {row.here}"
 
 
@@ -193,7 +194,8 @@ def test_a_deleted_manifest_is_refused_and_repaired(tmp_path: Path) -> None:
     before = {c.id: c.step for c in cloudckpt.open(root).checkpoints()}
     for copy in Path(root).glob("manifest*.json"):
         copy.unlink()
-    for act in (lambda: CheckpointManager(root).restore(dict(W)), lambda: cloudckpt.open(root).latest()):
+    acts: list[Any] = [lambda: CheckpointManager(root).restore(dict(W)), lambda: cloudckpt.open(root).latest()]
+    for act in acts:
         with pytest.raises(FormatError, match=rf"but no manifest\.json.* run: cloudckpt repair {root}"):
             act()
     proposal = cloudckpt.repair(root)
@@ -271,7 +273,7 @@ def test_gc_never_deletes_what_is_newer_than_a_manifest_that_was_put_back(tmp_pa
     old = Path(root, "manifest.json").read_bytes()
     saved(root, 2)
     Path(root, "manifest.json").write_bytes(old)
-    with pytest.raises(ConflictError, match="newer than the manifest.*cloudckpt repair"):
+    with pytest.raises(ConflictError, match=r"newer than the manifest.*cloudckpt repair"):
         cloudckpt.gc(root, dry_run=False)
     assert {c.step for c in cloudckpt.repair(root, dry_run=False).admitted} == {1, 2}
 
@@ -293,7 +295,12 @@ def test_another_direction_needs_permission() -> None:
     storage = MemoryStorage()
     with CheckpointManager(storage, monitor="loss", mode="min") as ckpts:
         ckpts.save(1, W, metrics={"loss": 1.0}, block=True)
-    for words in ({"monitor": "loss", "mode": "max"}, {"monitor": "acc", "mode": "max"}, {"monitor": None}):
+    changes: list[dict[str, Any]] = [
+        {"monitor": "loss", "mode": "max"},
+        {"monitor": "acc", "mode": "max"},
+        {"monitor": None},
+    ]
+    for words in changes:
         with pytest.raises(ConfigError, match="change_policy=True"):
             CheckpointManager(storage, **words).restore(dict(W))
     with CheckpointManager(storage, monitor="acc", mode="max", change_policy=True) as ckpts:
@@ -321,7 +328,7 @@ def test_the_same_root_may_be_spelled_in_several_ways(tmp_path: Path, monkeypatc
     """L13: relative, absolute, with a trailing slash, as file:// URL and as Path: all the same run."""
     monkeypatch.chdir(tmp_path)
     saved("./run", 1)
-    spellings = ["run", "./run/", str(tmp_path / "run"), f"file://{tmp_path}/run", tmp_path / "run"]
+    spellings: list[Any] = ["run", "./run/", str(tmp_path / "run"), f"file://{tmp_path}/run", tmp_path / "run"]
     for spelling in spellings:
         assert open_storage(spelling).url == str(tmp_path / "run")
         latest = cloudckpt.open(spelling).latest()

@@ -238,9 +238,9 @@ def test_an_optimizer_of_another_shape_is_refused_before_the_model_changes() -> 
     other = small()
     weights = other[0].weight.detach().clone()  # type: ignore[index]  # a Sequential
     optimizer = torch.optim.AdamW(list(other.parameters())[:2])
-    with CheckpointManager(storage) as ckpts:
-        with pytest.raises(StateMismatchError, match=r"groups of \[2\] parameters, the checkpoint of \[4\]"):
-            ckpts.restore({"model": other, "optimizer": optimizer})
+    message = r"groups of \[2\] parameters, the checkpoint of \[4\]"
+    with CheckpointManager(storage) as ckpts, pytest.raises(StateMismatchError, match=message):
+        ckpts.restore({"model": other, "optimizer": optimizer})
     assert torch.equal(other[0].weight, weights)  # type: ignore[index]  # a Sequential
 
 

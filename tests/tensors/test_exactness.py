@@ -76,6 +76,8 @@ def bits(tensor: torch.Tensor) -> bytes:
 def noise(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
     """A tensor of random bits: NaN payloads, denormals and signed zeros included."""
     count = math.prod(shape) * dtype.itemsize
+    if not count:
+        return torch.empty(shape, dtype=dtype)
     raw = np.random.default_rng(seed).integers(0, 2 if dtype == torch.bool else 256, count, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
 
@@ -754,6 +756,12 @@ class Holder:
         self.state = state
 
 
+def _csr() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.eye(3).to_sparse_csr()
+
+
 def _nested() -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -775,7 +783,7 @@ def _quantized(dtype: torch.dtype) -> torch.Tensor:
 
 REFUSED_TENSORS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "sparse": (lambda: torch.eye(3).to_sparse(), "torch.sparse_coo"),
-    "csr": (lambda: _csr(), "torch.sparse_csr"),
+    "csr": (_csr, "torch.sparse_csr"),
     "meta": (lambda: torch.empty(2, device="meta"), "meta device"),
     "nested": (_nested, "layout"),
     "fake": (_fake, "fake tensor"),
@@ -785,12 +793,6 @@ REFUSED_TENSORS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "quint4x2": (lambda: _quantized(torch.quint4x2), "quantized"),
     "quint2x4": (lambda: _quantized(torch.quint2x4), "quantized"),
 }
-
-
-def _csr() -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.eye(3).to_sparse_csr()
 
 
 @pytest.mark.parametrize("name", REFUSED_TENSORS)
