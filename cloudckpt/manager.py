@@ -410,6 +410,10 @@ class CheckpointManager(Run):
         """Mark a checkpoint, such as "diverged": nothing selects it unless named. See ``editing.mark``."""
         return editing.mark(self._announced(), select, label)
 
+    def release(self, select: str | int) -> Checkpoint:
+        """Give a checkpoint that ``repair`` holds back to the rules. See ``editing.release``."""
+        return editing.release(self._announced(), select)
+
     def report_metrics(self, select: str | int, metrics: Mapping[str, SupportsFloat]) -> bool:
         """Add metrics to an earlier save; False, with a warning, if it was already retired.
 

@@ -49,7 +49,7 @@ def repair_run(store: ManifestStore, *, dry_run: bool = True) -> RepairPlan:
 
     Raises:
         CheckpointNotFoundError: the root holds nothing of ours.
-        FormatError: the manifest was written by a newer version: upgrade instead.
+        FormatError: it was written by a newer version, or needs what this one does not know: upgrade instead.
         ConflictError: somebody wrote a manifest during the repair.
         StorageError: the store refused.
     """
@@ -58,6 +58,7 @@ def repair_run(store: ManifestStore, *, dry_run: bool = True) -> RepairPlan:
     current = _current(storage)
     basis, basis_name = _basis(storage, listing, current)
     whole, refused = _judge_folders(storage, listing)
+    _refuse_unknown(storage, basis, whole)
     if basis is None and not whole:
         raise CheckpointNotFoundError(f"{storage.url} holds no manifest, no copy of one and no whole checkpoint")
     manifest = _proposal(store, basis, whole, _highest_revision(listing, basis))
@@ -72,6 +73,15 @@ def repair_run(store: ManifestStore, *, dry_run: bool = True) -> RepairPlan:
         could_not_know=_could_not_know(basis, basis_name, whole),
         manifest=manifest,
     )
+
+
+def _refuse_unknown(storage: Storage, basis: Manifest | None, whole: Sequence[Whole]) -> None:
+    needed = {name for w in whole for name in w.index.requires} | set(basis.requires if basis else ())
+    if needed:
+        raise FormatError(
+            f"{storage.url} needs {', '.join(sorted(needed))}, which this version does not know: upgrade cloudckpt and "
+            "repair with that. Nothing was changed"
+        )
 
 
 def _current(storage: Storage) -> Versioned | None:
@@ -137,7 +147,7 @@ def _proposal(store: ManifestStore, basis: Manifest | None, whole: Sequence[Whol
     policy = basis.policy if basis else newest.index.policy if newest else Manifest(run_id="").policy
     entries = [_entry(w, known.get(w.index.id), at) for w in whole]
     # Retired is terminal, even here: their bytes may be half deleted by somebody who is still at it.
-    entries = [replace(e, state=State.RETIRED, held=False) if _was_retired(known, e.id) else e for e in entries]
+    entries = [_still_retired(e, known.get(e.id)) for e in entries]
     epochs = [e.writer_epoch for e in entries] + ([basis.writer_epoch] if basis else [])
     manifest = Manifest(
         run_id=store.token(32),
@@ -155,15 +165,17 @@ def _proposal(store: ManifestStore, basis: Manifest | None, whole: Sequence[Whol
     return recompute(note(manifest, "repair", at=at, detail=f"{len(manifest.committed)} checkpoints admitted and held"))
 
 
-def _was_retired(known: Mapping[str, Checkpoint], save_id: str) -> bool:
-    entry = known.get(save_id)
-    return entry is not None and entry.state is State.RETIRED
+def _still_retired(entry: Checkpoint, known: Checkpoint | None) -> Checkpoint:
+    if known is None or known.state is not State.RETIRED:
+        return entry
+    return replace(entry, state=State.RETIRED, held=False, retired_because=known.retired_because)
 
 
 def _entry(whole: Whole, known: Checkpoint | None, at: str) -> Checkpoint:
     index, facts = whole.index, whole.facts
     if known is not None and known.committed_at is not None:
-        return replace(known, held=True, index_digest=facts.index_digest, damaged=None)
+        # What is known of it stays known: also that its bytes, though as many as they should be, are wrong.
+        return replace(known, state=State.COMMITTED, held=True, index_digest=facts.index_digest)
     return Checkpoint(
         id=index.id,
         step=index.step,

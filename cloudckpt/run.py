@@ -72,10 +72,11 @@ def moved(value: Any, device: str | torch.device | None) -> Any:
     return _moved(value, torch.device(device), {})
 
 
-def _moved(value: Any, device: torch.device, seen: dict[int, torch.Tensor]) -> Any:
+def _moved(value: Any, device: torch.device, seen: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
     if isinstance(value, torch.Tensor):
-        # ``value`` outlives the dictionary, in the tree that is still being walked or in what holds its memory.
-        return seen.setdefault(id(value), value if id(value) in seen else value.to(device))
+        # The tensor itself is remembered beside its copy, so that its id stays its own.
+        _, copy = seen.setdefault(id(value), seen.get(id(value)) or (value, value.to(device)))
+        return copy
     if isinstance(value, dict):
         for key in value:
             value[key] = _moved(value[key], device, seen)

@@ -49,7 +49,10 @@ def delete_bytes(storage: Storage, checkpoint: Checkpoint, names: Sequence[str] 
     """
     prefix = keys.checkpoint_prefix(checkpoint.step, checkpoint.id)
     index = keys.index_key(checkpoint.step, checkpoint.id)
-    payload = _payload_keys(storage, checkpoint, names, prefix)
+    try:
+        payload = _payload_keys(storage, checkpoint, names, prefix)
+    except FormatError as exc:
+        return str(exc)
     failed = storage.delete(payload)
     if not failed:
         # The index goes last: whoever finds it can still learn the names of the rest.
@@ -58,14 +61,19 @@ def delete_bytes(storage: Storage, checkpoint: Checkpoint, names: Sequence[str] 
 
 
 def _payload_keys(storage: Storage, checkpoint: Checkpoint, names: Sequence[str] | None, prefix: str) -> list[str]:
-    if names is None:
-        try:
-            names = [item.name for item in decode_index(read_index_body(storage, checkpoint)).objects]
-        except (ObjectNotFoundError, FormatError):
-            listed = [keys.parse(item.key) for item in storage.list(f"{prefix}/")]
-            # Foreign files in the folder stay, and so does the folder (I12).
-            return [key.text for key in listed if key.kind not in {keys.Kind.FOREIGN, keys.Kind.INDEX}]
-    return [f"{prefix}/{name}" for name in names]
+    if names is not None:
+        return [f"{prefix}/{name}" for name in names]
+    try:
+        index = decode_index(read_index_body(storage, checkpoint))
+    except (ObjectNotFoundError, FormatError) as exc:
+        if "upgrade cloudckpt" in str(exc):
+            raise
+        listed = [keys.parse(item.key) for item in storage.list(f"{prefix}/")]
+        # Foreign files in the folder stay, and so does the folder (I12).
+        return [key.text for key in listed if key.kind not in {keys.Kind.FOREIGN, keys.Kind.INDEX}]
+    if index.requires:
+        raise FormatError(f"{prefix} needs {', '.join(index.requires)}, which this version does not know")
+    return [f"{prefix}/{item.name}" for item in index.objects]
 
 
 def delete_retired(store: ManifestStore, entries: Iterable[Checkpoint]) -> tuple[list[Checkpoint], dict[str, str]]:
@@ -89,6 +97,7 @@ def sweep_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
         StorageError: the store refused.
     """
     manifest = _required(store)
+    store.check_known(manifest)
     retired = manifest.in_state(State.RETIRED)
     if dry_run:
         placed_ = tuple(placed(entry, store.storage.url) for entry in retired)

@@ -54,7 +54,7 @@ def _root(*places: str | None) -> str:
 def _split(select: str, root: str | None) -> tuple[str, str]:
     """A selector may carry its root: ``s3://bucket/run#best``."""
     place, mark, selector = select.rpartition("#")
-    return (_root(place), selector) if mark else (_root(root), select)
+    return (_root(place, root), selector) if mark else (_root(root), select)
 
 
 def _view(root: str) -> RunView:
@@ -97,7 +97,7 @@ def list_checkpoints(
         newest = max((c.committed_at for c in committed if c.committed_at), default=None)
         total = format_bytes(sum(c.size_bytes for c in committed))
         last = f", newest committed {age(newest)} ago" if newest else ""
-        console.print(f"{len(committed)} checkpoints, {total}{last}; policy: {manifest.policy}")
+        console.print(f"{len(committed)} checkpoints, {total}{last}; policy: {manifest.policy}", markup=False)
 
 
 @app.command()
@@ -218,10 +218,7 @@ def verify_command(
     else:
         console = output()
         for finding in report.findings:
-            where = (
-                f" bytes {finding.start}..{finding.start + (finding.length or 0)}" if finding.start is not None else ""
-            )
-            console.print(f"DAMAGED {finding.checkpoint.root}/{finding.key}{where}: {finding.problem}", markup=False)
+            console.print(_damage(finding), markup=False)
         how = f"{format_bytes(report.bytes_read)} read" if deep else "sizes only; --deep reads every byte"
         console.print(f"{len(report.checkpoints)} checkpoints checked ({how}), {len(report.findings)} findings")
     if not report.ok:

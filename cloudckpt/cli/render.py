@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cloudckpt.core.model import Checkpoint, State
 from cloudckpt.core.text import format_bytes, format_duration, format_metric
@@ -76,13 +77,14 @@ def age(at: str | None) -> str:
 
 def checkpoints_table(checkpoints: Sequence[Checkpoint]) -> Table:
     """The listing, newest first: what each is, what it measured, and why it is kept."""
+    # What people wrote goes in as Text: brackets in a string would be taken for rich's markup.
     metrics = sorted({name for c in checkpoints for name in c.metrics})
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("STEP", justify="right")
     table.add_column("AGE", justify="right")
     table.add_column("SIZE", justify="right")
     for name in metrics:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     table.add_column("KEPT BECAUSE", overflow="fold")
     table.add_column("STATE", overflow="fold")
     for c in sorted(checkpoints, key=lambda c: -c.seq):
@@ -91,8 +93,8 @@ def checkpoints_table(checkpoints: Sequence[Checkpoint]) -> Table:
             age(c.committed_at or c.announced_at),
             format_bytes(c.size_bytes),
             *(format_metric(c.metrics[name]) if name in c.metrics else "-" for name in metrics),
-            ", ".join(c.kept_because) if c.state is State.COMMITTED else "-",
-            _state(c),
+            Text(", ".join(c.kept_because) if c.state is State.COMMITTED else "-"),
+            Text(_state(c)),
             style="dim" if c.state is State.RETIRED else None,
         )
     return table

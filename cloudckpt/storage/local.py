@@ -94,12 +94,16 @@ class LocalStorage:
         self._root = Path(os.path.abspath(os.path.expanduser(root)))  # noqa: PTH100, PTH111 - resolve() would follow links
         # Threads of this process queue here; polling the file would let them starve one another.
         self._threads = threading.Lock()
-        self._lock = filelock.FileLock(self._root / grammar.LOCK, timeout=_LOCK_TIMEOUT_S)
+        self._lock = self._new_lock()
+        self._pid = os.getpid()
 
     @property
     def url(self) -> str:
         """The folder's absolute path."""
         return str(self._root)
+
+    def _new_lock(self) -> filelock.BaseFileLock:
+        return filelock.FileLock(self._root / grammar.LOCK, timeout=_LOCK_TIMEOUT_S)
 
     @property
     def exists(self) -> bool:
@@ -168,6 +172,9 @@ class LocalStorage:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         # Made here, not by filelock, so that it gets the mode of the user's umask and colleagues can lock too.
+        if self._pid != os.getpid():
+            # A forked child must not share its parent's lock, nor a mutex that another thread may have held.
+            self._lock, self._pid = self._new_lock(), os.getpid()
         os.close(os.open(self._lock.lock_file, os.O_RDWR | os.O_CREAT, 0o666))
         with self._lock.acquire(poll_interval=_LOCK_POLL_S):
             yield

@@ -296,7 +296,7 @@ class ManifestStore:
         A write made upon a remembered manifest that is out of date fails its condition. "Nothing to do" and a
         refusal send no write that could: they are decided again upon what is there now.
         """
-        self._check_writable(base.manifest)
+        self.check_known(base.manifest)
         try:
             changed = change(base.manifest, prepare(base.manifest))
         except StorageError:
@@ -341,7 +341,12 @@ class ManifestStore:
             raise FormatError(f"{self.storage.url} holds no run yet: nothing was ever saved there")
         return Held(new(), None)
 
-    def _check_writable(self, manifest: Manifest) -> None:
+    def check_known(self, manifest: Manifest) -> None:
+        """Refuse to write or delete in a run that needs what this version does not know.
+
+        Raises:
+            FormatError: names the features.
+        """
         if manifest.requires:
             raise FormatError(
                 f"{self.storage.url} needs {', '.join(manifest.requires)}, which this version does not know: it may "

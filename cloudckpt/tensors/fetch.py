@@ -137,10 +137,15 @@ def _check_sum(chunk: Chunk, buffers: _Buffers, checkpoint: Checkpoint) -> None:
 
 def _assemble(entry: TensorEntry, buffers: _Buffers) -> torch.Tensor:
     dtype = dtype_named(entry.dtype)
-    if len(entry.chunks) == 1:
-        # The whole tensor lies in one piece: it is used where it was read, without another copy.
-        return typed_view(*buffers.at(entry.chunks[0]), dtype, entry.shape)
+    in_one_piece = typed_view(*buffers.at(entry.chunks[0]), dtype, entry.shape) if len(entry.chunks) == 1 else None
+    if in_one_piece is not None and in_one_piece.data_ptr() % ALIGNMENT == 0:
+        return in_one_piece  # used where it was read, without another copy
+    # Away from where torch itself would have put it, some kernels add up in another order, and a resumed run
+    # would differ in its last bits.
     whole = torch.empty(math.prod(entry.shape) * dtype.itemsize, dtype=torch.uint8).view(dtype).view(entry.shape)
+    if in_one_piece is not None:
+        copy_bits(whole, in_one_piece)
+        return whole
     for copy in plan_copies(entry, offsets=[0] * len(entry.shape), lengths=entry.shape):
         chunk = entry.chunks[copy.chunk]
         source = typed_view(*buffers.at(chunk), dtype, chunk.lengths)

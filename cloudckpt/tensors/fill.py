@@ -91,14 +91,23 @@ def _check_named(own: Mapping[str, object], stored: Any, here: str, problems: li
 
 
 def _check_optimizer(target: torch.optim.Optimizer, stored: Any, here: str, problems: list[str]) -> None:
-    try:
-        counts = [len(group["params"]) for group in stored["param_groups"]]
-    except (TypeError, KeyError):
+    counts, own = _groups(stored), _groups({"param_groups": target.param_groups})
+    if counts is None:
         problems.append(f"{here}: the state has an optimizer, the checkpoint {_kind(stored)}")
-        return
-    own = [len(group["params"]) for group in target.param_groups]
-    if counts != own:
+    elif counts != own:
         problems.append(f"{here}: the optimizer has groups of {own} parameters, the checkpoint of {counts}")
+
+
+def _groups(stored: Any) -> list[int] | None:
+    """How many parameters each group of an optimizer's state has; None if it is no optimizer's."""
+    try:
+        return [len(group["params"]) for group in stored["param_groups"]]
+    except (TypeError, KeyError, IndexError):
+        return None
+
+
+def _same_groups(target: torch.optim.Optimizer, stored: Any) -> bool:
+    return _groups(stored) == _groups({"param_groups": target.param_groups})
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
@@ -140,9 +149,10 @@ def _fill(target: Any, stored: Any, *, strict: bool) -> Any:
         target.load_state_dict(stored if strict else _fitting(target, stored), strict=strict)
         return target
     if has_state(target):
-        target.load_state_dict(stored)
+        if strict or not isinstance(target, torch.optim.Optimizer) or _same_groups(target, stored):
+            target.load_state_dict(stored)  # otherwise it was warned about
         return target
-    if isinstance(target, torch.Tensor) and isinstance(stored, torch.Tensor):
+    if isinstance(target, torch.Tensor):
         return _fill_tensor(target, stored)
     if isinstance(target, MutableMapping) and isinstance(stored, Mapping):
         for key, value in stored.items():
@@ -155,8 +165,8 @@ def _fill(target: Any, stored: Any, *, strict: bool) -> Any:
     return stored
 
 
-def _fill_tensor(target: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-    if target.shape != stored.shape:
+def _fill_tensor(target: torch.Tensor, stored: Any) -> torch.Tensor:
+    if not isinstance(stored, torch.Tensor) or target.shape != stored.shape:
         return target  # strict=False: it was warned about
     with torch.no_grad():
         if target.dtype == stored.dtype:

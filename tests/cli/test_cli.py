@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager
+from cloudckpt import CheckpointManager, ConflictError
 from cloudckpt.cli import app as commands
 
 
@@ -273,3 +273,47 @@ def test_no_command_loads_torch(root: str) -> None:
         code = f"{block}sys.argv = ['cloudckpt', *{arguments!r}]; from cloudckpt.cli import main; main()"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_brackets_are_shown_as_they_were_written(cli: Any, tmp_path: Path) -> None:
+    """Metrics, tags and marks with square brackets are text, whatever rich would make of them."""
+    run = str(tmp_path / "[run]")
+    with CheckpointManager(run, monitor="loss[/x]", mode="min") as ckpts:
+        ckpts.save(1, {"a[/b]": torch.ones(1)}, metrics={"loss[/x]": 1.0}, tags=["[/bold]", "[red]x"], block=True)
+        ckpts.save(2, {"a[/b]": torch.ones(1)}, metrics={"loss[/x]": 2.0}, block=True)
+        ckpts.mark(2, "[/m]")
+    listed = cli("ls", run).out
+    for text in ("loss[/x]", "tag:[/bold]", "tag:[red]x", "marked [/m]", "best 1 by loss[/x] (min)"):
+        assert text in listed
+    shown = cli("show", "1", "-r", run).out
+    for text in ("[/bold], [red]x", "loss[/x]=1.0000", "a[/b] (1 tensors)"):
+        assert text in shown
+    for command in (["best", run], ["log", run], ["doctor", run], ["verify", run], ["repair", "-n", run]):
+        assert cli(*command).code == 0, command
+
+
+def test_the_exit_code_says_what_kind_of_trouble(
+    cli: Any, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 fine, 1 failure, 2 usage, 3 findings, 4 nothing matches, 5 conflict: as --help says."""
+    run = copy_of(root, tmp_path / "run")
+    assert cli("ls", str(run)).code == 0
+    assert cli("ls", str(tmp_path / "empty")).code == 4
+    assert cli("ls", "--nonsense").code == 2
+    assert cli("show", "#best", "-r", str(run)).code == 0
+    (next(run.glob("checkpoint-2.*")) / "checkpoint.json").unlink()
+    missing = cli("show", "2", "-r", str(run))
+    assert missing.code == 3
+    assert "checkpoint.json is missing" in missing.err
+    (run / "manifest.json").write_text("{")
+    assert cli("ls", str(run)).code == 1
+
+    def race(*_: object, **__: object) -> None:
+        raise ConflictError("somebody else wrote the manifest")
+
+    monkeypatch.setattr(commands, "repair", race)
+    conflict = cli("repair", str(run), "--yes")
+    assert (conflict.code, conflict.err) == (5, "cloudckpt: somebody else wrote the manifest\n")
+    helped = cli("--help")
+    assert helped.code == 0
+    assert "5 conflict" in " ".join(helped.out.split()).replace("│ ", "")

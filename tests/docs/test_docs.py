@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -48,3 +49,24 @@ def test_links_lead_somewhere() -> None:
         if not (page.parent / target).exists()
     ]
     assert broken == []
+
+
+def _names(node: object) -> set[str]:
+    """The field names of the manifest's own objects; metrics have names of their own."""
+    if isinstance(node, list):
+        return set().union(*map(_names, node)) if node else set()
+    if not isinstance(node, dict):
+        return set()
+    return set(node) | _names([value for name, value in node.items() if name != "metrics"])
+
+
+def test_every_field_of_the_manifest_and_the_index_is_described() -> None:
+    """Each field that a golden store has is named in the text of the specification, beside the examples."""
+    text = re.sub(r"```.*?```", "", (ROOT / "docs" / "spec" / "v1.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    golden = ROOT / "tests" / "format" / "golden" / "v1"
+    fields = _names(json.loads((golden / "manifest.json").read_bytes()))
+    for path in golden.glob("checkpoint-*/checkpoint.json"):
+        index = json.loads(path.read_bytes())
+        fields |= set(index) | _names(index["objects"]) | _names(index["policy"])
+        fields |= {n for tensors in index["tensors"].values() for tensor in tensors.values() for n in _names(tensor)}
+    assert [name for name in sorted(fields) if f"`{name}`" not in text] == []

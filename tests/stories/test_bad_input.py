@@ -11,8 +11,18 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager, ConfigError, ConflictError, FormatError, Settings, StorageError
-from cloudckpt.storage import LocalStorage, MemoryStorage, open_storage
+import cloudckpt.editing
+import cloudckpt.tools
+from cloudckpt import (
+    CheckpointManager,
+    ConfigError,
+    ConflictError,
+    FencedError,
+    FormatError,
+    Settings,
+    StorageError,
+)
+from cloudckpt.storage import Landed, LocalStorage, MemoryStorage, open_storage
 from cloudckpt.testing import ScriptedStorage, check_store
 from cloudckpt.vocabulary import TRANSLATIONS
 
@@ -334,3 +344,158 @@ def test_the_same_root_may_be_spelled_in_several_ways(tmp_path: Path, monkeypatc
         latest = cloudckpt.open(spelling).latest()
         assert latest is not None
         assert latest.step == 1
+
+
+def test_a_leaf_that_cannot_be_stored_announces_nothing() -> None:
+    """H20: an object without a state dict fails the save by its path before anything is announced."""
+    with CheckpointManager(MemoryStorage()) as ckpts:
+        with pytest.raises(TypeError, match=r"^scheduler\.lr_lambdas\[0\]: .*allow_pickle=True"):
+            ckpts.save(1, {"scheduler": {"lr_lambdas": [lambda step: 1.0]}})
+        assert ckpts.checkpoints(state=None) == ()
+        ckpts.save(1, W, block=True)
+
+
+@pytest.mark.parametrize("row", TRANSLATIONS, ids=lambda row: f"{row.tool}:{row.word}")
+def test_every_call_knows_the_words_of_other_tools(row: Any) -> None:
+    """save, restore and load translate as the constructor does, and touch nothing."""
+    storage = ScriptedStorage(MemoryStorage())
+    words: dict[str, Any] = {row.word: 1}
+    with CheckpointManager(storage) as ckpts:
+        for call in (lambda: ckpts.save(1, W, **words), lambda: ckpts.restore(W, **words), lambda: ckpts.load(**words)):
+            with pytest.raises(TypeError, match=f"has no {row.word}: that is the"):
+                call()
+    assert storage.calls == []
+
+
+@pytest.mark.parametrize("harm", ["truncated", "edited", "rolled back"])
+def test_repair_brings_a_harmed_manifest_back(tmp_path: Path, harm: str) -> None:
+    """Whatever happened to the manifest, repair admits every whole checkpoint, held, and training goes on."""
+    root = str(tmp_path / "run")
+    saved(root, 1)
+    place = Path(root, "manifest.json")
+    old = place.read_bytes()
+    saved(root, 2)
+    body = place.read_bytes()
+    harmed = {
+        "truncated": body[: len(body) // 2],
+        "edited": body.replace(b'"step": 2', b'"step": -2'),
+        "rolled back": old,
+    }
+    place.write_bytes(harmed[harm])
+    done = cloudckpt.repair(root, dry_run=False)
+    assert {(c.step, c.held) for c in done.admitted} == {(1, True), (2, True)}
+    with CheckpointManager(root, keep_last=1) as ckpts:
+        state = {"w": torch.zeros(3)}
+        resumed = ckpts.restore(state)
+        assert resumed is not None
+        assert resumed.step == 2
+        assert state["w"].tolist() == [2.0] * 3
+        ckpts.save(3, W, block=True)
+        ckpts.save(4, W, block=True)
+        assert [c.step for c in ckpts.checkpoints()] == [1, 2, 4]
+    check_store(LocalStorage(root))
+
+
+def test_two_managers_in_one_process(tmp_path: Path) -> None:
+    """The later claim wins: the earlier manager is fenced at its next save and has deleted nothing."""
+    root = str(tmp_path / "run")
+    first = CheckpointManager(root)
+    first.save(1, W, block=True)
+    with CheckpointManager(root) as second:
+        second.save(2, W, block=True)
+        with pytest.raises(FencedError, match="stop this process"):
+            first.save(3, W, block=True)
+        first.close()
+        assert [c.step for c in second.checkpoints(state=None)] == [1, 2]
+    check_store(LocalStorage(root))
+
+
+def test_a_run_that_needs_more_is_read_and_never_written(tmp_path: Path) -> None:
+    """An unknown name in requires refuses writing and deleting, not reading."""
+    root = str(tmp_path / "run")
+    saved(root, 1)
+    place = Path(root, "manifest.json")
+    place.write_bytes(place.read_bytes().replace(b'"requires": []', b'"requires": ["shared-bytes"]'))
+    before = place.read_bytes()
+    assert cloudckpt.open(root).load()["w"].tolist() == [1.0] * 3
+    for act in (
+        lambda: CheckpointManager(root).save(2, W),
+        lambda: CheckpointManager(root).pin(1),
+        lambda: cloudckpt.sweep(root, dry_run=False),
+        lambda: cloudckpt.gc(root, dry_run=False),
+    ):
+        with pytest.raises(FormatError, match="needs shared-bytes"):
+            act()
+    assert place.read_bytes() == before
+
+
+def test_metrics_that_are_no_numbers_are_never_best(caplog: pytest.LogCaptureFixture) -> None:
+    """NaN and infinities are recorded, warned about, and never best; 0.0 is a metric like any other."""
+    with CheckpointManager(MemoryStorage(), monitor="loss", mode="min", keep_last=None) as ckpts:
+        for step, loss in enumerate([float("nan"), float("inf"), -float("inf"), 0.0]):
+            ckpts.save(step, W, metrics={"loss": loss}, block=True)
+        best = ckpts.best()
+    assert best is not None
+    assert best.step == 3
+    assert len([r for r in caplog.records if "is never best" in r.getMessage()]) == 3
+
+
+def needing_more(root: str) -> None:
+    """Make a run name a feature that this version does not know."""
+    place = Path(root, "manifest.json")
+    place.write_bytes(place.read_bytes().replace(b'"requires": []', b'"requires": [\n  "shared-bytes"\n ]'))
+
+
+def test_a_run_that_needs_what_we_do_not_know_is_read_and_never_changed(tmp_path: Path) -> None:
+    """An unknown feature in requires: reading works; save, edit, sweep, gc and repair refuse before anything is deleted."""
+    root = str(tmp_path / "run")
+    saved(root, 1, 2)
+    cloudckpt.editing.remove(cloudckpt.tools.open_store(root), [1])
+    needing_more(root)
+    before = {p: p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
+    acts: list[Any] = [
+        lambda: CheckpointManager(root).save(3, W),
+        lambda: CheckpointManager(root).pin(2),
+        lambda: cloudckpt.sweep(root, dry_run=False),
+        lambda: cloudckpt.gc(root, dry_run=False),
+        lambda: cloudckpt.repair(root, dry_run=False),
+    ]
+    for act in acts:
+        with pytest.raises(FormatError, match="needs shared-bytes"):
+            act()
+    assert {p: p.read_bytes() for p in Path(root).rglob("*") if p.is_file()} == before
+    assert torch.equal(cloudckpt.open(root).load(2)["w"], torch.full((3,), 2.0))
+
+
+def test_repair_remembers_damage_and_a_person_releases(tmp_path: Path) -> None:
+    """What was proven damaged stays damaged through a repair; what is held is given back by release()."""
+    root = str(tmp_path / "run")
+    saved(root, 1, 2, keep_last=None)
+    payload = next(Path(root).glob("checkpoint-2.*/w-*.safetensors"))
+    body = bytearray(payload.read_bytes())
+    body[-1] ^= 1
+    payload.write_bytes(body)
+    with CheckpointManager(root) as ckpts:
+        ckpts.restore({"w": torch.zeros(3)})
+    cloudckpt.repair(root, dry_run=False)
+    assert {c.step: (c.held, c.damaged is not None) for c in cloudckpt.open(root).checkpoints()} == {
+        1: (True, False),
+        2: (True, True),
+    }
+    with CheckpointManager(root) as ckpts:
+        assert not ckpts.release(1).held
+        latest = ckpts.latest()
+        assert latest is not None
+        assert latest.step == 1
+
+
+def test_a_forked_child_may_use_the_storage_of_its_parent(tmp_path: Path) -> None:
+    """A process forked after the storage was made takes a lock of its own."""
+    storage = LocalStorage(tmp_path)
+    assert isinstance(storage.create("manifest.json", b"1"), Landed)
+    pid = os.fork()
+    if pid == 0:
+        answer = storage.create(".cloudckpt-probe-00000000", b"child")
+        os._exit(0 if isinstance(answer, Landed) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (tmp_path / ".cloudckpt-probe-00000000").read_bytes() == b"child"

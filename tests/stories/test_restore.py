@@ -281,3 +281,71 @@ def test_nested_containers_are_filled_in_place() -> None:
     assert outer["l"] is inner
     assert inner[0] is item
     assert (tensor.tolist(), item.tolist(), inner[1], outer["n"]) == ([1.0, 1.0], [5.0], 2, 3)
+
+
+def test_without_strict_what_fits_is_restored_and_the_rest_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """strict=False leaves mis-shaped tensors, other kinds and optimizers of other groups as they are, each with a warning."""
+    storage = MemoryStorage()
+    model = small()
+    saved = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.5),
+        "t": 5,
+        "u": torch.ones(2),
+        "v": 1,
+    }
+    with CheckpointManager(storage) as ckpts:
+        ckpts.save(1, saved, block=True)
+    other = small()
+    tensor, shaped, plain = torch.zeros(3), torch.zeros(3), torch.optim.SGD(other.parameters(), lr=0.1)
+    few = torch.optim.SGD(list(other.parameters())[:1], lr=0.1)
+    state: dict[str, Any] = {"optimizer": few, "t": tensor, "u": shaped, "v": plain, "model": other}
+    with CheckpointManager(storage) as ckpts:
+        assert ckpts.restore(state, strict=False) is not None
+    warnings = [r.getMessage() for r in caplog.records if "strict=False" in r.getMessage()]
+    assert [text.partition(": ")[2].partition(":")[0] for text in warnings] == ["optimizer", "t", "u", "v"]
+    assert state["optimizer"] is few
+    assert few.param_groups[0]["lr"] == 0.1
+    assert state["t"] is tensor
+    assert state["u"] is shaped
+    assert state["v"] is plain
+    assert (tensor.tolist(), shaped.tolist()) == ([0.0] * 3, [0.0] * 3)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_an_object_that_refuses_its_state_is_named() -> None:
+    """What load_state_dict() raises is told with the component's name and what had been restored before it."""
+
+    class Stubborn:
+        def state_dict(self) -> dict[str, int]:
+            return {"a": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise KeyError("b")
+
+    storage = MemoryStorage()
+    with CheckpointManager(storage) as ckpts:
+        ckpts.save(1, {"first": 1, "odd": Stubborn()}, block=True)
+        with pytest.raises(StateMismatchError, match=r"^odd refused .*'b'.*Already restored: first; start again"):
+            ckpts.restore({"first": 0, "odd": Stubborn()})
+
+
+def test_top_level_values_are_replaced_in_the_callers_mapping() -> None:
+    """Numbers and strings land in the mapping itself; a read-only mapping is refused by name."""
+    from types import MappingProxyType
+
+    storage = run_of(1)
+    state = {"note": "?"}
+    with CheckpointManager(storage) as ckpts:
+        ckpts.restore(state)
+        assert state == {"note": "s1"}
+        with pytest.raises(StateMismatchError, match="note is a plain value, and the state is read-only: pass a dict"):
+            ckpts.restore(MappingProxyType({"note": "?"}))
+
+
+@pytest.mark.parametrize("device", ["cpu", None, torch.device("cpu")])
+def test_load_puts_tensors_where_it_is_told(device: Any) -> None:
+    """device= takes a name, a torch.device, or None; the default is the CPU."""
+    assert cloudckpt.open(run_of(1)).load(device=device)["model"]["w"].device.type == "cpu"
+    assert cloudckpt.open(run_of(1)).load(device="meta", names=["w"])["model"]["w"].device.type == "meta"

@@ -77,7 +77,7 @@ def noise(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
     """A tensor of random bits: NaN payloads, denormals and signed zeros included."""
     count = math.prod(shape) * dtype.itemsize
     if not count:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(0, dtype=torch.uint8).view(dtype).view(shape)
     raw = np.random.default_rng(seed).integers(0, 2 if dtype == torch.bool else 256, count, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
 
@@ -97,7 +97,7 @@ def same(one: Any, two: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == two.dtype and one.shape == two.shape and bits(one) == bits(two)
     if isinstance(one, np.ndarray | np.generic):
-        return one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes()
+        return bool(one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes())
     if isinstance(one, float):
         return (math.isnan(one) and math.isnan(two)) or (one == two and math.copysign(1, one) == math.copysign(1, two))
     if isinstance(one, dict):
@@ -132,7 +132,7 @@ def test_every_dtype_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
         assert back[name].dtype == dtype
         assert back[name].shape == tensor.shape
         assert bits(back[name]) == bits(tensor), name
-    fresh = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in tensors.items()}
+    fresh = {name: noise(dtype, *tensor.shape, seed=1) for name, tensor in tensors.items()}
     targets = dict(fresh)
     restored(storage, {"x": targets})
     assert all(targets[name] is fresh[name] and bits(fresh[name]) == bits(tensors[name]) for name in tensors)
@@ -392,7 +392,8 @@ def test_every_optimizer_goes_on_as_if_nothing_had_happened(kind: type[torch.opt
     fresh_model, fresh = trained(kind, seed=2, steps=0)
     restored(storage, {"model": fresh_model, "optimizer": fresh})
     assert same(fresh.state_dict(), optimizer.state_dict())
-    for module, chosen in ((model, optimizer), (fresh_model, fresh)):
+    pairs: list[tuple[Any, Any]] = [(model, optimizer), (fresh_model, fresh)]
+    for module, chosen in pairs:
         inputs = torch.tensor([1, 2]) if kind is torch.optim.SparseAdam else torch.ones(2, 4)
 
         def closure(module: Any = module, chosen: Any = chosen, inputs: torch.Tensor = inputs) -> torch.Tensor:
@@ -477,8 +478,14 @@ def test_every_scheduler_goes_on_as_if_nothing_had_happened(name: str) -> None:
         optimizer, scheduler = with_scheduler(SCHEDULERS[name], 3)
         fresh_optimizer, fresh = with_scheduler(SCHEDULERS[name], 0)
     saved = copy.deepcopy(scheduler.state_dict())
-    storage = stored({"optimizer": optimizer, "scheduler": scheduler})
-    restored(storage, {"optimizer": fresh_optimizer, "scheduler": fresh})
+    # SWALR of torch 2.6 keeps a function in its state; later ones do not.
+    function = next((key for key, value in saved.items() if inspect.isroutine(value)), None)
+    if function is not None:
+        with pytest.raises(TypeError, match=rf"^scheduler\.{function}: .*allow_pickle=True"):
+            stored({"scheduler": scheduler})
+    allowed = {"allow_pickle": function is not None}
+    storage = stored({"optimizer": optimizer, "scheduler": scheduler}, **allowed)
+    restored(storage, {"optimizer": fresh_optimizer, "scheduler": fresh}, **allowed)
     assert same(fresh.state_dict(), saved)
     assert same(fresh_optimizer.state_dict(), optimizer.state_dict())
     assert [advance(fresh_optimizer, fresh) for _ in range(4)] == [advance(optimizer, scheduler) for _ in range(4)]
@@ -497,16 +504,16 @@ def test_every_scheduler_of_torch_is_in_the_table() -> None:
 
 def test_module_versions_are_kept() -> None:
     """The state dict's _metadata comes back, so that a module can migrate its own older states."""
-    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    model: Any = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
     model(torch.randn(4, 3))
-    back = loaded(stored({"model": model}))["model"]
+    back: Any = loaded(stored({"model": model}))["model"]
     assert type(back) is collections.OrderedDict
-    assert same(dict(back._metadata), dict(model.state_dict()._metadata))  # type: ignore[attr-defined]  # torch's own
-    assert back._metadata["0"] == {"version": 2}
-    fresh = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    assert same(dict(back._metadata), dict(model.state_dict()._metadata))
+    assert vars(back)["_metadata"]["0"] == {"version": 2}
+    fresh: Any = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
     restored(stored({"model": model}), {"model": fresh})
     assert same(dict(fresh.state_dict()), dict(model.state_dict()))
-    assert fresh[0].num_batches_tracked.item() == 1
+    assert fresh.state_dict()["0.num_batches_tracked"].item() == 1
 
 
 class Extra(torch.nn.Module):
@@ -582,7 +589,14 @@ def test_random_generators_go_on_where_they_were() -> None:
     """The numbers after a restore are the numbers that would have come."""
     generators, fresh = Generators(1), Generators(2)
     generators.draw()
-    restored(stored({"rng": generators, "inside": {"deep": [generators]}}), {"rng": fresh, "inside": {}})
+    storage = stored({"rng": generators, "inside": {"deep": [generators]}})
+    restored(storage, {"rng": fresh, "inside": {}})
+    assert fresh.draw() == generators.draw()
+    (deep,) = loaded(storage)["inside"]["deep"]
+    fresh.load_state_dict(deep)
+    assert fresh.draw() != generators.draw()
+    generators.load_state_dict(deep)
+    fresh.load_state_dict(deep)
     assert fresh.draw() == generators.draw()
 
 
@@ -804,6 +818,7 @@ def test_tensors_whose_bytes_are_not_their_value_are_refused_by_path(name: str) 
         with pytest.raises(TypeError, match=rf"^model\.blocks\[1\]\.w: this tensor .*{why}"):
             ckpts.save(1, {"model": Holder({"blocks": [0, {"w": make()}]})})
         assert ckpts.checkpoints(state=None) == ()
+        ckpts.save(1, {"model": torch.ones(1)}, block=True)
 
 
 @pytest.mark.parametrize(
