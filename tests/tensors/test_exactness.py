@@ -508,7 +508,7 @@ def test_module_versions_are_kept() -> None:
     model(torch.randn(4, 3))
     back: Any = loaded(stored({"model": model}))["model"]
     assert type(back) is collections.OrderedDict
-    assert same(dict(back._metadata), dict(model.state_dict()._metadata))
+    assert same(dict(vars(back)["_metadata"]), dict(model.state_dict()._metadata))
     assert vars(back)["_metadata"]["0"] == {"version": 2}
     fresh: Any = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
     restored(stored({"model": model}), {"model": fresh})
