@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -325,6 +327,13 @@ def _guarded(command: Callable[[], object]) -> int:
     return 0
 
 
+def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's shape
+    # 130 and 143, as shells say it; nothing here is half-done that the next call does not finish.
+    raise SystemExit(128 + number)
+
+
 def run() -> None:
-    """Run the command line and exit with its code."""
+    """Run the command line and exit with its code; 130 after Ctrl-C, 143 after SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     sys.exit(_guarded(functools.partial(app, standalone_mode=True)))

@@ -5,6 +5,8 @@ Our write id is current or in the history: it landed. The version is unchanged: 
 with the same condition, so at most one copy can win. The version changed without us: lost for good; the
 decision is made again from what is there now. The deadline is over: ``CommitUnknownError``, and nothing is
 ever deleted on the doubt (I11).
+
+(Past 350 lines: the loop, and every sentence that says why it refuses, belong together.)
 """
 
 from __future__ import annotations

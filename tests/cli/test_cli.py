@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +53,14 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["cloudckpt", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            commands.run()
+        # A command sets its own signal handlers; the process is the test's.
+        handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            with pytest.raises(SystemExit) as ended:
+                commands.run()
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
         captured = capsys.readouterr()
         return Result(int(ended.value.code or 0), captured.out, captured.err)
 
@@ -226,6 +233,17 @@ def test_errors_are_sentences(cli: Any, root: str, arguments: list[str], code: i
     assert message in result.err
     assert "Traceback" not in result.err + result.out
     assert result.out == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_its_own_code(
+    cli: Any, root: str, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C gives 130 and SIGTERM 143, without a traceback."""
+    monkeypatch.setattr(commands, "verify", lambda *_, **__: signal.raise_signal(number))
+    result = cli("verify", root)
+    assert result.code == code
+    assert "Traceback" not in result.err
 
 
 def test_debug_shows_the_traceback(root: str) -> None:
