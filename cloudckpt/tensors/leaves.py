@@ -7,7 +7,8 @@ import enum
 import io
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +120,13 @@ class ScalarLeaf:
     def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
         """See ``Handler.decode``."""
         raw, dtype = base64.b64decode(payload["bytes"], validate=True), _plain(payload["dtype"], path)
-        # NumPy's own way back takes zero bytes off the end of a text, and knows no text of length zero.
+        # NumPy's own way back takes zeros off the end of a text, and knows no text of length zero.
         if dtype.kind == "S":
-            return np.bytes_(raw)
-        return np.frombuffer(raw, dtype=dtype)[0] if dtype.itemsize else dtype.type()
+            return np.bytes_(raw[: dtype.itemsize])
+        if dtype.kind == "U":
+            order = "utf-32-be" if dtype.str.startswith(">") else "utf-32-le"
+            return np.str_(raw[: dtype.itemsize].decode(order, "surrogatepass"))
+        return np.frombuffer(raw, dtype=dtype)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +189,10 @@ class EnumLeaf:
         return found(value) if isinstance(found, enum.EnumMeta) else value
 
 
+#: Containers that the codec itself stores, whatever is in them.
+_CONTAINERS = {dict, list, tuple, set, frozenset, OrderedDict, Counter, defaultdict, deque}
+
+
 @dataclass(frozen=True, slots=True)
 class PickleLeaf:
     """The last resort, asked only after everything else refused and only with ``allow_pickle=True``."""
@@ -209,15 +217,10 @@ class PickleLeaf:
         return base64.b64encode(body).decode("ascii")
 
     def _can_be_stored(self, value: object) -> bool:
-        # Only this value itself: what is inside a container is asked about in its turn.
-        shell: object = value
-        if isinstance(value, Mapping | list | tuple | set | frozenset) and type(value).__module__ in {
-            "builtins",
-            "collections",
-        }:
-            return True
+        if type(value) in _CONTAINERS:
+            return True  # what is inside is asked about in its turn
         try:
-            self.known.encode(shell)
+            self.known.encode(value)
         except TypeError:
             return False
         return True
