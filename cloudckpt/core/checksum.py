@@ -42,7 +42,13 @@ def _zeros(power: int) -> _Operator:
 
 
 def combine(first: int, second: int, second_length: int) -> int:
-    """The sum of two byte strings laid end to end, from their sums and the length in bytes of the second."""
+    """The sum of two byte strings laid end to end, from their sums and the length in bytes of the second.
+
+    Raises:
+        ValueError: the length is negative.
+    """
+    if second_length < 0:
+        raise ValueError(f"a length of {second_length} bytes")
     bits = second_length * 8
     power = 0
     while bits:

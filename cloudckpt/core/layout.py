@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cloudckpt.errors import FormatError
 
@@ -43,6 +44,12 @@ _NAMES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+
+#: safetensors' names -> bytes per element.
+_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +95,13 @@ class Layout:
 
 
 def plan_layout(items: Sequence[Item]) -> Layout:
-    """Lay out one payload object. Equal items in equal order give equal bytes."""
+    """Lay out one payload object. Equal items in equal order give equal bytes.
+
+    Raises:
+        FormatError: a dimension is negative, or an element size is not its dtype's or no power of two.
+    """
+    for item in items:
+        _check_item(item)
     names = _stored_names(items)
     order = sorted(range(len(items)), key=lambda n: -items[n].item_size)
     header: dict[str, object] = {_METADATA: {"format": "pt"}}
@@ -113,6 +126,15 @@ def plan_layout(items: Sequence[Item]) -> Layout:
         for n, at in zip(order, offsets, strict=True)
     )
     return Layout(header=head, places=places, size_bytes=len(head) + offset)
+
+
+def _check_item(item: Item) -> None:
+    known = _NAMES.get(item.dtype)
+    fits = item.item_size == _SIZES[known] if known else item.item_size > 0 and item.item_size.bit_count() == 1
+    if not fits or min(item.shape, default=0) < 0:
+        raise FormatError(
+            f"{item.name}: no tensor of shape {item.shape} has elements of {item.dtype} with {item.item_size} bytes"
+        )
 
 
 def _stored_names(items: Sequence[Item]) -> list[str]:
@@ -146,25 +168,40 @@ def read_header(head: bytes, *, object_size_bytes: int) -> dict[str, tuple[str, 
     if length > _HEADER_LIMIT or 8 + length > min(len(head), object_size_bytes):
         raise FormatError(f"a safetensors header of {length} bytes does not fit")
     try:
-        header = json.loads(head[8 : 8 + length])
-        tensors = {name: value for name, value in header.items() if name != _METADATA}
-        found = {
-            name: (
-                str(v["dtype"]),
-                tuple(int(n) for n in v["shape"]),
-                int(v["data_offsets"][0]),
-                int(v["data_offsets"][1]),
-            )
-            for name, v in tensors.items()
-        }
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as exc:
+        # Decoded here: given bytes, json would also take UTF-16 and UTF-32, which the format does not know.
+        text = head[8 : 8 + length].decode("utf-8")
+        header = json.loads(text, object_pairs_hook=_unique)
+        if not text.startswith("{"):
+            raise ValueError("it must begin with {")
+        found = {name: _read_tensor(name, value) for name, value in header.items() if name != _METADATA}
+        if not all(type(value) is str for value in header.get(_METADATA, {}).values()):
+            raise ValueError(f"{_METADATA} holds more than strings")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
         raise FormatError(f"not a safetensors header: {exc!r}") from exc
     _check_covers((start, end) for _, _, start, end in found.values())
+    for name, (dtype, shape, start, end) in found.items():
+        # A dtype younger than this code is believed: its element size is not known here.
+        if min(shape, default=0) < 0 or (dtype in _SIZES and math.prod(shape) * _SIZES[dtype] != end - start):
+            raise FormatError(f"{name!r}: {dtype} of shape {shape} does not lie at bytes {start}..{end} of the data")
     data = 8 + length
     end = max((end for _, _, _, end in found.values()), default=0)
     if data + end != object_size_bytes:
         raise FormatError(f"the header describes {data + end} bytes and the object has {object_size_bytes}")
     return {name: (dtype, shape, data + start, end - start) for name, (dtype, shape, start, end) in found.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _read_tensor(name: str, value: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+    if type(dtype) is not str or type(shape) is not list or any(type(n) is not int for n in (*shape, start, end)):
+        raise TypeError(name)
+    return dtype, tuple(shape), start, end
 
 
 def _check_covers(ranges: Iterable[tuple[int, int]]) -> None:

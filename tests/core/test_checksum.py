@@ -32,6 +32,12 @@ def test_combine_reaches_past_32_bits_of_length() -> None:
         assert whole == combine(combine(start, 0, length), 0, length)
 
 
+def test_a_negative_length_is_refused() -> None:
+    """A length below zero is an error, and no endless loop."""
+    with pytest.raises(ValueError, match="-1 bytes"):
+        combine(1, 2, -1)
+
+
 def test_a_sum_is_spelled_by_eight_digits() -> None:
     """The check value of RFC 3720's polynomial is e3069283, and leading zeros stay."""
     assert format_crc32c(crc32c.crc32c(b"123456789")) == "e3069283"

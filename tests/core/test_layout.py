@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 
 import pytest
@@ -96,6 +97,11 @@ def test_sizes_past_32_bits() -> None:
     assert layout.places[1].start == len(layout.header) + 2**34
 
 
+def raw(text: bytes) -> bytes:
+    """A header of any bytes."""
+    return struct.pack("<Q", len(text)) + text
+
+
 def head(document: object, extra: int = 0) -> bytes:
     """A header around any document."""
     text = json.dumps(document).encode()
@@ -118,12 +124,58 @@ ONE = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
         (head({"w": ONE, "v": ONE}), len(head({"w": ONE, "v": ONE})) + 4, "hole or an overlap"),
         (head({"w": {**ONE, "data_offsets": [0, -4]}}), 100, "hole or an overlap"),
         (head({"w": ONE}), len(head({"w": ONE})) + 5, "describes"),
+        *[
+            (head(document), len(head(document)) + 4, what)
+            for document, what in [
+                ({"w": {**ONE, "shape": [5]}}, "does not lie"),
+                ({"w": {**ONE, "shape": [0]}}, "does not lie"),
+                ({"w": {**ONE, "shape": [-2, -2]}}, "does not lie"),
+                ({"w": {**ONE, "dtype": "F32"}}, "does not lie"),
+                ({"w": {**ONE, "dtype": "NEW", "shape": [-1]}}, "does not lie"),
+                ({"w": {**ONE, "dtype": 5}}, "not a safetensors header"),
+                ({"w": {**ONE, "shape": "4"}}, "not a safetensors header"),
+                ({"w": {**ONE, "shape": [4.0]}}, "not a safetensors header"),
+                ({"w": {**ONE, "shape": [math.inf]}}, "not a safetensors header"),
+                ({"w": {**ONE, "data_offsets": [False, 4]}}, "not a safetensors header"),
+                ({"w": {**ONE, "data_offsets": [0, 4, 9]}}, "not a safetensors header"),
+                ({"w": ONE, "__metadata__": 7}, "not a safetensors header"),
+                ({"w": ONE, "__metadata__": {"format": 7}}, "not a safetensors header"),
+            ]
+        ],
+        (raw(b" {}"), 11, "must begin with"),
+        (raw("{}".encode("utf-16-le")), 12, "not a safetensors header"),
+        (raw(b'{"\xff":{}}'), 100, "not a safetensors header"),
+        (raw(b'{"w":{},"w":{}}'), 100, "occurs twice"),
     ],
 )
 def test_a_header_that_does_not_cover_its_object_is_refused(body: bytes, size: int, what: str) -> None:
     """Holes, overlaps, wrong sizes and things that are no header are refused by what is wrong."""
     with pytest.raises(FormatError, match=what):
         read_header(body, object_size_bytes=size)
+
+
+def test_a_younger_dtype_is_believed() -> None:
+    """A dtype that this version does not know is read by its offsets alone."""
+    body = head({"w": {**ONE, "dtype": "F4", "shape": [8]}})
+    assert read_header(body, object_size_bytes=len(body) + 4) == {"w": ("F4", (8,), len(body), 4)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "item_size"),
+    [
+        ("float32", (3,), 8),
+        ("float32", (-1,), 4),
+        ("float32", (3,), 0),
+        ("odd", (1,), 3),
+        ("odd", (1,), 0),
+        ("odd", (1,), -4),
+        ("complex128", (2, -1), 16),
+    ],
+)
+def test_items_that_cannot_be_are_refused(dtype: str, shape: tuple[int, ...], item_size: int) -> None:
+    """A negative dimension, or an element size that its dtype does not have, is refused by the tensor's name."""
+    with pytest.raises(FormatError, match=r"^layers\.0: no tensor of shape"):
+        plan_layout([Item(name="layers.0", dtype=dtype, shape=shape, item_size=item_size)])
 
 
 def test_an_empty_object_has_only_a_header() -> None:

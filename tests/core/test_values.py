@@ -6,7 +6,7 @@ import json
 import math
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from datetime import UTC, date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
@@ -26,6 +26,26 @@ class Colour(IntEnum):
     """An int in disguise."""
 
     RED = 1
+
+
+class Dublin(tzinfo):
+    """A zone with rules: an offset alone would lose them."""
+
+    def utcoffset(self, moment: datetime | None) -> timedelta:
+        return timedelta(hours=1)
+
+    def tzname(self, moment: datetime | None) -> str:
+        return "IST"
+
+    def dst(self, moment: datetime | None) -> timedelta:
+        return timedelta(0)
+
+
+def noted_counter() -> Counter[str]:
+    """A Counter that somebody hung an attribute on."""
+    counter = Counter("ab")
+    vars(counter)["note"] = "x"
+    return counter
 
 
 def through_json(value: object) -> Any:
@@ -129,6 +149,50 @@ def test_numbers_that_json_lacks_come_back(value: float) -> None:
     assert same(through_json([value]), [value])
 
 
+@pytest.mark.parametrize(
+    "code_units",
+    [(0xD83D, 0xDE00), (0x61, 0xD83D, 0xDE00, 0xD800), (0xDE00, 0xD83D), (0x1F600,)],
+    ids=["a pair", "a pair and one", "the wrong way round", "the character itself"],
+)
+def test_surrogates_stay_apart(code_units: tuple[int, ...]) -> None:
+    """Two surrogates side by side stay two, as a value, a key and a zone's name, though JSON would join them."""
+    text = "".join(map(chr, code_units))
+    zone = timezone(timedelta(hours=1), text)
+    assert through_json([text, {text: 1}]) == [text, {text: 1}]
+    assert through_json(datetime(2026, 1, 1, tzinfo=zone)).tzname() == text
+
+
+@pytest.mark.parametrize("value", [2**2048 - 1, 2**2048, -(2**2048), 10**5000, -(10**5000)], ids=hex)
+def test_ints_beyond_pythons_decimal_limit_come_back(value: int) -> None:
+    """An int, a range and a fraction of more digits than Python converts to decimal come back as they were."""
+    held = [value, range(value), Fraction(value, 7), {value: 1}]
+    assert through_json(held) == held
+
+
+def test_two_nan_keys_stay_two() -> None:
+    """NaN equals nothing, so two NaN keys or items are two, and come back as two."""
+    one, two = float("nan"), float("nan")
+    assert len(through_json({one: 1, two: 2})) == 2
+    assert len(through_json({one, two})) == 2
+
+
+def test_a_fixed_offset_keeps_its_name() -> None:
+    """A named zone comes back with its name, an unnamed one as it was."""
+    named = timezone(timedelta(hours=1), "CET")
+    assert through_json(datetime(2026, 1, 1, tzinfo=named)).tzname() == "CET"
+    assert through_json(time(1, 2, tzinfo=named)).tzname() == "CET"
+    assert Codec().encode(datetime(2026, 1, 1, tzinfo=UTC)) == {"$datetime": ["2026-01-01T00:00:00+00:00", 0]}
+
+
+def test_an_ordered_dict_keeps_attributes_of_any_name() -> None:
+    """An attribute that looks like a tag is an attribute, and none reaches the class."""
+    value: OrderedDict[str, int] = OrderedDict(a=1)
+    vars(value)["$dict"] = [1]
+    assert vars(through_json(value)) == {"$dict": [1]}
+    again = Codec().decode({"$ordered": {"items": [], "attributes": {"__class__": 5}}})
+    assert type(again) is OrderedDict
+
+
 def test_an_ordered_dict_keeps_its_attributes() -> None:
     """A state dict's ``_metadata`` survives."""
     value: OrderedDict[str, int] = OrderedDict(b=1, a=2)
@@ -153,6 +217,9 @@ def test_a_defaultdict_still_makes_its_default() -> None:
         ({"c": Colour.RED}, r"scheduler\.c", "Colour"),
         ({"d": defaultdict(lambda: 0)}, r"scheduler\.d", "defaultdict"),
         ({"d": defaultdict(Point)}, r"scheduler\.d", "defaultdict"),  # type: ignore[arg-type]  # any callable
+        ({"t": datetime(2026, 1, 1, tzinfo=Dublin())}, r"scheduler\.t", "datetime in the time zone"),
+        ({"t": time(1, tzinfo=Dublin())}, r"scheduler\.t", "time in the time zone"),
+        ({"c": noted_counter()}, r"scheduler\.c", "Counter with attributes"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_path(value: object, path: str, kind: str) -> None:
@@ -206,6 +273,41 @@ def test_a_container_at_two_places_is_stored_twice() -> None:
         {"$set": [[]]},
         {"$deque": 5},
         {"$fraction": [1, 0]},
+        {"$fraction": [2, 4]},
+        {"$fraction": []},
+        {"$fraction": ["1/3"]},
+        {"$range": [1]},
+        {"$range": [True, 2, 1]},
+        {"$slice": [1]},
+        {"$complex": ["1", "2", "3"]},
+        {"$complex": [1, 2]},
+        {"$complex": "12"},
+        {"$timedelta": [0.5, 0, 0]},
+        {"$timedelta": [1, 2, 3, 4]},
+        {"$datetime": ["2026-01-01", 0]},
+        {"$datetime": ["2026-01-01T00:00:00", True]},
+        {"$datetime": ["2026-01-01T00:00:00", 0, "CET"]},
+        {"$time": ["01:00:00+01:00", 0, "UTC+01:00"]},
+        {"$date": "20260101"},
+        {"$uuid": "{00000000-0000-0000-0000-000000000005}"},
+        {"$bytes": "YWJ="},
+        {"$decimal": 1.1},
+        {"$int": "0x5"},
+        {"$int": 5},
+        {"$str": "YWI="},
+        {"$float": 1.0},
+        {"$dict": {}},
+        {"$dict": [["a", 1], ["a", 2]]},
+        {"$set": [1, 1]},
+        {"$frozenset": [1, True]},
+        {"$ordered": {"items": [], "more": 1}},
+        {"$ordered": {"items": [], "attributes": 5}},
+        {"$defaultdict": {"items": []}},
+        {"$deque": {"items": [1, 2], "maxlen": 1}},
+        {"$deque": {"items": [], "maxlen": True}},
+        math.nan,
+        math.inf,
+        (1, 2),
     ],
 )
 def test_a_malformed_node_is_refused_by_path(node: object) -> None:
@@ -221,6 +323,34 @@ def test_a_tower_of_nodes_is_refused() -> None:
         node = [node]
     with pytest.raises(FormatError, match="nested too deeply"):
         Codec().decode(node)
+
+
+class Onion:
+    """An object whose state is itself."""
+
+
+class OnionHandler:
+    """Peels it."""
+
+    tag = "onion"
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
+        return codec.encode(value, path) if isinstance(value, Onion) else SKIP
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:
+        return codec.decode(payload, path)
+
+
+def test_handlers_that_go_round_in_circles_are_stopped() -> None:
+    """An object that a handler turns into itself is refused by path, and so are nodes nested through a handler."""
+    codec = Codec([OnionHandler()])
+    with pytest.raises(TypeError, match=r"^a: this Onion contains itself"):
+        codec.encode({"a": Onion()})
+    node: Any = 1
+    for _ in range(2000):
+        node = {"$onion": node}
+    with pytest.raises(FormatError, match=r"\$onion is malformed: RecursionError"):
+        codec.decode(node)
 
 
 class Celsius:
