@@ -49,40 +49,132 @@ def best_steps(storage: Any) -> list[int]:
     return [entry.step for save_id in manifest.best[0].ids if (entry := manifest.find(save_id)) is not None]
 
 
+class Watched(MemoryStorage):
+    """Looks, as any reader might, after every change of the store, and before every byte and every delete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problems: list[str] = []
+        self.longest: list[int] = []
+
+    def _entry_of(self, key: str) -> Any:
+        save_id = keys.parse(key).id
+        return cloudckpt.open(self).manifest().find(save_id) if save_id else None
+
+    def _look(self) -> None:
+        # Collected, not raised: housekeeping of the product survives what a delete raises.
+        try:
+            check_store(self)
+            manifest = cloudckpt.open(self).manifest()
+            for rule, best in zip(manifest.policy.keep_best, manifest.best, strict=True):
+                values = [entry.metrics[rule.metric] for i in best.ids if (entry := manifest.find(i)) is not None]
+                self.longest.append(len(best.ids))
+                if len(values) != len(best.ids) or values != sorted(values) or len(values) > (rule.n or 0):
+                    self.problems.append(f"revision {manifest.revision}: best by {rule} are {values}")
+        except AssertionError as exc:
+            self.problems.append(str(exc))
+
+    def create(self, key: str, body: bytes) -> Any:
+        outcome = super().create(key, body)
+        self._look()
+        return outcome
+
+    def replace(self, key: str, body: bytes, *, expecting: str) -> Any:
+        outcome = super().replace(key, body, expecting=expecting)
+        self._look()
+        return outcome
+
+    def put(self, key: str, *args: Any, **kwargs: Any) -> None:
+        entry = self._entry_of(key)
+        if entry is None or entry.state is not State.PENDING:
+            self.problems.append(f"{key} is uploaded and the manifest says {entry}")
+        super().put(key, *args, **kwargs)
+        self._look()
+
+    def delete(self, keys: Any) -> dict[str, StorageError]:
+        going = [*keys]
+        for key in going:
+            if key.startswith("checkpoint-") and (e := self._entry_of(key)) is not None and e.state != State.RETIRED:
+                self.problems.append(f"{key} is deleted and the manifest says {e.state}")
+        failed = super().delete(going)
+        self._look()
+        return failed
+
+
+def words(storage: ScriptedStorage) -> list[str]:
+    """What the log changed, one phrase per request: the verb, and the manifest, a step's payload or its index."""
+    return [
+        f"{call.verb} {parsed.step} {parsed.kind}" if parsed.step is not None else f"{call.verb} {parsed.kind}"
+        for call in storage.calls
+        if call.verb in {"create", "replace", "put", "delete"}
+        for parsed in [keys.parse(call.keys[0])]
+    ]
+
+
 def test_s1_the_manifest_names_a_save_before_its_first_byte_and_before_any_delete() -> None:
     """S1: limit 1, best 1, losses 3.0, 2.0, 2.5, 2.6: manifest before bytes, deletes last, step 2 always there."""
-    storage = ScriptedStorage(MemoryStorage())
+    watched = Watched()
+    storage = ScriptedStorage(watched)
     with manager(storage, 1, 1) as ckpts:
         for step, loss in {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.6}.items():
             save_all(ckpts, {step: loss})
-            if step >= 2:
-                assert 2 in steps(ckpts)
-    for step in (1, 2, 3, 4):
-        calls = [n for n, call in enumerate(storage.calls) if any(f"checkpoint-{step}." in key for key in call.keys)]
-        first = storage.calls[calls[0]]
-        assert first.verb == "put"
-        assert storage.calls[calls[0] - 1].verb in {"replace", "delete"}
-        assert any(c.verb == "replace" for c in storage.calls[: calls[0]])
-        deletes = [n for n in calls if storage.calls[n].verb == "delete"]
-        puts = [n for n in calls if storage.calls[n].verb == "put"]
-        assert not deletes or min(deletes) > max(puts)
+            assert step == 1 or 2 in steps(ckpts)
+        assert steps(ckpts) == [2, 4]
+
+    def saved(step: int) -> list[str]:
+        return ["replace manifest", f"put {step} payload", f"put {step} index", "replace manifest"]
+
+    def deleted(step: int) -> list[str]:
+        return [f"delete {step} payload", f"delete {step} index"]
+
+    assert words(storage) == [
+        "create manifest",
+        *saved(1),
+        *saved(2),
+        *deleted(1),
+        *saved(3),
+        *saved(4),
+        *deleted(3),
+        "replace manifest",
+        "create copy",
+    ]
+    assert watched.problems == []
 
 
 @pytest.mark.parametrize("keep_best", [0, 1, 2, 3])
 def test_s3_the_best_list_never_exceeds_its_number(keep_best: int) -> None:
-    """S3: after every update, and when N is lowered between runs, the list is sorted and at most N long."""
-    storage = MemoryStorage()
+    """S3: at every moment a reader can see, and when N is lowered between runs, the list is sorted and at most N."""
+    storage = Watched()
     rng = random.Random(keep_best)
     with manager(storage, 2, 3) as ckpts:
         save_all(ckpts, {step: rng.random() for step in range(5)})
     with manager(storage, 2, keep_best) as ckpts:
         ckpts.restore(state_of(0))
+        storage.longest.clear()
         for step in range(5, 12):
             assert len(best_steps(storage)) <= keep_best
             save_all(ckpts, {step: rng.random()})
-            _, values, kept = ckpts.best_list()
-            assert values == sorted(values)
-            assert len(kept) <= keep_best
+            assert len(ckpts.best_list()[2]) == keep_best
+    assert set(storage.longest) == {keep_best}
+    assert storage.problems == []
+
+
+def test_s4_what_is_listed_as_best_is_whole_at_every_moment() -> None:
+    """S4: after every single request each listed best is there to the last byte, and no delete ever names one."""
+    storage = Watched()
+    with manager(storage, 2, 2) as ckpts:
+        save_all(ckpts, {23750: 2.8901, 24000: 3.2, 24250: 3.1, 24500: 3.0, 25000: 2.8557})
+        ckpts.report_metrics(24500, {"loss": 2.5})
+        ckpts.pin(25000)
+        save_all(ckpts, {25250: 2.7, 25500: None})
+    with CheckpointManager(storage) as ckpts:
+        ckpts.restore(state_of(0), select="best")
+        ckpts.prune()
+        save_all(ckpts, {24750: 2.6, 25000: 2.4})
+    cloudckpt.gc(storage, dry_run=False)
+    assert storage.problems == []
+    assert best_steps(storage) == [25000, 24500]
+    assert len(storage.longest) > 40
 
 
 def test_s5_the_new_best_is_not_dropped_by_its_own_arrival() -> None:
@@ -116,8 +208,9 @@ def test_s8_limit_three_and_best_two_keep_five() -> None:
     check_store(storage, settled=True)
 
 
-def test_s10_after_a_spike_latest_and_best_are_told_apart() -> None:
-    """S10: a diverged end is the latest, the bests before it are kept, and a mark takes it out of the way."""
+def test_s10_after_a_spike_latest_and_best_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
+    """S10: a diverged end is the latest, the bests before it are in the summary, and one call restores the best."""
+    caplog.set_level(logging.INFO, logger="cloudckpt")
     storage = MemoryStorage()
     with manager(storage, 2, 2) as ckpts:
         save_all(ckpts, {1: 3.154, 2: 3.1, 3: 7.86, 4: 8.389})
@@ -125,14 +218,35 @@ def test_s10_after_a_spike_latest_and_best_are_told_apart() -> None:
         assert latest is not None
         assert best is not None
         assert (latest.step, best.step) == (4, 2)
+    first, second = (c.url for c in reversed(cloudckpt.open(storage).checkpoints()[:2]))
+    assert [r.getMessage() for r in caplog.records][-6:] == [
+        "=" * 60,
+        "Training complete!",
+        "Best checkpoints (N=2):",
+        f"  {first}: loss=3.1000",
+        f"  {second}: loss=3.1540",
+        "=" * 60,
+    ]
+    with CheckpointManager(storage) as ckpts:
+        state = state_of(0)
+        resumed = ckpts.restore(state, select="best")
+        assert resumed is not None
+        assert resumed.step == 2
+        assert torch.equal(state["w"], state_of(2)["w"])
+
+
+def test_s10_a_mark_takes_a_diverged_checkpoint_out_of_the_way() -> None:
+    """S10: what is marked "diverged" is never the latest to resume from, and is still there to be named."""
+    storage = MemoryStorage()
+    with manager(storage, 2, 2) as ckpts:
+        save_all(ckpts, {1: 3.154, 2: 3.1, 3: 7.86, 4: 8.389})
         for step in (3, 4):
             ckpts.pin(step)
             ckpts.mark(step, "diverged")
-        state = state_of(0)
-        resumed = ckpts.restore(state)
+        resumed = ckpts.restore(state_of(0))
         assert resumed is not None
         assert resumed.step == 2
-        assert ckpts.restore(state, select=4) is not None
+        assert ckpts.restore(state_of(0), select=4) is not None
 
 
 def test_h1_bests_whose_bytes_were_removed_free_their_slots(caplog: pytest.LogCaptureFixture) -> None:
