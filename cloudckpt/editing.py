@@ -22,32 +22,41 @@ __all__ = ["mark", "pin", "release", "remove", "report_metrics", "tag"]
 Change = Callable[[Manifest, str], Manifest]
 
 
-def _edit(store: ManifestStore, selector: str | int, change: Change, *, pending_too: bool = True) -> Checkpoint:
+def _edit(store: ManifestStore, selector: str | int, change: Change) -> Checkpoint:
     parsed = parse_selector(selector)
     chosen: list[str] = []
 
     def changed(current: Manifest, _: None) -> Manifest:
         # Chosen again for each manifest it is tried on: a prune in between may have taken the first choice.
-        chosen[:] = [_resolve(current, parsed, pending_too=pending_too).id]
-        return change(current, chosen[0])
+        chosen[:] = [entry.id for entry in _resolve(current, parsed)]
+        for save_id in chosen:
+            current = change(current, save_id)
+        return current
 
     after = store.transact(changed, prepare=lambda _: None)
-    entry = after.find(chosen[0])
+    entry = after.find(chosen[-1])
     if entry is None:
         raise CheckpointNotFoundError(f"{selector!r} was retired and deleted while it was being changed")
     return placed(entry, store.storage.url)
 
 
-def _resolve(manifest: Manifest, selector: Selector, *, pending_too: bool) -> Checkpoint:
-    if pending_too and (selector.step is not None or selector.id is not None):
-        pending = [
-            e
-            for e in manifest.in_state(State.PENDING)
-            if e.step == selector.step or (selector.id is not None and e.id.startswith(selector.id))
-        ]
-        if pending:
-            return pending[-1]
-    return select(manifest, selector)
+def _resolve(manifest: Manifest, selector: Selector) -> list[Checkpoint]:
+    """What a selector means to an editor, oldest first: a save in flight as well as what is committed.
+
+    A save of a step that is committed already may never land; a pin of the step holds for both.
+    """
+    pending = [
+        entry
+        for entry in manifest.in_state(State.PENDING)
+        if (selector.step is not None and entry.step == selector.step)
+        or (selector.id is not None and entry.id.startswith(selector.id))
+    ]
+    try:
+        return [select(manifest, selector), *pending]
+    except CheckpointNotFoundError:
+        if not pending:
+            raise
+        return pending
 
 
 def pin(store: ManifestStore, selector: str | int, *, pinned: bool = True) -> Checkpoint:

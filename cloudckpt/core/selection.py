@@ -71,6 +71,7 @@ def select(manifest: Manifest, selector: Selector) -> Checkpoint:
 
     Raises:
         CheckpointNotFoundError: none does; says what there is instead.
+        ConfigError: the beginning of a save id is that of several.
     """
     committed = manifest.committed
     if selector.latest:
@@ -84,8 +85,9 @@ def select(manifest: Manifest, selector: Selector) -> Checkpoint:
     else:
         found = _by_id(committed, selector.id)
         if len(found) > 1:
-            raise CheckpointNotFoundError(
-                f"{selector.text!r} is the beginning of {len(found)} save ids: {', '.join(e.id for e in found)}"
+            raise ConfigError(
+                f"{selector.text!r} is the beginning of {len(found)} save ids, write more of it: "
+                f"{', '.join(e.id for e in found)}"
             )
     if not found:
         raise CheckpointNotFoundError(_nothing(manifest, selector))

@@ -119,7 +119,6 @@ ONLY_BAD = manifest(checkpoint(1, marks=("diverged",)), checkpoint(2, damaged="a
         (RUN, "tag:final", "nothing has the tag 'final'; the tags there are: old, release"),
         (ONLY_BAD, "tag:final", "nothing has the tag 'final'; the tags there are: none"),
         (RUN, "99aa", "no committed checkpoint has the save id '99aa'"),
-        (RUN, "aaaa", "'aaaa' is the beginning of 2 save ids: aaaa0001, aaaa0002"),
         (ONLY_BAD, "latest", "all 2 committed checkpoints are marked or damaged; load one by name, for example 2"),
         (manifest(), "latest", "nothing matches 'latest': this run has no committed checkpoint"),
         (manifest(), 100, "nothing matches '100': this run has no committed checkpoint"),
@@ -131,6 +130,12 @@ def test_nothing_found_says_what_there_is(m: Manifest, text: str | int, message:
         chosen(text, m)
 
     assert message in str(missing.value)
+
+
+def test_the_beginning_of_several_save_ids_is_a_usage_error() -> None:
+    """An ambiguous beginning is answered with what it could mean."""
+    with pytest.raises(ConfigError, match="beginning of 2 save ids, write more of it: aaaa0001, aaaa0002"):
+        chosen("aaaa", RUN)
 
 
 # -- best ----------------------------------------------------------------------------------------------------
