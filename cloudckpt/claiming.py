@@ -7,13 +7,14 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
 from cloudckpt.core.manifest import Settlement
 from cloudckpt.core.model import Manifest, Owner, State
 from cloudckpt.core.policy import Policy, PolicyWords, resolve, tightened
 from cloudckpt.core.retention import plan_prune
-from cloudckpt.errors import FencedError
-from cloudckpt.events import Claimed, Listener, PolicyTightened
+from cloudckpt.errors import FencedError, StorageError
+from cloudckpt.events import Claimed, Listener, PolicyTightened, Warned
 from cloudckpt.sealed import settlement_of
 from cloudckpt.storage import ManifestStore
 from cloudckpt.view import placed
@@ -53,7 +54,7 @@ def claim_run(
         StorageError: the store refused; a 403 is never taken for a new run.
     """
     owner = Owner(
-        token=store.token(16),
+        token=store.owner_token,
         host=socket.gethostname(),
         pid=os.getpid(),
         run_key=run_key_from_environment(),
@@ -86,8 +87,22 @@ def claim_run(
             f"{store.storage.url} was claimed by {after.owner} while this process was claiming it: stop this process. "
             "It has deleted nothing"
         )
+    _abort_uploads(store, before[0], after, listener)
     _tell(before[0], after, store.storage.url, owner, listener)
     return Claim(manifest=after, writer_epoch=after.writer_epoch, token=owner.token)
+
+
+def _abort_uploads(store: ManifestStore, before: Manifest, after: Manifest, listener: Listener) -> None:
+    """Abort what dead processes were uploading: one listing for each save that is given up, none after a clean end."""
+    for entry in before.in_state(State.PENDING):
+        settled = after.find(entry.id)
+        if settled is None or settled.state is not State.RETIRED:
+            continue
+        try:
+            store.storage.abort_uploads(f"{keys.checkpoint_prefix(entry.step, entry.id)}/")
+        except StorageError as exc:
+            # Unfinished uploads are invisible; they cost money, and `gc` aborts them too.
+            listener(Warned(message=f"{entry.name}: its unfinished uploads could not be aborted: {exc}"))
 
 
 def _tell(before: Manifest, after: Manifest, url: str, owner: Owner, listener: Listener) -> None:

@@ -26,6 +26,10 @@ class Settings:
         read_gap_bytes: ranged reads closer than this are merged: reading past a gap is cheaper than a request.
         max_read_bytes: larger ranged reads are split, so that several run at once.
         io_threads: how many payload reads run at once.
+        request_timeout_s: seconds one request to an object store may take, over everything the client does.
+        part_size_bytes: payload is sent to object stores in parts of this size; larger ones where an object would
+            need more than 9,000 of them.
+        parts_in_flight: how many parts of one object are under way at once. Memory: this many parts, twice.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
     """
 
@@ -38,6 +42,9 @@ class Settings:
     read_gap_bytes: int = 256 * 1024
     max_read_bytes: int = 64 * 1024 * 1024
     io_threads: int = 4
+    request_timeout_s: float = 60.0
+    part_size_bytes: int = 16 * 1024 * 1024
+    parts_in_flight: int = 4
     max_fallbacks: int = 10
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ from cloudckpt.loading import Loaded, LoadRequest, load_chosen
 from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
 from cloudckpt.saving import Saver, SaveRequest, plan_payloads
-from cloudckpt.storage import LocalStorage, ManifestStore, Storage, open_storage
+from cloudckpt.storage import GenericFsspecStorage, LocalStorage, ManifestStore, Storage, open_storage
 from cloudckpt.tensors.fill import check_fits, fill
 from cloudckpt.tensors.staging import Arena
 from cloudckpt.view import placed
@@ -135,13 +135,16 @@ class CheckpointManager(Run):
             keep_unscored=keep_unscored,
         )
         self._check_words()
-        storage = open_storage(root, storage_options=dict(storage_options or {}))
+        storage = open_storage(root, storage_options=storage_options, settings=settings)
         if isinstance(storage, LocalStorage):
             storage.check_writable()
-        # Every store of this version honours conditions, so the promise is noted and changes nothing yet.
-        self._single_writer = single_writer
         listener = Listeners([LoggingListener(), *listeners])
-        super().__init__(ManifestStore(storage, settings), listener, allow_pickle=allow_pickle)
+        store = ManifestStore(
+            storage, settings, single_writer=single_writer, tell=lambda text: listener(Warned(message=text))
+        )
+        super().__init__(store, listener, allow_pickle=allow_pickle)
+        if isinstance(storage, GenericFsspecStorage):
+            listener(Warned(message=f"{storage.url}: {storage.limits}"))
         self._change_policy = change_policy
         self._takeover = takeover
         self._coordinator: Coordinator = SingleProcess()

@@ -108,5 +108,5 @@ def open_run(
     Raises:
         ConfigError: the root cannot be used as given.
     """
-    storage = open_storage(root, storage_options=dict(storage_options or {}))
+    storage = open_storage(root, storage_options=storage_options, settings=settings)
     return Run(ManifestStore(storage, settings), Listeners([LoggingListener()]), allow_pickle=allow_pickle)

@@ -17,28 +17,43 @@ Root = str | os.PathLike[str] | Storage
 Options = Mapping[str, object] | None
 
 
-def open_store(root: Root, *, storage_options: Options = None, settings: Settings | None = None) -> ManifestStore:
+def open_store(
+    root: Root, *, storage_options: Options = None, settings: Settings | None = None, single_writer: bool = False
+) -> ManifestStore:
     """The manifest store of a root. Opens no connection.
+
+    Args:
+        single_writer: the promise that no other process writes to this run, for stores without conditional writes.
 
     Raises:
         ConfigError: the root cannot be used as given.
     """
-    return ManifestStore(open_storage(root, storage_options=dict(storage_options or {})), settings)
+    storage = open_storage(root, storage_options=storage_options, settings=settings)
+    return ManifestStore(storage, settings, single_writer=single_writer)
 
 
-def sweep(root: Root, *, dry_run: bool = True, storage_options: Options = None) -> SweepReport:
+def sweep(
+    root: Root, *, dry_run: bool = True, storage_options: Options = None, single_writer: bool = False
+) -> SweepReport:
     """Delete the bytes of retired checkpoints; by default only say which. See ``sweeping.sweep_run``."""
-    return sweep_run(open_store(root, storage_options=storage_options), dry_run=dry_run)
+    store = open_store(root, storage_options=storage_options, single_writer=single_writer)
+    return sweep_run(store, dry_run=dry_run)
 
 
-def gc(root: Root, *, dry_run: bool = True, storage_options: Options = None) -> SweepReport:
+def gc(
+    root: Root, *, dry_run: bool = True, storage_options: Options = None, single_writer: bool = False
+) -> SweepReport:
     """Delete whatever no entry of the manifest can need; by default only say what. See ``sweeping.gc_run``."""
-    return gc_run(open_store(root, storage_options=storage_options), dry_run=dry_run)
+    store = open_store(root, storage_options=storage_options, single_writer=single_writer)
+    return gc_run(store, dry_run=dry_run)
 
 
-def repair(root: Root, *, dry_run: bool = True, storage_options: Options = None) -> RepairPlan:
+def repair(
+    root: Root, *, dry_run: bool = True, storage_options: Options = None, single_writer: bool = False
+) -> RepairPlan:
     """Bring back a run whose manifest is lost; by default only propose. See ``repairing.repair_run``."""
-    return repair_run(open_store(root, storage_options=storage_options), dry_run=dry_run)
+    store = open_store(root, storage_options=storage_options, single_writer=single_writer)
+    return repair_run(store, dry_run=dry_run)
 
 
 def verify(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cloudckpt.core import keys
 from cloudckpt.core.model import State
 from cloudckpt.core.text import format_bytes
-from cloudckpt.errors import CloudCkptError
-from cloudckpt.storage import LocalStorage, ManifestStore, Storage
+from cloudckpt.errors import CloudCkptError, StorageError
+from cloudckpt.storage import Conditions, Described, LocalStorage, ManifestStore, RetryingStorage, Storage
 from cloudckpt.storage.probe import probe
 from cloudckpt.tools import open_store
 
@@ -43,18 +46,97 @@ def examine(root: str) -> Report:
 
 def _place(storage: Storage) -> Iterator[Check]:
     yield Check(name="root", ok=True, detail=storage.url)
-    local = getattr(storage, "inner", storage)
-    if isinstance(local, LocalStorage):
+    inner = storage.inner if isinstance(storage, RetryingStorage) else storage
+    if isinstance(inner, LocalStorage):
         try:
-            local.check_writable()
+            inner.check_writable()
         except CloudCkptError as exc:
             yield Check(name="writable", ok=False, detail=str(exc))
             return
-        if not local.exists:
+        if not inner.exists:
             yield Check(name="writable", ok=True, detail="the folder does not exist yet and can be made")
             return
-    for step in probe(storage):
-        yield Check(name=step.name, ok=step.ok, detail=step.detail or f"{step.seconds * 1000:.1f} ms")
+    if isinstance(inner, Described):
+        try:
+            facts = inner.describe()
+        except CloudCkptError as exc:
+            yield Check(name="connection", ok=False, detail=str(exc))
+            return
+        for name, detail in facts.items():
+            yield Check(name=name, ok=True, detail=detail)
+    yield from _rights(inner)
+
+
+def _rights(storage: Storage) -> Iterator[Check]:
+    found = probe(storage)
+    for step in found.steps:
+        yield Check(name=step.name, ok=step.ok, detail=step.detail or _milliseconds(step.seconds))
+    if found.conditions is Conditions.UNPROVEN:
+        if found.trouble is not None and not found.trouble.retryable:
+            return  # whatever else is asked, the answer is the same
+        yield Check(name="conditional writes", ok=False, detail="could not be told: a request failed, see above")
+    elif found.conditions is Conditions.ABSENT:
+        advice = "none: only safe with single_writer=True, if no second process ever writes (docs/providers.md)"
+        yield Check(name="conditional writes", ok=False, detail=advice)
+    else:
+        yield Check(name="conditional writes", ok=True, detail="honoured")
+    yield from _payload_rights(storage)
+
+
+def _payload_rights(storage: Storage) -> Iterator[Check]:
+    key = f"{keys.PROBE_PREFIX}{secrets.token_hex(4)}"
+
+    def read() -> None:
+        target = bytearray(4)
+        storage.read_into(key, 2, memoryview(target))
+        if bytes(target) != b"cdef":
+            raise StorageError("another range came than was asked for")
+
+    def listed() -> None:
+        if [item.size_bytes for item in storage.list(key)] != [8]:
+            raise StorageError("the object written last is not in the listing")
+
+    def delete() -> None:
+        for problem in storage.delete([key]).values():
+            raise problem
+
+    steps: list[tuple[str, Callable[[], object]]] = [
+        ("write payload", lambda: storage.put(key, [b"abcdefgh"], size_bytes=8)),
+        ("read a range", read),
+        ("size", lambda: storage.size(key)),
+        ("list", listed),
+        (
+            "begin and abort a large upload",
+            lambda: _large_upload(storage, f"{keys.PROBE_PREFIX}{secrets.token_hex(4)}"),
+        ),
+        ("list unfinished uploads", lambda: storage.abort_uploads(key)),
+        ("delete", delete),
+    ]
+    for name, ask in steps:
+        began = time.monotonic()
+        try:
+            ask()
+        except StorageError as exc:
+            yield Check(name=name, ok=False, detail=str(exc))
+        else:
+            yield Check(name=name, ok=True, detail=_milliseconds(time.monotonic() - began))
+
+
+class _BrokenOff(Exception):  # noqa: N818 - nothing is wrong
+    """Ends an upload before its first byte."""
+
+
+def _large_upload(storage: Storage, key: str) -> None:
+    def buffers() -> Iterator[bytes]:
+        yield b""
+        raise _BrokenOff
+
+    with contextlib.suppress(_BrokenOff):
+        storage.put(key, buffers(), size_bytes=1 << 40)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
 
 
 def _run(store: ManifestStore) -> Iterator[Check]:

@@ -1,13 +1,32 @@
 """The thin shell: the verbs of a store, and the one loop that writes the manifest. fsspec is imported here only."""
 
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Storage, Unknown, Versioned
+from cloudckpt.storage.base import (
+    Buffer,
+    Conditions,
+    Described,
+    Landed,
+    Listed,
+    Lost,
+    Outcome,
+    Storage,
+    Unknown,
+    Versioned,
+)
+from cloudckpt.storage.gcs import GCSStorage
+from cloudckpt.storage.generic import GenericFsspecStorage
 from cloudckpt.storage.local import LocalStorage
 from cloudckpt.storage.manifest_store import Held, ManifestStore, utc_now
 from cloudckpt.storage.memory import MemoryStorage
+from cloudckpt.storage.retry import RetryingStorage
+from cloudckpt.storage.s3 import S3Storage
 from cloudckpt.storage.urls import open_storage
 
 __all__ = [
     "Buffer",
+    "Conditions",
+    "Described",
+    "GCSStorage",
+    "GenericFsspecStorage",
     "Held",
     "Landed",
     "Listed",
@@ -16,6 +35,8 @@ __all__ = [
     "ManifestStore",
     "MemoryStorage",
     "Outcome",
+    "RetryingStorage",
+    "S3Storage",
     "Storage",
     "Unknown",
     "Versioned",

@@ -4,13 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 from cloudckpt.errors import StorageError
 
-__all__ = ["Buffer", "Landed", "Listed", "Lost", "Outcome", "Storage", "Unknown", "Versioned"]
+__all__ = [
+    "Buffer",
+    "Conditions",
+    "Described",
+    "Landed",
+    "Listed",
+    "Lost",
+    "Outcome",
+    "Storage",
+    "Unknown",
+    "Versioned",
+]
 
 Buffer = bytes | bytearray | memoryview
+
+
+class Conditions(StrEnum):
+    """What is known of a storage's conditional writes.
+
+    Attributes:
+        HONOURED: the store promises them, or a probe has seen them work.
+        UNPROVEN: many servers ignore them and answer as if they had not; a probe must tell before the first write.
+        ABSENT: there are none, so only one process may ever write.
+    """
+
+    HONOURED = "honoured"
+    UNPROVEN = "unproven"
+    ABSENT = "absent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +87,12 @@ class Storage(Protocol):
     waiting helps) or its subclass ``ObjectNotFoundError`` where the store *proved* that bytes do not exist.
     Reading verbs, ``put`` and ``delete`` may be retried by a wrapper; ``create`` and ``replace`` never are,
     because only ``transact`` knows what an unknown answer means.
+
+    Attributes:
+        conditions: what is known of ``create`` and ``replace``; a probe writes down here what it found.
     """
+
+    conditions: Conditions
 
     @property
     def url(self) -> str:
@@ -135,4 +166,18 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Give back connections and threads. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A storage that can say more about itself to a person than its URL."""
+
+    def describe(self) -> dict[str, str]:
+        """Facts by name: endpoint, identity, the lane that payload takes, what is not promised. No secrets.
+
+        Raises:
+            StorageError: there are no credentials, or they could not be fetched.
+            ConfigError: the filesystem does not take the options it was given.
+        """
         ...

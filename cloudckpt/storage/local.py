@@ -22,7 +22,7 @@ import filelock
 
 from cloudckpt.core import keys as grammar
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Unknown, Versioned
+from cloudckpt.storage.base import Buffer, Conditions, Landed, Listed, Lost, Outcome, Unknown, Versioned
 
 __all__ = ["LocalStorage"]
 
@@ -91,6 +91,7 @@ class LocalStorage:
     """A storage in one folder of a local or network file system."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.conditions = Conditions.HONOURED  # by the lock
         self._root = Path(os.path.abspath(os.path.expanduser(root)))  # noqa: PTH100, PTH111 - resolve() would follow links
         # Threads of this process queue here; polling the file would let them starve one another.
         self._threads = threading.Lock()

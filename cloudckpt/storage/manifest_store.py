@@ -12,6 +12,7 @@ ever deleted on the doubt (I11).
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import threading
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from cloudckpt.errors import (
     StorageError,
 )
 from cloudckpt.storage.base import Landed, Outcome, Storage, Unknown, Versioned
+from cloudckpt.storage.conditions import ConditionalWrites, conditional_writes
 from cloudckpt.storage.retry import Backoff, RetryingStorage
 
 __all__ = ["Held", "ManifestStore", "utc_now"]
@@ -77,6 +79,8 @@ class ManifestStore:
     Args:
         storage: where the run lies; wrapped so that reads, lists and deletes are tried again.
         settings: deadlines and pauses.
+        single_writer: the user's promise that no two processes ever write, for stores without conditions.
+        tell: is given a sentence when that promise is all there is.
         clock: gives the time labels.
         token: gives that many random hex digits.
     """
@@ -86,6 +90,8 @@ class ManifestStore:
         storage: Storage,
         settings: Settings | None = None,
         *,
+        single_writer: bool = False,
+        tell: Callable[[str], None] = lambda _: None,
         clock: Callable[[], str] = utc_now,
         token: Callable[[int], str] = lambda digits: secrets.token_hex(digits // 2),
     ) -> None:
@@ -93,6 +99,9 @@ class ManifestStore:
         self.storage: Storage = RetryingStorage(storage, self._backoff(self.settings.storage_deadline_s))
         # transact tries again by itself, under its own one deadline.
         self._once = storage
+        self._single_writer = single_writer
+        self._tell = tell
+        self._writes: ConditionalWrites | None = None
         self.clock = clock
         self.token = token
         #: Whether a manifest that went back in time stops this process. A writer sets it with its claim;
@@ -104,6 +113,11 @@ class ManifestStore:
 
     def _backoff(self, deadline_s: float) -> Backoff:
         return Backoff(deadline_s=deadline_s, base_s=self.settings.retry_base_s, cap_s=self.settings.retry_cap_s)
+
+    @functools.cached_property
+    def owner_token(self) -> str:
+        """Names whoever writes through this store; the same for every try, so that a late claim is recognised."""
+        return self.token(16)
 
     @property
     def last_seen(self) -> Manifest | None:
@@ -253,7 +267,7 @@ class ManifestStore:
                         return self._landed(current, proposal, base.manifest)
                     if current.version != base.version:
                         self._base = base = current
-                        proposal, doubt, remembered = None, None, False
+                        proposal, outcome, doubt, remembered = None, None, None, False
                     elif doubt is None and _is_refusal(outcome):
                         # A plain no to the only request sent, and nothing landed: there is nothing to be in doubt
                         # about, and two minutes of asking again would not help.
@@ -265,7 +279,7 @@ class ManifestStore:
                     proposal = self._stamped(changed, base.manifest, keep_copy=keep_copy)
                 if outcome is not None and isinstance(outcome, Unknown):
                     doubt = outcome.cause
-                outcome = self._write(encode_manifest(proposal), base.version)
+                outcome = self._write(self._encoded(proposal), base.version)
                 if isinstance(outcome, Landed):
                     return self._landed(Held(proposal, outcome.version), proposal, base.manifest)
             if isinstance(outcome, Unknown):
@@ -284,6 +298,16 @@ class ManifestStore:
                 f"the store never told whether revision {proposal.revision} of {self.storage.url}/{keys.MANIFEST} "
                 f"landed ({doubt}). Nothing was deleted; the next write finds out"
             ) from doubt
+
+    def _encoded(self, proposal: Manifest) -> bytes:
+        body = encode_manifest(proposal)
+        if len(body) > MANIFEST_LIMIT_BYTES:
+            raise FormatError(
+                f"revision {proposal.revision} of {self.storage.url}/{keys.MANIFEST} would have {len(body)} bytes, and "
+                f"readers take no more than {MANIFEST_LIMIT_BYTES}: give fewer or shorter metrics and tags, or keep "
+                "fewer checkpoints. Nothing was written"
+            )
+        return body
 
     def _decided(
         self,
@@ -322,9 +346,13 @@ class ManifestStore:
         )
 
     def _write(self, body: bytes, version: str | None) -> Outcome:
+        if self._writes is None:
+            self._writes = conditional_writes(
+                self._once, single_writer=self._single_writer, settings=self.settings, tell=self._tell
+            )
         if version is None:
-            return self.storage.create(keys.MANIFEST, body)
-        return self.storage.replace(keys.MANIFEST, body, expecting=version)
+            return self._writes.create(keys.MANIFEST, body)
+        return self._writes.replace(keys.MANIFEST, body, expecting=version)
 
     def _look_again(self, base: Held) -> Held:
         """What is there now; ``base`` itself while a run that is being made is not there yet."""

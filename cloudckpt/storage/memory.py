@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Versioned
+from cloudckpt.storage.base import Buffer, Conditions, Landed, Listed, Lost, Outcome, Versioned
 
 __all__ = ["MemoryStorage"]
 
@@ -18,6 +18,7 @@ class MemoryStorage:
     _naming = threading.Lock()
 
     def __init__(self, url: str = "memory://") -> None:
+        self.conditions = Conditions.HONOURED
         self._url = url
         self._lock = threading.Lock()
         self._objects: dict[str, bytes] = {}
@@ -29,6 +30,12 @@ class MemoryStorage:
         """The storage every ``memory://`` URL of this spelling means in this process."""
         with cls._naming:
             return cls._named.setdefault(url, cls(url))
+
+    @classmethod
+    def forget(cls, url: str) -> None:
+        """Let go of a ``named`` storage and everything in it."""
+        with cls._naming:
+            cls._named.pop(url, None)
 
     @property
     def url(self) -> str:

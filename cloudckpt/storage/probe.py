@@ -1,4 +1,8 @@
-"""Does a store keep its promises? Asked with a throw-away object, answered before a run depends on it."""
+"""Does a store keep its promises? Asked with a throw-away object, answered before a run depends on it.
+
+Many servers that speak S3 ignore conditions and answer 200 (an older MinIO, gateways, emulators); some take an ETag
+only without its quotes, some only with them. Nothing but trying tells.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,22 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from cloudckpt.core import keys
-from cloudckpt.errors import StorageError
-from cloudckpt.storage.base import Landed, Outcome, Storage, Unknown
+from cloudckpt.errors import ObjectNotFoundError, StorageError
+from cloudckpt.storage.base import Conditions, Landed, Outcome, Storage, Unknown
 
-__all__ = ["ProbeStep", "probe"]
+__all__ = ["Findings", "ProbeStep", "Respelling", "probe"]
+
+
+@runtime_checkable
+class Respelling(Protocol):
+    """A storage that knows another way to write a version into a condition."""
+
+    def respell(self) -> bool:
+        """Use the other spelling from now on; False when it is in use already."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,51 +38,138 @@ class ProbeStep:
     seconds: float
 
 
-def probe(storage: Storage) -> list[ProbeStep]:
-    """Create, create again (must fail), replace a stale version (must fail) and the right one, read, delete.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What a probe found.
 
-    The object is deleted whatever happens. Raises nothing: every refusal is a step that is not ok.
+    Attributes:
+        steps: the requests, in order.
+        conditions: HONOURED, ABSENT, or UNPROVEN where a request failed for another reason.
+        trouble: that reason.
     """
-    key = f"{keys.PROBE_PREFIX}{secrets.token_hex(4)}"
-    steps: list[ProbeStep] = []
-    version = ""
 
-    def step(name: str, ask: Callable[[], str | None]) -> bool:
+    steps: tuple[ProbeStep, ...]
+    conditions: Conditions
+    trouble: StorageError | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether every step was answered as it must be."""
+        return all(step.ok for step in self.steps)
+
+
+class _Stop(Exception):  # noqa: N818 - ends the probe early; nothing is wrong with the program
+    """There is nothing more to ask."""
+
+
+class _Probe:
+    """One object's short life."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._key = f"{keys.PROBE_PREFIX}{secrets.token_hex(4)}"
+        self.steps: list[ProbeStep] = []
+        self.conditions = Conditions.UNPROVEN
+        self.trouble: StorageError | None = None
+
+    def run(self) -> None:
+        version = self._create()
+        try:
+            self._refused("create again is refused", lambda: self._storage.create(self._key, b"never"))
+            stale = "0" * len(version)
+            self._refused(
+                "replace a stale version is refused",
+                lambda: self._storage.replace(self._key, b"never", expecting=stale),
+            )
+            self._replace(version)
+        finally:
+            self._step("delete", self._delete)
+        self.conditions = Conditions.HONOURED
+
+    def _step(self, name: str, ask: Callable[[], str | None]) -> None:
         began = time.monotonic()
         try:
             problem = ask()
         except StorageError as exc:
+            self.trouble = self.trouble or exc
             problem = str(exc)
-        steps.append(ProbeStep(name=name, ok=problem is None, detail=problem or "", seconds=time.monotonic() - began))
-        return problem is None
+        seconds = time.monotonic() - began
+        self.steps.append(ProbeStep(name=name, ok=problem is None, detail=problem or "", seconds=seconds))
 
-    def landed(outcome: Outcome) -> str | None:
-        nonlocal version
+    def _create(self) -> str:
+        versions: list[str] = []
+
+        def ask() -> str | None:
+            return self._landed(self._storage.create(self._key, b"one"), versions)
+
+        self._step("create", ask)
+        if not versions:
+            raise _Stop
+        return versions[0]
+
+    def _landed(self, outcome: Outcome, versions: list[str]) -> str | None:
         if isinstance(outcome, Landed):
-            version = outcome.version
+            versions.append(outcome.version)
             return None
-        return str(outcome.cause) if isinstance(outcome, Unknown) else f"refused: {outcome.detail}"
+        if isinstance(outcome, Unknown):
+            raise outcome.cause if isinstance(outcome.cause, StorageError) else StorageError(str(outcome.cause))
+        return f"refused: {outcome.detail}"
 
-    def refused(outcome: Outcome) -> str | None:
-        if isinstance(outcome, Landed):
-            return "the store ignored the condition: two writers could destroy each other's work"
-        return str(outcome.cause) if isinstance(outcome, Unknown) else None
+    def _refused(self, name: str, write: Callable[[], Outcome]) -> None:
+        def ask() -> str | None:
+            outcome = write()
+            if isinstance(outcome, Landed):
+                self.conditions = Conditions.ABSENT
+                return "the store ignored the condition: two writers could destroy each other's work"
+            if isinstance(outcome, Unknown):
+                raise outcome.cause if isinstance(outcome.cause, StorageError) else StorageError(str(outcome.cause))
+            return None
 
-    def same() -> str | None:
-        return None if storage.read(key, limit_bytes=100).body == b"two" else "read back something else"
+        self._step(name, ask)
+        if not self.steps[-1].ok:
+            raise _Stop
 
-    def gone() -> str | None:
-        return next((str(problem) for problem in storage.delete([key]).values()), None)
+    def _replace(self, version: str) -> None:
+        def ask() -> str | None:
+            versions: list[str] = []
+            problem = self._landed(self._storage.replace(self._key, b"two", expecting=version), versions)
+            if problem is None:
+                return None
+            found = self._storage.read(self._key, limit_bytes=100)
+            if found.body == b"two":
+                return None  # our own write, whose first answer was lost
+            if isinstance(self._storage, Respelling) and self._storage.respell():
+                problem = self._landed(self._storage.replace(self._key, b"two", expecting=version), versions)
+                if problem is None:
+                    return None
+            self.conditions = Conditions.ABSENT
+            return f"the store refuses every condition ({problem})"
 
-    if step("create", lambda: landed(storage.create(key, b"one"))):
+        self._step("replace", ask)
+        if not self.steps[-1].ok:
+            raise _Stop
+
+    def _delete(self) -> str | None:
+        return next((str(problem) for problem in self._storage.delete([self._key]).values()), None)
+
+
+def probe(storage: Storage) -> Findings:
+    """Create, create again (must fail), replace a stale version (must fail) and the right one, delete.
+
+    Five requests in the good case. The object is deleted whatever happens. Raises nothing: every refusal is a step
+    that is not ok. A probe whose object somebody's ``gc`` took away meanwhile is begun again under a fresh name.
+    """
+    attempt = _Probe(storage)
+    ignored = False
+    for attempt in (_Probe(storage), _Probe(storage), _Probe(storage)):
         try:
-            step("create again is refused", lambda: refused(storage.create(key, b"never")))
-            step(
-                "replace a stale version is refused",
-                lambda: refused(storage.replace(key, b"never", expecting="0" * 64)),
-            )
-            step("replace", lambda: landed(storage.replace(key, b"two", expecting=version)))
-            step("read back", same)
-        finally:
-            step("delete", gone)
-    return steps
+            attempt.run()
+        except _Stop:
+            if isinstance(attempt.trouble, ObjectNotFoundError):
+                continue
+            if attempt.conditions is Conditions.ABSENT and not ignored:
+                # Once, it may be a gc that took the object away in between; twice under two names, it is the store.
+                ignored = True
+                continue
+        break
+    return Findings(steps=tuple(attempt.steps), conditions=attempt.conditions, trouble=attempt.trouble)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cloudckpt.errors import StorageError
-from cloudckpt.storage.base import Buffer, Listed, Outcome, Storage, Versioned
+from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Storage, Versioned
 
 __all__ = ["Backoff", "RetryingStorage"]
 
@@ -34,20 +34,27 @@ class Backoff:
     sleep: Callable[[float], None] = time.sleep
     uniform: Callable[[float, float], float] = random.uniform
 
-    def tries(self) -> Iterator[int]:
-        """The numbers of the tries, from 0, each after its pause; ends when the deadline is over.
+    def pauses(self) -> Iterator[float]:
+        """How long to wait before each further try, in seconds; ends when the deadline, counted from here, is over.
 
-        There are always at least two: a first answer that took the whole deadline still gets a second look.
+        There is always at least one: a first answer that took the whole deadline still gets a second look.
         """
-        end = self.now() + self.deadline_s
+        return self._until(self.now() + self.deadline_s)
+
+    def _until(self, end: float) -> Iterator[float]:
         number = 0
-        while True:
-            yield number
+        while number == 0 or self.now() < end:
+            pause = self.uniform(0.0, min(self.cap_s, self.base_s * 2.0 ** min(number, 30)))
             number += 1
-            if number > 1 and self.now() >= end:
-                return
-            pause = self.uniform(0.0, min(self.cap_s, self.base_s * 2.0 ** min(number - 1, 30)))
-            self.sleep(max(0.0, min(pause, end - self.now())))
+            yield max(0.0, min(pause, end - self.now()))
+
+    def tries(self) -> Iterator[int]:
+        """The numbers of the tries, from 0, each after its pause; there are always at least two."""
+        pauses = self.pauses()
+        yield 0
+        for number, pause in enumerate(pauses, 1):
+            self.sleep(pause)
+            yield number
 
 
 class RetryingStorage:
@@ -62,6 +69,15 @@ class RetryingStorage:
         self._backoff = backoff
         self.create: Callable[[str, bytes], Outcome] = inner.create
         self.close: Callable[[], None] = inner.close
+
+    @property
+    def conditions(self) -> Conditions:
+        """See ``Storage.conditions``."""
+        return self._inner.conditions
+
+    @conditions.setter
+    def conditions(self, found: Conditions) -> None:
+        self._inner.conditions = found
 
     @property
     def inner(self) -> Storage:

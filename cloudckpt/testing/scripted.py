@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from cloudckpt.errors import StorageError
-from cloudckpt.storage.base import Buffer, Listed, Outcome, Storage, Unknown, Versioned
+from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Storage, Unknown, Versioned
 
 __all__ = ["Call", "Crash", "Fault", "ScriptedStorage"]
 
@@ -72,6 +72,15 @@ class ScriptedStorage:
         self._fault = fault
         self._mutex = threading.Lock()
         self._dead: str | None = None
+
+    @property
+    def conditions(self) -> Conditions:
+        """See ``Storage.conditions``."""
+        return self._inner.conditions
+
+    @conditions.setter
+    def conditions(self, found: Conditions) -> None:
+        self._inner.conditions = found
 
     def __repr__(self) -> str:
         return f"<ScriptedStorage {self._inner.url}: {len(self.calls)} calls, {self._fault} at {self._at}>"

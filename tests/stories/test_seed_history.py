@@ -24,9 +24,10 @@ from cloudckpt import (
     SaveError,
     Settings,
     StateMismatchError,
+    UnsafeStorageError,
 )
 from cloudckpt.events import Event, SaveCommitted
-from cloudckpt.storage import MemoryStorage, Storage
+from cloudckpt.storage import Conditions, MemoryStorage, Storage
 from cloudckpt.testing import Fault, ScriptedStorage, check_store
 
 
@@ -215,9 +216,20 @@ def _allow_pickle() -> bool:
 
 
 def _storage_options() -> bool:
-    with pytest.raises(ConfigError, match="1 storage_options"):
-        CheckpointManager("http://example.com/run", storage_options={"key": "k"})
+    ckpts = CheckpointManager("s3://bucket/run", storage_options={"no_such_option": 1})
+    with pytest.raises(ConfigError, match=r"storage_options that s3fs does not take: .*no_such_option"):
+        ckpts.save(1, {"w": 1}, block=True)
     return True
+
+
+def _single_writer() -> bool:
+    storage = MemoryStorage()
+    storage.conditions = Conditions.ABSENT
+    with pytest.raises(UnsafeStorageError, match="single_writer=True"):
+        CheckpointManager(storage).restore({"w": 1})
+    assert [*storage.list()] == []
+    with CheckpointManager(storage, single_writer=True) as ckpts:
+        return ckpts.save(1, {"w": 1}, block=True).done()
 
 
 def _process_group() -> bool:
@@ -248,14 +260,13 @@ EFFECTS = {
     "keep_unscored": (_unscored,),
     "change_policy": (_change_policy,),
     "takeover": (_takeover,),
+    "single_writer": (_single_writer,),
     "allow_pickle": (_allow_pickle,),
     "storage_options": (_storage_options,),
     "process_group": (_process_group,),
     "settings": (_settings,),
     "listeners": (_listeners,),
 }
-#: A promise about stores that no storage of this version asks for.
-NO_EFFECT_YET = {"single_writer"}
 
 
 @pytest.mark.parametrize("setting", EFFECTS)
@@ -268,7 +279,7 @@ def test_h25_every_setting_does_something(setting: str) -> None:
 def test_h25_no_setting_is_without_such_a_test() -> None:
     """H25: a keyword that is added later needs an effect in the table above."""
     given = set(inspect.signature(CheckpointManager.__init__).parameters) - {"self", "root", "unknown"}
-    assert given == set(EFFECTS) | NO_EFFECT_YET
+    assert given == set(EFFECTS)
 
 
 def test_h26_a_whole_run_needs_neither_a_gpu_nor_a_process_group(tmp_path: Path) -> None:

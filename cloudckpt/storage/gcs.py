@@ -1,0 +1,436 @@
+"""Objects in a Google Cloud Storage bucket, through gcsfs.
+
+gcsfs gives the session: credentials and their renewal, endpoint or emulator, requester pays. The requests of the JSON
+API are sent over that session directly, because gcsfs turns a lost answer into "the file exists", repeats requests for
+half a minute by itself, and compares neither sizes nor checksums. Its core class is used, not the extended one, which
+asks another API over gRPC about every bucket first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+from urllib.parse import quote
+
+import crc32c
+
+from cloudckpt.config import Settings
+from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
+from cloudckpt.storage.base import Buffer, Conditions, Landed, Listed, Lost, Outcome, Unknown, Versioned
+from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, without_answer
+from cloudckpt.storage.gcs_upload import ResumableUpload
+from cloudckpt.storage.remote import RemoteStorage, crc32c_b64, each
+
+__all__ = ["GCSStorage"]
+
+_GOOGLE_HOST = re.compile(r"https://([^/]*\.)?googleapis\.com(:\d+)?(/|$)")
+_MEBIBYTE = 1024 * 1024
+#: Resumable uploads go in multiples of this ("Resumable uploads", Cloud Storage documentation).
+_CHUNK = 256 * 1024
+#: "There is a limit of one write per second to the same object name" (Cloud Storage, "Quotas & limits").
+_GOOGLE_SPACING_S = 1.1
+_OK = (200, 201, 204)
+
+
+class GCSStorage(RemoteStorage):
+    """A storage under one prefix of one bucket.
+
+    Args:
+        bucket: its name.
+        prefix: the keys' beginning, without slashes around it; may be empty.
+        options: for ``gcsfs.GCSFileSystem``, as they are.
+        settings: part sizes, time-outs and deadlines.
+        spacing_s: least time between two conditional writes of one object; by default 1.1 s at Google and none at an
+            emulator.
+    """
+
+    scheme: ClassVar[str] = "gs"
+    #: What this process has found out, by endpoint and bucket.
+    _known: ClassVar[dict[tuple[str, str], Conditions]] = {}
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str,
+        options: Mapping[str, object],
+        settings: Settings,
+        *,
+        spacing_s: float | None = None,
+    ) -> None:
+        super().__init__(bucket, prefix, options, settings)
+        self._spacing_s = spacing_s
+        self._last_write: dict[str, float] = {}
+
+    # -- the filesystem --------------------------------------------------------------------------------------
+
+    def _make_filesystem(self, loop: asyncio.AbstractEventLoop) -> Any:
+        from gcsfs.core import GCSFileSystem  # noqa: PLC0415 - an extra
+
+        try:
+            return GCSFileSystem(
+                **{
+                    **self._options,
+                    "asynchronous": True,
+                    "loop": loop,
+                    "use_listings_cache": False,
+                    "skip_instance_cache": True,
+                }
+            )
+        except TypeError as exc:
+            raise ConfigError(f"{self.url}: storage_options that gcsfs does not take: {exc}") from exc
+
+    @staticmethod
+    async def _close_filesystem(filesystem: Any) -> None:
+        if filesystem._session is not None:  # noqa: SLF001 - gcsfs closes it only with its own loop
+            await filesystem._session.close()  # noqa: SLF001
+
+    async def _send(
+        self,
+        what: str,
+        method: str,
+        url: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        data: Buffer | None = None,
+    ) -> Answer:
+        """One request, once; every answer is given back, whatever its status.
+
+        Raises:
+            StorageError: there was no answer.
+        """
+
+        async def send() -> Answer:
+            filesystem = await self._fs()
+            await filesystem._set_session()  # noqa: SLF001 - the coroutine behind its synchronous twin
+            full = url if url.startswith("http") else f"{filesystem._location}{url}"  # noqa: SLF001
+            async with filesystem.session.request(
+                method,
+                _encoded(full),
+                params=filesystem._get_params(dict(params or {})),  # noqa: SLF001 - adds userProject
+                headers=filesystem._get_headers(dict(headers or {})),  # noqa: SLF001 - adds a fresh token
+                # As a file: aiohttp sends it piece by piece, and warns of large bytes.
+                data=None if data is None else io.BytesIO(data),
+                allow_redirects=False,
+            ) as answer:
+                return Answer(answer.status, answer.headers, await answer.read())
+
+        try:
+            found = await self._in_time(what, send())
+        except ConfigError:
+            raise
+        except Exception as exc:
+            problem = without_answer(exc, what)
+            if isinstance(problem, UnauthorizedError):
+                self._renew()
+            raise problem from exc
+        if found.status == 401:
+            self._renew()
+        return found
+
+    async def _ask(self, what: str, method: str, url: str, **arguments: Any) -> Answer:
+        """As ``_send``; an answer that is no success is raised."""
+        answer = await self._send(what, method, url, **arguments)
+        if answer.status not in {*_OK, 206}:
+            raise explained(answer, what, bucket=self._bucket)
+        return answer
+
+    def _object(self, key: str) -> str:
+        return f"/storage/v1/b/{quote(self._bucket, safe='')}/o/{quote(self._key(key), safe='')}"
+
+    def _media(self, key: str) -> str:
+        return "/download" + self._object(key)
+
+    @property
+    def _uploads(self) -> str:
+        return f"/upload/storage/v1/b/{quote(self._bucket, safe='')}/o"
+
+    # -- what the store is -----------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        """The URL that requests are sent to. Sends nothing to the store."""
+
+        async def ask() -> str:
+            return str((await self._connected())._location)  # noqa: SLF001
+
+        return self._run(ask())
+
+    async def _connected(self) -> Any:
+        try:
+            return await self._fs()
+        except ConfigError:
+            raise
+        except Exception as exc:
+            raise without_answer(exc, f"connecting to {self.url}") from exc
+
+    @property
+    def conditions(self) -> Conditions:
+        """Google documents generation preconditions; emulators are probed once per process."""
+        endpoint = self.endpoint
+        default = Conditions.HONOURED if _GOOGLE_HOST.match(endpoint) else Conditions.UNPROVEN
+        return self._known.get((endpoint, self._bucket), default)
+
+    @conditions.setter
+    def conditions(self, found: Conditions) -> None:
+        self._known[self.endpoint, self._bucket] = found
+
+    def describe(self) -> dict[str, str]:
+        """Facts for people: endpoint, identity, and the lane that payload takes. No secrets."""
+
+        async def ask() -> dict[str, str]:
+            filesystem = await self._connected()
+            credentials = filesystem.credentials.credentials
+            name = getattr(credentials, "service_account_email", None) or type(credentials).__name__
+            import gcsfs  # noqa: PLC0415 - an extra
+
+            part = self._settings.part_size_bytes // _MEBIBYTE
+            return {
+                "endpoint": str(filesystem._location),  # noqa: SLF001
+                "identity": "anonymous" if credentials is None else str(name),
+                "lane": f"gcsfs {gcsfs.__version__}, resumable uploads in chunks of {part} MiB",
+            }
+
+        return self._run(ask())
+
+    # -- small objects ---------------------------------------------------------------------------------------
+
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        """See ``Storage.read``; the version is the generation, from the same answer as the bytes."""
+        return self._run(self._read(key, limit_bytes))
+
+    async def _read(self, key: str, limit_bytes: int) -> Versioned:
+        what = self._named("reading", key)
+        # One byte more than allowed, so that an object that is too large is not downloaded to find out.
+        wanted = {"Range": f"bytes=0-{limit_bytes}"}
+        answer = await self._send(what, "GET", self._media(key), params={"alt": "media"}, headers=wanted)
+        if answer.status == 416:  # an empty object has no first byte
+            answer = await self._send(what, "GET", self._media(key), params={"alt": "media"})
+        if answer.status not in {200, 206}:
+            raise explained(answer, what, bucket=self._bucket)
+        total = _total(answer)
+        if total > limit_bytes:
+            raise StorageError(f"{what}: it has {total} bytes, more than the {limit_bytes} expected")
+        if len(answer.body) != total:
+            raise StorageError(f"{what}: {len(answer.body)} of {total} bytes came", retryable=True)
+        _check_sum(answer, what)
+        return Versioned(answer.body, answer.headers.get("x-goog-generation", ""))
+
+    def create(self, key: str, body: bytes) -> Outcome:
+        """See ``Storage.create``: an upload with ``ifGenerationMatch=0``."""
+        return self._write(self._named("creating", key), key, body, "0")
+
+    def replace(self, key: str, body: bytes, *, expecting: str) -> Outcome:
+        """See ``Storage.replace``: an upload with ``ifGenerationMatch``."""
+        if not expecting.isdecimal() or int(expecting) == 0:
+            return Lost(f"{key}: {expecting!r} is no generation")
+        # A generation is a 64-bit number; one that cannot be is refused here, as the store would answer 400.
+        if int(expecting) >= 1 << 63:
+            return Lost(f"{key}: {expecting!r} is no generation")
+        return self._write(self._named("replacing", key), key, body, expecting)
+
+    def _write(self, what: str, key: str, body: bytes, generation: str) -> Outcome:
+        async def send() -> Outcome:
+            await self._spaced(key)
+            try:
+                answer = await self._upload_whole(what, key, body, {"ifGenerationMatch": generation})
+            except StorageError as exc:
+                return Unknown(exc)
+            if answer.status == 412:
+                return Lost(f"{what}: 412 {answer.message}")
+            if answer.status not in _OK:
+                return Unknown(explained(answer, what, bucket=self._bucket))
+            return Landed(str(answer.json.get("generation", "")))
+
+        return self._run(send())
+
+    async def _spaced(self, key: str) -> None:
+        """Wait until this object may be written again: the store answers 429 to whoever does not."""
+        spacing = self._spacing_s
+        if spacing is None:
+            on_google = _GOOGLE_HOST.match((await self._connected())._location)  # noqa: SLF001
+            spacing = _GOOGLE_SPACING_S if on_google else 0.0
+        now = time.monotonic()
+        at = max(now, self._last_write.get(key, -spacing) + spacing)
+        self._last_write[key] = at
+        await asyncio.sleep(at - now)
+
+    async def _upload_whole(self, what: str, key: str, body: Buffer, params: Mapping[str, str]) -> Answer:
+        """One request with metadata and bytes; the store compares our checksum before it keeps anything."""
+        boundary = secrets.token_hex(16)
+        metadata = {"name": self._key(key), "crc32c": crc32c_b64(crc32c.crc32c(body)), "contentType": _type_of(key)}
+        head = (
+            f"--{boundary}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(metadata)}\r\n"
+            f"--{boundary}\r\nContent-Type: {metadata['contentType']}\r\n\r\n"
+        )
+        data = b"".join((head.encode(), body, f"\r\n--{boundary}--\r\n".encode()))
+        return await self._send(
+            what,
+            "POST",
+            self._uploads,
+            params={"uploadType": "multipart", **params},
+            headers={"Content-Type": f"multipart/related; boundary={boundary}"},
+            data=data,
+        )
+
+    # -- payload ---------------------------------------------------------------------------------------------
+
+    def _part_bytes(self, size_bytes: int) -> int:  # noqa: ARG002 - there is no limit to the number of chunks
+        return max(self._settings.part_size_bytes // _CHUNK, 1) * _CHUNK
+
+    async def _send_whole(self, key: str, body: bytes) -> None:
+        what = self._named("writing", key)
+        answer = await self._upload_whole(what, key, body, {})
+        if answer.status not in _OK:
+            raise explained(answer, what, bucket=self._bucket)
+        await self._compare(what, key, answer, len(body), crc32c.crc32c(body))
+
+    def _put_parts(
+        self, key: str, parts: Iterator[bytearray], size_bytes: int, progress: Callable[[int], None]
+    ) -> None:
+        what = self._named("writing", key)
+        upload = ResumableUpload(_Session(self, key, what), what=what, bucket=self._bucket, size_bytes=size_bytes)
+        upload.send(parts, progress)
+
+    async def _begin_upload(self, what: str, key: str) -> str:
+        answer = await self._ask(
+            what,
+            "POST",
+            self._uploads,
+            params={"uploadType": "resumable"},
+            headers={"Content-Type": "application/json; charset=UTF-8", "X-Upload-Content-Type": _type_of(key)},
+            data=json.dumps({"name": self._key(key)}).encode(),
+        )
+        return str(answer.headers["Location"])
+
+    async def _compare(self, what: str, key: str, answer: Answer, size_bytes: int, value: int) -> None:
+        """Hold what the store says it has against what was sent; take a damaged object away again."""
+        found = answer.json
+        if str(found.get("size")) == str(size_bytes) and found.get("crc32c", crc32c_b64(value)) == crc32c_b64(value):
+            return
+        generation = str(found.get("generation", ""))
+        with contextlib.suppress(StorageError):
+            await self._ask(what, "DELETE", self._object(key), params={"ifGenerationMatch": generation})
+        raise StorageError(
+            f"{what}: {found.get('size')} bytes with crc32c {found.get('crc32c')} arrived, {size_bytes} with "
+            f"{crc32c_b64(value)} were sent: damaged on the way, and taken away again"
+        )
+
+    # -- reading payload -------------------------------------------------------------------------------------
+
+    async def _read_into(self, key: str, start: int, target: memoryview) -> None:
+        what = self._named("reading", key)
+        end = start + len(target)
+        answer = await self._send(
+            what, "GET", self._media(key), params={"alt": "media"}, headers={"Range": f"bytes={start}-{end - 1}"}
+        )
+        if answer.status == 416 or (answer.status in {200, 206} and _total(answer) < end):
+            raise self._no_such_range(key, start, end - start)
+        if answer.status not in {200, 206}:
+            raise explained(answer, what, bucket=self._bucket)
+        # A server without ranges answers 200 with everything.
+        body = memoryview(answer.body)[start:end] if answer.status == 200 else memoryview(answer.body)
+        if len(body) != len(target):
+            raise StorageError(f"{what}: {len(body)} of {len(target)} bytes came", retryable=True)
+        target[:] = body
+
+    def size(self, key: str) -> int:
+        """See ``Storage.size``: the object's metadata."""
+        answer = self._run(self._ask(self._named("looking at", key), "GET", self._object(key)))
+        return int(str(answer.json["size"]))
+
+    # -- list and delete -------------------------------------------------------------------------------------
+
+    def list(self, prefix: str = "", *, limit: int | None = None) -> Iterator[Listed]:
+        """See ``Storage.list``: page by page."""
+        what = f"listing {self.url}"
+        url = f"/storage/v1/b/{quote(self._bucket, safe='')}/o"
+        left = limit
+        token: dict[str, str] = {}
+        while left is None or left > 0:
+            most = {} if left is None or left >= 1000 else {"maxResults": str(left + 1)}
+            params = {"prefix": self._prefix + prefix, **most, **token}
+            try:
+                answer = self._run(self._ask(what, "GET", url, params=params)).json
+            except ObjectNotFoundError as exc:
+                raise StorageError(
+                    f"{what}: 404: bucket {self._bucket!r} does not exist: create it, or fix the URL"
+                ) from exc
+            items: Any = answer.get("items", ())
+            for item in items:
+                key = str(item["name"])[len(self._prefix) :]
+                # Some servers take two slashes in the prefix for one and list more than was asked for.
+                if key and key.startswith(prefix) and (left is None or left > 0):
+                    yield Listed(key, int(item["size"]))
+                    left = None if left is None else left - 1
+            if not answer.get("nextPageToken"):
+                return
+            token = {"pageToken": str(answer["nextPageToken"])}
+
+    def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
+        """See ``Storage.delete``: one request each, several at once; the batch endpoint is not everywhere."""
+        return self._run(
+            each(
+                dict.fromkeys(keys),
+                lambda key: self._ask(self._named("deleting", key), "DELETE", self._object(key)),
+            )
+        )
+
+    def abort_uploads(self, prefix: str) -> int:  # noqa: ARG002 - the verb's shape
+        """See ``Storage.abort_uploads``; sessions cannot be listed. They are not billed and end after a week."""
+        return 0
+
+
+def _encoded(url: str) -> Any:
+    from yarl import URL  # noqa: PLC0415 - comes with aiohttp, which comes with gcsfs
+
+    return URL(url, encoded=True)
+
+
+def _total(answer: Answer) -> int:
+    """The whole object's size in bytes, as an answer to a download tells it."""
+    if answer.status == 206:
+        return int(answer.headers.get("Content-Range", "").rpartition("/")[2])
+    return int(answer.headers.get("Content-Length", len(answer.body)))
+
+
+def _check_sum(answer: Answer, what: str) -> None:
+    for part in ",".join(answer.headers.getall("x-goog-hash", [])).split(","):
+        name, _, value = part.strip().partition("=")
+        if name == "crc32c" and value != crc32c_b64(crc32c.crc32c(answer.body)):
+            raise StorageError(f"{what}: the bytes that came do not have the checksum the store has", retryable=True)
+
+
+def _type_of(key: str) -> str:
+    return "application/json" if key.endswith(".json") else "application/octet-stream"
+
+
+# Another view of the same object, beside it: an upload knows nothing of buckets and credentials.
+class _Session:
+    """The way from one upload to its bucket."""
+
+    def __init__(self, storage: GCSStorage, key: str, what: str) -> None:
+        self._storage = storage
+        self._key = key
+        self._what = what
+        self.run = storage._run  # noqa: SLF001
+        self.again = storage._again  # noqa: SLF001
+
+    async def begin(self) -> str:
+        return await self._storage._begin_upload(self._what, self._key)  # noqa: SLF001
+
+    async def send(self, method: str, url: str, headers: dict[str, str], data: bytes | None) -> Answer:
+        return await self._storage._send(self._what, method, url, headers=headers, data=data)  # noqa: SLF001
+
+    async def stored(self) -> Answer:
+        return await self._storage._ask(self._what, "GET", self._storage._object(self._key))  # noqa: SLF001
+
+    async def compare(self, answer: Answer, size_bytes: int, crc: int) -> None:
+        await self._storage._compare(self._what, self._key, answer, size_bytes, crc)  # noqa: SLF001

@@ -1,0 +1,91 @@
+"""What Google Cloud Storage answers, sorted into what a caller can do about it.
+
+Statuses and reasons are those of "HTTP status and error codes for JSON" in the Cloud Storage documentation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from cloudckpt.errors import ObjectNotFoundError, StorageError
+
+__all__ = ["Answer", "UnauthorizedError", "explained", "without_answer"]
+
+_RETRYABLE = {408, 409, 429, 500, 502, 503, 504}
+
+
+class UnauthorizedError(StorageError):
+    """The access token is not accepted; a fresh one may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One HTTP answer, whole."""
+
+    status: int
+    headers: Any  # a case-insensitive multi-dictionary
+    body: bytes
+
+    @property
+    def json(self) -> dict[str, object]:
+        """The body as a JSON object; empty if it is none."""
+        try:
+            found = json.loads(self.body or b"{}")
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def message(self) -> str:
+        """What the store said in words."""
+        error = self.json.get("error")
+        if isinstance(error, dict):
+            return str(error.get("message", ""))
+        return str(error or self.body[:300].decode(errors="replace")).strip()
+
+
+def explained(answer: Answer, what: str, *, bucket: str) -> StorageError:  # noqa: PLR0911 - a table of statuses
+    """An answer that is no success, as an error of ours."""
+    status, said = answer.status, answer.message
+    detail = f"{what}: {status}" + (f" ({said})" if said else "")
+    if status == 404:
+        if "bucket does not exist" in said.lower():
+            return StorageError(f"{detail}: bucket {bucket!r} does not exist: create it, or fix the URL")
+        return ObjectNotFoundError(f"{what}: the object does not exist")
+    if status == 401:
+        return UnauthorizedError(
+            f"{detail}: the credentials are missing, wrong or expired: run `gcloud auth application-default login`, "
+            "set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account",
+            retryable=True,
+        )
+    if status == 403:
+        return StorageError(
+            f"{detail}: no permission: a trainer needs roles/storage.objectUser on bucket {bucket!r} (replacing "
+            "the manifest is a create and a delete); `cloudckpt doctor` tells which right is missing"
+        )
+    if status in _RETRYABLE:
+        return StorageError(detail, retryable=True)
+    if status == 400 and "requester pays" in said.lower():
+        return StorageError(f"{detail}: pass storage_options={{'requester_pays': 'your-project'}}")
+    return StorageError(detail)
+
+
+def without_answer(exc: BaseException, what: str) -> StorageError:
+    """A request that was never answered, or never sent, as an error of ours."""
+    if isinstance(exc, StorageError):
+        return exc
+    said, module = str(exc) or type(exc).__name__, type(exc).__module__
+    if type(exc).__name__ == "DefaultCredentialsError":
+        return StorageError(
+            f"{what}: there are no credentials ({said}): run `gcloud auth application-default login`, set "
+            "GOOGLE_APPLICATION_CREDENTIALS, or pass storage_options={'token': 'anon'} for a public bucket"
+        )
+    if module.startswith(("google.auth", "gcsfs")):
+        # Refreshing a token goes over the network as well.
+        return UnauthorizedError(f"{what}: no access token: {said}", retryable=True)
+    if isinstance(exc, OSError | EOFError | asyncio.TimeoutError) or module.startswith(("aiohttp", "requests")):
+        return StorageError(f"{what}: {type(exc).__name__}: {said}", retryable=True)
+    return StorageError(f"{what}: {type(exc).__name__}: {said}")

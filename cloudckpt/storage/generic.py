@@ -1,0 +1,324 @@
+"""Any filesystem that fsspec knows: SFTP, WebHDFS, SMB, Azure, and whatever registers itself.
+
+fsspec promises little about them, so little is promised here: there are no conditional writes, and only a filesystem
+with a rename of its own makes an object visible at once. A file is never opened for writing over the network, because
+leaving such a ``with`` block by an exception *publishes* the half-written file; it is written to a local disk first
+and sent whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+
+from cloudckpt.core import keys as grammar
+from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
+from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Versioned
+from cloudckpt.storage.emulated import emulated_create, emulated_replace
+
+__all__ = ["GenericFsspecStorage"]
+
+_T = TypeVar("_T")
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_PASSING = (ConnectionError, TimeoutError, EOFError, InterruptedError, fsspec.FSTimeoutError)
+#: They can be opened for writing by their class, and refuse it when it comes to it.
+_READ_ONLY = {"github", "reference"}
+_FOLDER_TRIES = 10
+_USER = re.compile(r"//[^/@]*@")
+
+
+class GenericFsspecStorage:
+    """A storage on one fsspec filesystem, for one writer.
+
+    Args:
+        url: the root, with what fsspec reads from a URL (host, port, user).
+        options: for the filesystem, as they are.
+
+    Raises:
+        ConfigError: the filesystem's library is not installed, or it can only be read.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, object]) -> None:
+        self.conditions = Conditions.ABSENT
+        scheme = url.partition("://")[0]
+        self._url = _USER.sub("//", url.rstrip("/"))
+        try:
+            self._class: Any = fsspec.get_filesystem_class(scheme)
+        except ImportError as exc:
+            raise ConfigError(f"{self._url!r} needs a library that is not installed: {exc}") from exc
+        if scheme in _READ_ONLY or not _can_write(self._class):
+            raise ConfigError(
+                f"{self._url!r}: {self._class.__name__} can only be read; a run needs a filesystem that can be written"
+            )
+        self._options = {**self._class._get_kwargs_from_urls(url), **options}  # noqa: SLF001 - fsspec's way to read a URL
+        self._root = str(self._class._strip_protocol(url)).rstrip("/")  # noqa: SLF001 - the same
+        self._renames = _renames(self._class)
+        self._mutex = threading.RLock()
+        self._filesystem: Any = None
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"<GenericFsspecStorage {self.url}>"
+
+    @property
+    def url(self) -> str:
+        """The root, without user and password."""
+        return self._url
+
+    @property
+    def limits(self) -> str:
+        """What this filesystem cannot promise, as a sentence for people."""
+        whole = (
+            "objects appear whole, by its rename"
+            if self._renames
+            else "an upload that breaks off may leave part of an object under its name (never listed as a checkpoint)"
+        )
+        return f"{self._class.__name__} has no conditional writes, so only one process may ever write; {whole}"
+
+    def describe(self) -> dict[str, str]:
+        """Facts for people."""
+        package = self._class.__module__.partition(".")[0]
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "of unknown version"
+        return {
+            "filesystem": f"{self._class.__name__} ({package} {version})",
+            "lane": "whole files through fsspec, staged on the local disk",
+            "not promised": self.limits,
+        }
+
+    # -- the filesystem --------------------------------------------------------------------------------------
+
+    def _fs(self) -> Any:
+        if self._pid != os.getpid():
+            # A connection that was inherited over a fork is the parent's.
+            self._filesystem, self._pid = None, os.getpid()
+        if self._filesystem is None:
+            self._filesystem = self._class(**self._options, skip_instance_cache=True)
+        return self._filesystem
+
+    def _ask(self, what: str, act: Callable[[Any], _T]) -> _T:
+        # Most of these clients speak over one connection and are not meant for several threads.
+        with self._mutex:
+            try:
+                return act(self._fs())
+            except StorageError:
+                raise
+            except _MISSING as exc:
+                raise ObjectNotFoundError(f"{what}: it does not exist") from exc
+            except Exception as exc:
+                if isinstance(exc, _PASSING):
+                    self._filesystem = None  # a broken connection does not heal; the next try makes another
+                    raise StorageError(f"{what}: {self._said(exc)}", retryable=True) from exc
+                raise StorageError(f"{what}: {self._said(exc)}") from exc
+
+    def _said(self, exc: Exception) -> str:
+        text = f"{type(exc).__name__}: {exc}"
+        for secret in self._options.values():
+            if isinstance(secret, str) and len(secret) > 3:
+                text = text.replace(secret, "…")
+        return text
+
+    def _path(self, key: str) -> str:
+        if not {"", ".", ".."}.isdisjoint(key.split("/")):
+            raise StorageError(f"{key!r} is not a key under {self.url}")
+        return f"{self._root}/{key}"
+
+    def _named(self, doing: str, key: str) -> str:
+        return f"{doing} {self.url}/{key}"
+
+    # -- the verbs -------------------------------------------------------------------------------------------
+
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        """See ``Storage.read``; the version is the content's SHA-256, since every manifest differs."""
+        what, path = self._named("reading", key), self._path(key)
+
+        def ask(filesystem: Any) -> bytes:
+            size = self._size(filesystem, path)
+            if size > limit_bytes:
+                raise StorageError(f"{what}: it has {size} bytes, more than the {limit_bytes} expected")
+            return bytes(filesystem.cat_file(path))
+
+        body = self._ask(what, ask)
+        if len(body) > limit_bytes:
+            raise StorageError(f"{what}: it has more than the {limit_bytes} bytes expected")
+        return Versioned(body, hashlib.sha256(body).hexdigest())
+
+    def create(self, key: str, body: bytes) -> Outcome:
+        """See ``Storage.create``; emulated, for one writer."""
+        return emulated_create(self, key, body)
+
+    def replace(self, key: str, body: bytes, *, expecting: str) -> Outcome:
+        """See ``Storage.replace``; emulated, for one writer."""
+        return emulated_replace(self, key, body, expecting=expecting)
+
+    def put(
+        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """See ``Storage.put``; the file is sent once it is complete on the local disk."""
+        what, path = self._named("writing", key), self._path(key)
+        with tempfile.NamedTemporaryFile(prefix="cloudckpt-", suffix=".staged") as staged:
+            written = 0
+            for buffer in buffers:
+                written += memoryview(buffer).nbytes
+                if written > size_bytes:
+                    break
+                staged.write(buffer)
+                if progress is not None:
+                    progress(memoryview(buffer).nbytes)
+            if written != size_bytes:
+                raise StorageError(f"{what}: {written} bytes came, {size_bytes} were announced")
+            staged.flush()
+            self._ask(what, lambda filesystem: self._send(filesystem, staged.name, key, path))
+
+    def _send(self, filesystem: Any, staged: str, key: str, path: str) -> None:
+        for _ in range(_FOLDER_TRIES):
+            try:
+                _make_folder(filesystem, path.rpartition("/")[0])
+                self._send_into(filesystem, staged, key, path)
+            except FileNotFoundError:
+                continue  # a delete beside this one has taken the folder, which was empty for a moment
+            return
+        raise FileNotFoundError(path)
+
+    def _send_into(self, filesystem: Any, staged: str, key: str, path: str) -> None:
+        if not self._renames:
+            filesystem.put_file(staged, path)
+            return
+        temporary = self._path(grammar.temporary_key(key))
+        try:
+            filesystem.put_file(staged, temporary)
+            try:
+                filesystem.mv(temporary, path)
+            except Exception:
+                # Some refuse to rename over a file that is there.
+                if not filesystem.exists(path):
+                    raise
+                filesystem.rm_file(path)
+                filesystem.mv(temporary, path)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                filesystem.rm_file(temporary)
+            raise
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        """See ``Storage.read_into``."""
+        what, path = self._named("reading", key), self._path(key)
+        end = start + len(target)
+
+        def ask(filesystem: Any) -> None:
+            if self._size(filesystem, path) < end:
+                raise ObjectNotFoundError(f"{what}: bytes {start}..{end} do not exist")
+            if start == end:
+                return
+            body = filesystem.cat_file(path, start=start, end=end)
+            if len(body) != len(target):
+                raise StorageError(f"{what}: {len(body)} of {len(target)} bytes came", retryable=True)
+            target[:] = body
+
+        self._ask(what, ask)
+
+    def size(self, key: str) -> int:
+        """See ``Storage.size``."""
+        path = self._path(key)
+        return self._ask(self._named("looking at", key), lambda filesystem: self._size(filesystem, path))
+
+    @staticmethod
+    def _size(filesystem: Any, path: str) -> int:
+        filesystem.invalidate_cache()
+        info = filesystem.info(path)
+        if info["type"] != "file":
+            raise FileNotFoundError(path)
+        return int(info["size"])
+
+    def list(self, prefix: str = "", *, limit: int | None = None) -> Iterator[Listed]:
+        """See ``Storage.list``."""
+        folder = prefix.rpartition("/")[0]
+        if not {"", ".", ".."}.isdisjoint(folder.split("/")) and folder:
+            return iter(())
+        place = f"{self._root}/{folder}".rstrip("/")
+
+        def ask(filesystem: Any) -> dict[str, Any]:
+            filesystem.invalidate_cache()
+            found = filesystem.find(place, detail=True)
+            return dict(found)
+
+        try:
+            found = self._ask(f"listing {self.url}", ask)
+        except ObjectNotFoundError:
+            return iter(())
+        start = len(self._root.lstrip("/")) + 1
+        infos = {path.lstrip("/")[start:]: info for path, info in found.items()}
+        kept = sorted(key for key in infos if key.startswith(prefix))
+        return (Listed(key, int(infos[key]["size"])) for key in kept[:limit])
+
+    def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
+        """See ``Storage.delete``; key by key, and the folders that are empty then."""
+        failed: dict[str, StorageError] = {}
+        folders: set[str] = set()
+        for key in [*keys]:
+            path = self._path(key)
+            try:
+                self._ask(self._named("deleting", key), lambda filesystem, path=path: filesystem.rm_file(path))  # type: ignore[misc]
+            except ObjectNotFoundError:
+                pass
+            except StorageError as exc:
+                failed[key] = exc
+                continue
+            if "/" in key:
+                folders.add(key.rpartition("/")[0])
+        for folder in sorted(folders, key=len, reverse=True):
+            # rmdir refuses a folder that is not empty, which is what is wanted.
+            with contextlib.suppress(StorageError, NotImplementedError):
+                self._ask("tidying", lambda filesystem, folder=folder: _remove_if_empty(filesystem, self._path(folder)))  # type: ignore[misc]
+        return failed
+
+    def abort_uploads(self, prefix: str) -> int:  # noqa: ARG002 - the verb's shape
+        """See ``Storage.abort_uploads``; there is nothing of the kind."""
+        return 0
+
+    def close(self) -> None:
+        """See ``Storage.close``."""
+        with self._mutex:
+            self._filesystem = None
+
+
+def _make_folder(filesystem: Any, folder: str) -> None:
+    try:
+        filesystem.makedirs(folder, exist_ok=True)
+    except NotImplementedError:
+        return  # an object store: there are no folders
+    except OSError:
+        if not filesystem.isdir(folder):
+            raise
+
+
+def _remove_if_empty(filesystem: Any, path: str) -> None:
+    filesystem.invalidate_cache()
+    if filesystem.isdir(path) and not filesystem.ls(path, detail=False):
+        filesystem.rmdir(path)
+
+
+def _can_write(kind: Any) -> bool:
+    base = fsspec.AbstractFileSystem
+    if issubclass(kind, AsyncFileSystem):
+        return kind._put_file is not AsyncFileSystem._put_file and kind._rm_file is not AsyncFileSystem._rm_file  # noqa: SLF001
+    return kind._open is not base._open and (  # noqa: SLF001
+        kind._rm is not base._rm or kind.rm_file is not base.rm_file or kind.rm is not base.rm  # noqa: SLF001
+    )
+
+
+def _renames(kind: Any) -> bool:
+    """Whether the filesystem moves by a rename of its own, and not by fsspec's copy and delete."""
+    return kind.mv is not fsspec.AbstractFileSystem.mv and not issubclass(kind, AsyncFileSystem)

@@ -1,0 +1,260 @@
+"""What the two object stores have in common: keys in a bucket, a filesystem per process, requests that end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+from cloudckpt.config import Settings
+from cloudckpt.errors import ObjectNotFoundError, StorageError
+from cloudckpt.storage.base import Buffer
+from cloudckpt.storage.loop import Loop
+from cloudckpt.storage.retry import Backoff
+
+__all__ = ["RemoteStorage", "crc32c_b64", "each", "parts_of"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class _Filesystems:
+    """The filesystem in use, and those whose credentials were found expired: other requests may still use them."""
+
+    current: Any = None
+    outdated: list[Any] = field(default_factory=list)
+
+
+class RemoteStorage(ABC):
+    """A loop and a filesystem instance, made at the first request and again in a forked child.
+
+    A filesystem that was inherited over a fork shares sockets with the parent, and fsspec refuses it; a new one
+    works. The instance is never the one fsspec caches: its listings and its sessions belong to somebody else.
+
+    Args:
+        bucket: its name.
+        prefix: the keys' beginning, without slashes around it; may be empty.
+        options: for the filesystem, as they are.
+        settings: part sizes, time-outs and deadlines.
+    """
+
+    scheme: ClassVar[str]
+
+    def __init__(self, bucket: str, prefix: str, options: Mapping[str, object], settings: Settings) -> None:
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._options = dict(options)
+        self._settings = settings
+        self._mutex = threading.Lock()
+        self._loop: Loop | None = None
+        self._filesystems = _Filesystems()
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}>"
+
+    @property
+    def url(self) -> str:
+        """The root as ``scheme://bucket/prefix``."""
+        return f"{self.scheme}://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def _key(self, key: str) -> str:
+        if not {"", ".", ".."}.isdisjoint(key.split("/")):
+            raise StorageError(f"{key!r} is not a key under {self.url}")
+        return self._prefix + key
+
+    def _named(self, doing: str, key: str) -> str:
+        return f"{doing} {self.scheme}://{self._bucket}/{self._prefix}{key}"
+
+    # -- the filesystem and its loop -------------------------------------------------------------------------
+
+    @abstractmethod
+    def _make_filesystem(self, loop: asyncio.AbstractEventLoop) -> Any:
+        """A new filesystem instance for this loop; sends nothing."""
+
+    @staticmethod
+    @abstractmethod
+    async def _close_filesystem(filesystem: Any) -> None:
+        """Give back the connections of a filesystem."""
+
+    def _running(self) -> Loop:
+        with self._mutex:
+            if self._pid != os.getpid():
+                # The parent's thread does not exist here, and its sockets are the parent's.
+                if self._loop is not None:
+                    self._loop.abandon()
+                self._loop, self._filesystems, self._pid = None, _Filesystems(), os.getpid()
+            if self._loop is None:
+                clean_up = partial(_close_all, self._filesystems, self._close_filesystem)
+                self._loop = Loop(f"cloudckpt-{type(self).__name__}", clean_up)
+            return self._loop
+
+    async def _fs(self) -> Any:
+        """The filesystem; only on the loop, so that no two are made."""
+        if self._filesystems.current is None:
+            self._filesystems.current = self._make_filesystem(asyncio.get_running_loop())
+        return self._filesystems.current
+
+    def _renew(self) -> None:
+        """Let the next request read the credentials anew. On the loop only."""
+        if self._filesystems.current is not None:
+            self._filesystems.outdated.append(self._filesystems.current)
+            self._filesystems.current = None
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return self._running().run(work)
+
+    async def _in_time(self, what: str, work: Awaitable[_T]) -> _T:
+        """One request, under one time-out of ours over everything the libraries below do."""
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_s):
+                return await work
+        except TimeoutError as exc:
+            limit = self._settings.request_timeout_s
+            raise StorageError(f"{what}: no answer within {limit:g} s", retryable=True) from exc
+
+    async def _again(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        """Try until the store takes it, while it says that waiting may help and the deadline is not over."""
+        backoff = Backoff(
+            deadline_s=self._settings.storage_deadline_s,
+            base_s=self._settings.retry_base_s,
+            cap_s=self._settings.retry_cap_s,
+        )
+        pauses = backoff.pauses()
+        while True:
+            try:
+                return await attempt()
+            except StorageError as exc:
+                pause = next(pauses, None) if exc.retryable else None
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
+
+    # -- payload ---------------------------------------------------------------------------------------------
+
+    def put(
+        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """See ``Storage.put``: one request for what fits into a part, else an upload in parts that any exit aborts."""
+        parts = parts_of(buffers, self._part_bytes(size_bytes))
+        told = progress or (lambda _: None)
+        if size_bytes > self._part_bytes(size_bytes):
+            self._put_parts(key, parts, size_bytes, told)
+            return
+        body = next(parts)
+        if len(body) != size_bytes or next(parts, None) is not None:
+            raise self._does_not_add_up(key, len(body), size_bytes)
+        told(size_bytes)
+        whole = bytes(body)
+        self._run(self._again(lambda: self._send_whole(key, whole)))
+
+    @abstractmethod
+    def _part_bytes(self, size_bytes: int) -> int:
+        """How large the parts of an object of this size are."""
+
+    @abstractmethod
+    async def _send_whole(self, key: str, body: bytes) -> None:
+        """Write an object in one request."""
+
+    @abstractmethod
+    def _put_parts(
+        self, key: str, parts: Iterator[bytearray], size_bytes: int, progress: Callable[[int], None]
+    ) -> None:
+        """Write an object of more than one part."""
+
+    def _does_not_add_up(self, key: str, found: int, size_bytes: int) -> StorageError:
+        more = "at least " if found >= size_bytes else ""
+        return StorageError(f"{self._named('writing', key)}: {more}{found} bytes came, {size_bytes} were announced")
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        """See ``Storage.read_into``: one ranged GET."""
+        if len(target):
+            self._run(self._read_into(key, start, target))
+        elif start > self.size(key):
+            raise self._no_such_range(key, start, 0)
+
+    @abstractmethod
+    async def _read_into(self, key: str, start: int, target: memoryview) -> None:
+        """As ``read_into``, for a range that is not empty."""
+
+    @abstractmethod
+    def size(self, key: str) -> int:
+        """See ``Storage.size``."""
+
+    def _no_such_range(self, key: str, start: int, length: int) -> ObjectNotFoundError:
+        return ObjectNotFoundError(f"{self._named('reading', key)}: bytes {start}..{start + length} do not exist")
+
+    # -- the end ---------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """See ``Storage.close``; a closed storage opens again at its next request."""
+        with self._mutex:
+            loop, self._loop = self._loop, None
+            if loop is None:
+                return
+            if self._pid != os.getpid():
+                loop.abandon()
+                return
+        loop.close()
+
+
+async def _close_all(filesystems: _Filesystems, close: Callable[[Any], Awaitable[None]]) -> None:
+    for filesystem in (*filesystems.outdated, filesystems.current):
+        if filesystem is not None:
+            with contextlib.suppress(Exception):
+                await close(filesystem)
+    filesystems.outdated, filesystems.current = [], None
+
+
+async def each(
+    keys: Iterable[str], act: Callable[[str], Awaitable[object]], *, at_once: int = 8
+) -> dict[str, StorageError]:
+    """Do something to every key, some at a time; the keys where it failed. What is not there needs no doing."""
+    some = asyncio.Semaphore(at_once)
+
+    async def one(key: str) -> tuple[str, StorageError | None]:
+        async with some:
+            try:
+                await act(key)
+            except ObjectNotFoundError:
+                return key, None
+            except StorageError as exc:
+                return key, exc
+            return key, None
+
+    done = await asyncio.gather(*(one(key) for key in keys))
+    return {key: problem for key, problem in done if problem is not None}
+
+
+def crc32c_b64(value: int) -> str:
+    """A CRC-32C as both stores write it: base64 of its four bytes, big-endian."""
+    return base64.b64encode(value.to_bytes(4, "big")).decode()
+
+
+def parts_of(buffers: Iterable[Buffer], part_bytes: int) -> Iterator[bytearray]:
+    """The same bytes in parts of one size, the last one shorter (possibly empty only if there are no bytes at all).
+
+    A copy each: the HTTP clients below take no views.
+    """
+    part = bytearray()
+    for buffer in buffers:
+        view = memoryview(buffer)
+        if view.nbytes == 0:
+            continue
+        view = view.cast("B")
+        while len(view):
+            room = part_bytes - len(part)
+            if room == 0:
+                yield part
+                part = bytearray()
+                continue
+            part += view[:room]
+            view = view[room:]
+    yield part

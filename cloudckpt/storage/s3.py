@@ -1,0 +1,494 @@
+"""Objects in an S3 bucket, through s3fs.
+
+s3fs gives the session: credentials and their renewal, endpoint, region, proxies, SSE-KMS, requester pays, whatever
+``storage_options`` say. The requests are made with its client directly, because its own wrappers drop arguments they
+do not know, turn lost answers into errors of another kind, and go on after a Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import crc32c
+
+from cloudckpt.config import Settings
+from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
+from cloudckpt.storage.base import Conditions, Landed, Listed, Lost, Outcome, Unknown, Versioned
+from cloudckpt.storage.loop import Running
+from cloudckpt.storage.remote import RemoteStorage, crc32c_b64, each
+from cloudckpt.storage.s3_errors import (
+    ExpiredCredentialsError,
+    code_of,
+    explained,
+    is_condition_failed,
+    is_unsupported,
+    status_of,
+)
+from cloudckpt.storage.s3_upload import MultipartUpload
+
+__all__ = ["S3Storage"]
+
+_DELETE_AT_ONCE = 1000  # the API's limit for DeleteObjects
+_MAX_PARTS = 9_000  # of the API's 10,000
+_MEBIBYTE = 1024 * 1024
+_AWS_HOST = re.compile(r"https?://[^/]*\.amazonaws\.com(\.cn)?(:\d+)?(/|$)")
+#: Without these members in the installed botocore, conditions and checksums would be dropped without a word.
+_NEEDED = {"put_object": {"IfMatch", "IfNoneMatch", "ChecksumCRC32C"}, "complete_multipart_upload": {"ChecksumType"}}
+
+
+class S3Storage(RemoteStorage):
+    """A storage under one prefix of one bucket.
+
+    Args:
+        bucket: its name, or an access point's ARN.
+        prefix: the keys' beginning, without slashes around it; may be empty.
+        options: for ``s3fs.S3FileSystem``, as they are.
+        settings: part sizes, time-outs and deadlines.
+    """
+
+    #: What this process has found out, by endpoint and bucket: conditions, and whether ETags are sent in quotes.
+    _known: ClassVar[dict[tuple[str, str], tuple[Conditions, bool]]] = {}
+
+    scheme: ClassVar[str] = "s3"
+
+    def __init__(self, bucket: str, prefix: str, options: Mapping[str, object], settings: Settings) -> None:
+        super().__init__(bucket, prefix, options, settings)
+        self._refuse_mock()
+        # Whether the server takes a whole-object checksum; servers that do not are remembered.
+        self._checksums = True
+        self._bulk_delete = True
+
+    # -- the filesystem --------------------------------------------------------------------------------------
+
+    def _make_filesystem(self, loop: asyncio.AbstractEventLoop) -> Any:
+        import s3fs  # noqa: PLC0415 - an extra
+
+        options = dict(self._options)
+        given: Any = options.pop("config_kwargs", None) or {}
+        config = {
+            "connect_timeout": 10,
+            "read_timeout": self._settings.request_timeout_s,
+            "max_pool_connections": 32,
+            # One try each: what may be repeated, and under which deadline, is decided here.
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            # Checksums are sent as plain headers by us; the trailing ones of newer clients break older servers.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+            **given,
+        }
+        return s3fs.S3FileSystem(
+            **{
+                **options,
+                "config_kwargs": config,
+                "asynchronous": True,
+                "loop": loop,
+                "use_listings_cache": False,
+                "skip_instance_cache": True,
+            }
+        )
+
+    @staticmethod
+    async def _close_filesystem(filesystem: Any) -> None:
+        creator = getattr(filesystem, "_s3creator", None)
+        if creator is not None:
+            await creator.__aexit__(None, None, None)
+
+    async def _client(self) -> tuple[Any, Any]:
+        try:
+            filesystem = await self._fs()
+            await filesystem.set_session()
+        except (TypeError, ValueError) as exc:
+            raise ConfigError(f"{self.url}: storage_options that s3fs does not take: {exc}") from exc
+        client = await filesystem.get_s3(self._bucket)
+        for method, needed in _NEEDED.items():
+            operation = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[method])
+            if missing := needed - operation.input_shape.members.keys():
+                raise ConfigError(
+                    f"the installed botocore does not know {', '.join(sorted(missing))}, so writes would not be "
+                    'conditional: pip install --upgrade "cloudckpt[s3]"'
+                )
+        return filesystem, client
+
+    async def _call(self, method: str, what: str, **arguments: Any) -> Any:
+        """One request, once, with the options of the filesystem; errors as they come."""
+
+        async def send() -> Any:
+            filesystem, client = await self._client()
+            verb = getattr(client, method)
+            # s3_additional_kwargs (SSE-KMS and the like) and RequestPayer, where the operation takes them.
+            kwargs = filesystem._get_s3_method_kwargs(verb, Bucket=self._bucket, **arguments)  # noqa: SLF001
+            return await verb(**kwargs)
+
+        try:
+            return await self._in_time(what, send())
+        except Exception as exc:
+            if isinstance(explained(exc, what, bucket=self._bucket), ExpiredCredentialsError):
+                self._renew()
+            raise
+
+    async def _ask(self, method: str, what: str, **arguments: Any) -> Any:
+        """As ``_call``, with errors of ours."""
+        try:
+            return await self._call(method, what, **arguments)
+        except Exception as exc:
+            if isinstance(exc, ConfigError):
+                raise
+            raise explained(exc, what, bucket=self._bucket) from exc
+
+    def _refuse_mock(self) -> None:
+        # moto's in-process mock answers botocore with objects that its asynchronous sibling cannot await.
+        stubber = getattr(sys.modules.get("moto.core.botocore_stubber"), "BotocoreStubber", None) and getattr(
+            sys.modules.get("moto.core.models"), "botocore_stubber", None
+        )
+        if getattr(stubber, "enabled", False) and not self._endpoint_given():
+            raise ConfigError(
+                f"{self.url}: moto's mock_aws is active, and it cannot answer the asynchronous client that s3fs uses. "
+                "Take the pytest fixture `s3_root` of cloudckpt.testing (a moto server on loopback) instead, or start "
+                "moto.server.ThreadedMotoServer and set AWS_ENDPOINT_URL to it"
+            )
+
+    def _endpoint_given(self) -> bool:
+        client: Any = self._options.get("client_kwargs") or {}
+        return bool(
+            self._options.get("endpoint_url")
+            or client.get("endpoint_url")
+            or os.environ.get("AWS_ENDPOINT_URL_S3")
+            or os.environ.get("AWS_ENDPOINT_URL")
+        )
+
+    # -- what the store is -----------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        """The URL that requests are sent to, as the session resolves it. Sends nothing to the store."""
+
+        async def ask() -> str:
+            _, client = await self._client()
+            return str(client.meta.endpoint_url)
+
+        return str(self._run(self._resolved(ask)))
+
+    async def _resolved(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return await ask()
+        except ConfigError:
+            raise
+        except Exception as exc:
+            raise explained(exc, f"connecting to {self.url}", bucket=self._bucket) from exc
+
+    def _place(self) -> tuple[str, str]:
+        return self.endpoint, self._bucket
+
+    @property
+    def conditions(self) -> Conditions:
+        """AWS documents them; every other endpoint is probed once per process."""
+        place = self._place()
+        default = Conditions.HONOURED if _AWS_HOST.match(place[0]) else Conditions.UNPROVEN
+        return self._known.get(place, (default, False))[0]
+
+    @conditions.setter
+    def conditions(self, found: Conditions) -> None:
+        place = self._place()
+        self._known[place] = (found, self._known.get(place, (found, False))[1])
+
+    def respell(self) -> bool:
+        """Send ETags in quotes from now on; False if they are already. Ceph wants none, others insist on them."""
+        place = self._place()
+        conditions, quoted = self._known.get(place, (self.conditions, False))
+        self._known[place] = (conditions, True)
+        return not quoted
+
+    def describe(self) -> dict[str, str]:
+        """Facts for people: endpoint, region, identity, and the lane that payload takes. No secrets."""
+
+        async def ask() -> dict[str, str]:
+            filesystem, client = await self._client()
+            found = {"endpoint": str(client.meta.endpoint_url), "region": str(client.meta.region_name)}
+            credentials = None if filesystem.anon else await filesystem.session.get_credentials()
+            if filesystem.key:
+                found["identity"] = f"access key {_masked(filesystem.key)} (from storage_options)"
+            elif credentials is None:
+                found["identity"] = "anonymous" if filesystem.anon else "no credentials found"
+            else:
+                frozen = await credentials.get_frozen_credentials()
+                found["identity"] = f"access key {_masked(frozen.access_key)} (from {credentials.method})"
+            import s3fs  # noqa: PLC0415 - an extra
+
+            found["lane"] = f"s3fs {s3fs.__version__}, parts of {self._part_bytes(0) // _MEBIBYTE} MiB"
+            return found
+
+        return dict(self._run(self._resolved(ask)))
+
+    # -- small objects ---------------------------------------------------------------------------------------
+
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        """See ``Storage.read``; the version is the ETag without its quotes."""
+        what = self._named("reading", key)
+
+        async def ask() -> Versioned:
+            answer = await self._ask("get_object", what, Key=self._key(key), ChecksumMode="ENABLED")
+            body = answer["Body"]
+            async with body:
+                size = int(answer["ContentLength"])
+                if size > limit_bytes:
+                    raise StorageError(f"{what}: it has {size} bytes, more than the {limit_bytes} expected")
+                found = await self._received(what, body.read())
+            if len(found) != size:
+                raise StorageError(f"{what}: {len(found)} of {size} bytes came", retryable=True)
+            checksum = crc32c_b64(crc32c.crc32c(found))
+            if answer.get("ChecksumCRC32C", checksum) != checksum:
+                raise StorageError(f"{what}: not the bytes that the store has a checksum of came", retryable=True)
+            return Versioned(found, str(answer["ETag"]).strip('"'))
+
+        return self._run(ask())
+
+    async def _received(self, what: str, reading: Any) -> bytes:
+        try:
+            return bytes(await self._in_time(what, reading))
+        except Exception as exc:
+            raise explained(exc, what, bucket=self._bucket) from exc
+
+    def create(self, key: str, body: bytes) -> Outcome:
+        """See ``Storage.create``: PutObject with ``If-None-Match: *``."""
+        return self._write(self._named("creating", key), key, body, IfNoneMatch="*")
+
+    def replace(self, key: str, body: bytes, *, expecting: str) -> Outcome:
+        """See ``Storage.replace``: PutObject with ``If-Match``."""
+        _, quoted = self._known.get(self._place(), (None, False))
+        version = f'"{expecting}"' if quoted else expecting
+        return self._write(self._named("replacing", key), key, body, IfMatch=version)
+
+    def _write(self, what: str, key: str, body: bytes, **condition: str) -> Outcome:
+        async def send() -> Outcome:
+            try:
+                answer = await self._call(
+                    "put_object",
+                    what,
+                    Key=self._key(key),
+                    Body=body,
+                    ContentType="application/json",
+                    ChecksumAlgorithm="CRC32C",  # named as well: a bucket with object lock insists
+                    ChecksumCRC32C=crc32c_b64(crc32c.crc32c(body)),
+                    **condition,
+                )
+            except ConfigError:
+                raise
+            except Exception as exc:  # noqa: BLE001 - whatever it was, it is no proof that nothing landed
+                if is_condition_failed(exc):
+                    return Lost(f"{what}: {status_of(exc)} {code_of(exc)}")
+                return Unknown(explained(exc, what, bucket=self._bucket))
+            return Landed(str(answer["ETag"]).strip('"'))
+
+        return self._run(send())
+
+    # -- payload ---------------------------------------------------------------------------------------------
+
+    def _part_bytes(self, size_bytes: int) -> int:
+        # Equal parts (R2 wants them), few enough, in whole mebibytes.
+        least = -(-size_bytes // _MAX_PARTS)
+        return max(self._settings.part_size_bytes, -(-least // _MEBIBYTE) * _MEBIBYTE)
+
+    async def _send_whole(self, key: str, body: bytes) -> None:
+        checksum = {"ChecksumAlgorithm": "CRC32C", "ChecksumCRC32C": crc32c_b64(crc32c.crc32c(body))}
+        await self._with_or_without(checksum, "put_object", self._named("writing", key), Key=self._key(key), Body=body)
+
+    async def _with_or_without(self, checksum: dict[str, str], method: str, what: str, **arguments: Any) -> Any:
+        """Send a checksum where the server takes one; a server that refuses it is not asked again."""
+        try:
+            return await self._call(method, what, **arguments, **(checksum if self._checksums else {}))
+        except Exception as exc:
+            if isinstance(exc, ConfigError):
+                raise
+            if not (self._checksums and checksum and is_unsupported(exc)):
+                raise explained(exc, what, bucket=self._bucket) from exc
+        answer = await self._ask(method, what, **arguments)
+        self._checksums = False
+        return answer
+
+    def _put_parts(
+        self, key: str, parts: Iterator[bytearray], size_bytes: int, progress: Callable[[int], None]
+    ) -> None:
+        upload = MultipartUpload(
+            self,
+            what=self._named("writing", key),
+            key=self._key(key),
+            size_bytes=size_bytes,
+            at_once=self._settings.parts_in_flight,
+        )
+        upload.send(parts, progress)
+
+    def start(self, method: str, what: str, *, checksum: dict[str, str], **arguments: Any) -> Running[Any]:
+        """Begin a request of an upload beside the caller, tried again under the deadline."""
+        running = self._running().new()
+
+        async def attempt() -> Any:
+            running.attempts += 1
+            return await self._with_or_without(checksum, method, what, **arguments)
+
+        return running.begin(lambda: self._again(attempt))
+
+    def abort_strays(self, key: str) -> None:
+        """Abort every unfinished upload of a whole key."""
+        self._run(self._again(lambda: self._abort_uploads(key)))
+
+    # -- reading payload -------------------------------------------------------------------------------------
+
+    async def _read_into(self, key: str, start: int, target: memoryview) -> None:
+        what = self._named("reading", key)
+        end = start + len(target)
+        try:
+            answer = await self._call("get_object", what, Key=self._key(key), Range=f"bytes={start}-{end - 1}")
+        except ConfigError:
+            raise
+        except Exception as exc:
+            if status_of(exc) == 416:
+                raise self._no_such_range(key, start, end - start) from exc
+            raise explained(exc, what, bucket=self._bucket) from exc
+        body = answer["Body"]
+        async with body:
+            total = int(str(answer.get("ContentRange", "")).rpartition("/")[2] or answer["ContentLength"])
+            if total < end:
+                raise self._no_such_range(key, start, end - start)
+            if int(answer["ContentLength"]) != end - start:
+                raise StorageError(f"{what}: the server does not answer ranges ({answer['ContentLength']} bytes)")
+            await self._fill(what, body, target)
+
+    async def _fill(self, what: str, body: Any, target: memoryview) -> None:
+        filled = 0
+        try:
+            async for chunk in _chunks(body):
+                target[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
+        except Exception as exc:
+            raise explained(exc, what, bucket=self._bucket) from exc
+        if filled != len(target):
+            raise StorageError(f"{what}: {filled} of {len(target)} bytes came", retryable=True)
+
+    def size(self, key: str) -> int:
+        """See ``Storage.size``: HeadObject."""
+        what = self._named("looking at", key)
+
+        async def ask() -> int:
+            try:
+                answer = await self._ask("head_object", what, Key=self._key(key))
+            except ObjectNotFoundError:
+                # An answer to HEAD has no body, so a missing bucket looks like a missing object; a GET tells.
+                answer = await self._ask("get_object", what, Key=self._key(key))
+                answer["Body"].close()
+            return int(answer["ContentLength"])
+
+        return self._run(ask())
+
+    # -- list and delete -------------------------------------------------------------------------------------
+
+    def list(self, prefix: str = "", *, limit: int | None = None) -> Iterator[Listed]:
+        """See ``Storage.list``: ListObjectsV2, page by page."""
+        what = f"listing {self.url}"
+        left = limit
+        token: dict[str, str] = {}
+        while left is None or left > 0:
+            # One more than asked for: the prefix itself may be an object (a "folder" made in a console).
+            most = {} if left is None or left >= 1000 else {"MaxKeys": left + 1}
+            answer = self._run(self._ask("list_objects_v2", what, Prefix=self._prefix + prefix, **most, **token))
+            for item in answer.get("Contents", ()):
+                key = str(item["Key"])[len(self._prefix) :]
+                # Some servers take two slashes in the prefix for one and list more than was asked for.
+                if key and key.startswith(prefix) and (left is None or left > 0):
+                    yield Listed(key, int(item["Size"]))
+                    left = None if left is None else left - 1
+            if not answer.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": str(answer["NextContinuationToken"])}
+
+    def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
+        """See ``Storage.delete``: DeleteObjects with each key's error looked at; key by key where that is unknown."""
+        going = {self._key(key): key for key in keys}
+        names = [*going]
+        failed: dict[str, StorageError] = {}
+        for start in range(0, len(names), _DELETE_AT_ONCE):
+            found = self._run(self._delete(names[start : start + _DELETE_AT_ONCE]))
+            failed |= {going[name]: problem for name, problem in found.items()}
+        return failed
+
+    async def _delete(self, names: Sequence[str]) -> dict[str, StorageError]:
+        what = f"deleting in {self.url}"
+        if self._bulk_delete and len(names) > 1:
+            try:
+                answer = await self._call(
+                    "delete_objects", what, Delete={"Objects": [{"Key": name} for name in names], "Quiet": True}
+                )
+            except ConfigError:
+                raise
+            except Exception as exc:  # noqa: BLE001 - sorted below
+                if not is_unsupported(exc):
+                    problem = explained(exc, what, bucket=self._bucket)
+                    return dict.fromkeys(names, problem)
+                self._bulk_delete = False
+            else:
+                return {
+                    str(error["Key"]): _as_error(error, what)
+                    for error in answer.get("Errors", ())
+                    if error.get("Code") not in {"NoSuchKey", "NoSuchVersion"}
+                }
+        return await each(
+            names, lambda name: self._ask("delete_object", f"deleting s3://{self._bucket}/{name}", Key=name)
+        )
+
+    def abort_uploads(self, prefix: str) -> int:
+        """See ``Storage.abort_uploads``: ListMultipartUploads, then abort each."""
+        return self._run(self._abort_uploads(self._prefix + prefix))
+
+    async def _abort_uploads(self, prefix: str) -> int:
+        what = f"listing unfinished uploads in {self.url}"
+        marker: dict[str, str] = {}
+        aborted = 0
+        while True:
+            try:
+                answer = await self._call("list_multipart_uploads", what, Prefix=prefix, **marker)
+            except ConfigError:
+                raise
+            except Exception as exc:
+                problem = explained(exc, what, bucket=self._bucket)
+                if is_unsupported(exc) or isinstance(problem, ObjectNotFoundError):
+                    return aborted  # a server that does not know the request has nothing to be found
+                raise problem from exc
+            for upload in answer.get("Uploads", ()):
+                # Some servers ignore the prefix.
+                if str(upload["Key"]).startswith(prefix):
+                    ours = {"Key": str(upload["Key"]), "UploadId": str(upload["UploadId"])}
+                    try:
+                        await self._ask("abort_multipart_upload", f"aborting {ours['Key']}", **ours)
+                        aborted += 1
+                    except ObjectNotFoundError:
+                        continue
+            if not answer.get("IsTruncated"):
+                return aborted
+            marker = {
+                "KeyMarker": str(answer.get("NextKeyMarker", "")),
+                "UploadIdMarker": str(answer.get("NextUploadIdMarker", "")),
+            }
+
+
+async def _chunks(body: Any) -> AsyncIterator[bytes]:
+    while chunk := await body.read(256 * 1024):
+        yield chunk
+
+
+def _as_error(error: Mapping[str, Any], what: str) -> StorageError:
+    response = {"Error": dict(error), "ResponseMetadata": {"HTTPStatusCode": _STATUS.get(str(error.get("Code")), 400)}}
+    shaped = RuntimeError(str(error.get("Code")))
+    shaped.response = response  # type: ignore[attr-defined]
+    return explained(shaped, f"{what}: {error.get('Key')}", bucket="")
+
+
+#: DeleteObjects answers with codes only.
+_STATUS = {"AccessDenied": 403, "InternalError": 500, "SlowDown": 503}
+
+
+def _masked(access_key: str) -> str:
+    return f"{access_key[:4]}…{access_key[-4:]}" if len(access_key) > 12 else "…"
