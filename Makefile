@@ -6,7 +6,11 @@ BIN := .venv/bin
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check cov unit kill slow spec golden fmt clean ci-extra
+.PHONY: help venv demo demo-s3 test check cov unit kill stories crash-full oldest slow spec golden fmt clean ci-extra
+# What the demo needs beside the core, by the root it is given.
+EXTRA = $(if $(filter s3://% s3a://%,$(ROOT)),[s3],$(if $(filter gs://% gcs://%,$(ROOT)),[gcs]))
+BACKENDS ?= moto seaweedfs gcs fake-gcs-server
+STRIDE ?= 1
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,8 +29,13 @@ help: ## this list
 
 venv: .venv/.dev ## the virtual environment with everything in it, for an editor or a shell
 
-demo: .venv/.runtime ## train a small transformer, kill it in mid-save, resume, compare bit for bit (ROOT=…)
+demo: .venv/.runtime ## train a small transformer, kill it in mid-save, resume, compare bit for bit (ROOT=./folder, s3://…, gs://…)
+	$(if $(EXTRA),$(BIN)/python -m pip install --quiet -e ".$(EXTRA)")
 	$(BIN)/python examples/demo.py --root "$(ROOT)"
+
+demo-s3: .venv/.runtime ## the same on a real S3 server, which it starts on loopback and stops again
+	$(BIN)/python -m pip install --quiet -e ".[s3,servers]"
+	$(BIN)/python examples/demo_s3.py
 
 test: check cov unit ## everything a change must pass
 
@@ -44,6 +53,15 @@ unit: .venv/.dev ## every other suite but the slow ones
 
 kill: .venv/.dev ## kill -9 at KILLS moments (200) and print which phase was hit
 	$(BIN)/python -m pytest tests/crash/test_kill.py -m slow -s --kills $(KILLS)
+
+stories: .venv/.dev ## every story on each of BACKENDS (moto seaweedfs gcs fake-gcs-server)
+	for backend in $(BACKENDS); do $(BIN)/python -m pytest tests/stories --on $$backend -n 2 --dist loadfile || exit 1; done
+
+crash-full: .venv/.dev ## break every STRIDE-th (1st) call and request of a history on every store; hours on a small machine
+	$(BIN)/python -m pytest tests/crash/test_stop_at_every_call.py tests/crash/test_faults_on_the_wire.py -m slow --stride $(STRIDE) -n 2
+
+oldest: ## the store suites with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest
+	tools/test_oldest.sh
 
 slow: .venv/.dev ## every slow suite at full length
 	$(BIN)/python -m pytest tests -m slow -s --kills $(KILLS)

@@ -14,7 +14,7 @@ from cloudckpt.core.garbage import GarbagePlan, plan_garbage
 from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, decode_index
 from cloudckpt.core.manifest import forget, note
 from cloudckpt.core.model import Checkpoint, Manifest, State
-from cloudckpt.errors import CheckpointNotFoundError, ConflictError, FormatError, ObjectNotFoundError
+from cloudckpt.errors import CheckpointNotFoundError, ConflictError, FormatError, ObjectNotFoundError, StorageError
 from cloudckpt.storage import ManifestStore, Storage
 from cloudckpt.view import placed, read_index_body
 
@@ -131,8 +131,12 @@ def gc_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
     if dry_run:
         return SweepReport(dry_run=True, retired=retired, failed={}, garbage=plan)
     failed = {key: str(exc) for key, exc in _delete_index_last(storage, [o.key for o in plan.orphans]).items()}
-    aborted = _abort_uploads(storage, manifest)
     kept_back = {keys.parse(key).id for key in failed}
+    aborted = 0
+    try:
+        aborted = _abort_uploads(storage, manifest)
+    except StorageError as exc:
+        failed["unfinished uploads"] = str(exc)
     gone = [entry for entry in retired if entry.id not in kept_back]
     _forget(store, [entry.id for entry in gone])
     return SweepReport(dry_run=False, retired=tuple(gone), failed=failed, garbage=plan, aborted_uploads=aborted)

@@ -10,17 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cloudckpt.testing.contract import StorageContract
+    from cloudckpt.testing.fake_gcs import FakeGCS
+    from cloudckpt.testing.fault_proxy import FaultProxy
+    from cloudckpt.testing.history import History, check_recovery
     from cloudckpt.testing.invariants import check_store
     from cloudckpt.testing.scripted import Call, Crash, Fault, ScriptedStorage
 
-__all__ = ["Call", "Crash", "Fault", "ScriptedStorage", "StorageContract", "check_store"]
+__all__ = [
+    "Call",
+    "Crash",
+    "FakeGCS",
+    "Fault",
+    "FaultProxy",
+    "History",
+    "ScriptedStorage",
+    "StorageContract",
+    "check_recovery",
+    "check_store",
+]
 
 _PLACES = {
     "Call": "scripted",
     "Crash": "scripted",
+    "FakeGCS": "fake_gcs",
     "Fault": "scripted",
+    "FaultProxy": "fault_proxy",
+    "History": "history",
     "ScriptedStorage": "scripted",
     "StorageContract": "contract",
+    "check_recovery": "history",
     "check_store": "invariants",
 }
 

@@ -1,7 +1,8 @@
-"""A warm process that forks trainers to be killed. Reads roots from its input, prints the pid of each trainer.
+"""A warm process that forks trainers to be killed. Reads jobs from its input, prints the pid of each trainer.
 
-A trainer saves as quickly as it can, appends a line to ``<root>.ack`` for each save it was told had succeeded, and
-keeps one byte of ``<root>.phase`` up to date with what it is doing, for whoever wants to kill it there.
+A job is one line of JSON: the root, the options of its storage, and the path beside which the notes are kept. A
+trainer saves as quickly as it can, appends a line to ``<notes>.ack`` for each save it was told had succeeded, and
+keeps one byte of ``<notes>.phase`` up to date with what it is doing, for whoever wants to kill it there.
 """
 
 from __future__ import annotations
@@ -10,39 +11,45 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cloudckpt import CheckpointManager
+from cloudckpt.config import Settings
 from cloudckpt.errors import StorageError
-from cloudckpt.storage import LocalStorage
-from cloudckpt.storage.base import Buffer, Outcome
+from cloudckpt.storage import Buffer, Conditions, Listed, Outcome, Storage, Versioned, open_storage
 
 PHASES = ("other", "claim", "announce", "upload", "seal", "seal-to-commit", "delete")
-SIZE = 200_000
+MEBIBYTE = 1024 * 1024
 
 
-class PhaseStorage(LocalStorage):
-    """The real local storage; it notes which phase of a save each call belongs to."""
+class NotingStorage:
+    """The real storage; it notes which phase of a save each call belongs to."""
 
-    def __init__(self, root: Path, note: mmap.mmap) -> None:
-        super().__init__(root)
+    def __init__(self, inner: Storage, note: mmap.mmap) -> None:
+        self.conditions = Conditions.HONOURED
+        self.url = inner.url
+        self._inner = inner
         self._note = note
 
     def _enter(self, phase: str) -> None:
         self._note[0] = PHASES.index(phase)
 
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        return self._inner.read(key, limit_bytes=limit_bytes)
+
     def create(self, key: str, body: bytes) -> Outcome:
         self._enter("claim")
-        return super().create(key, body)
+        return self._inner.create(key, body)
 
     def replace(self, key: str, body: bytes, *, expecting: str) -> Outcome:
         if PHASES[self._note[0]] not in {"seal-to-commit", "claim"}:
             self._enter("announce")
         try:
-            return super().replace(key, body, expecting=expecting)
+            return self._inner.replace(key, body, expecting=expecting)
         finally:
             self._enter("other")
 
@@ -51,21 +58,36 @@ class PhaseStorage(LocalStorage):
     ) -> None:
         sealing = key.endswith("/checkpoint.json")
         self._enter("seal" if sealing else "upload")
-        super().put(key, buffers, size_bytes=size_bytes, progress=progress)
+        self._inner.put(key, buffers, size_bytes=size_bytes, progress=progress)
         if sealing:
             self._enter("seal-to-commit")
+
+    def read_into(self, key: str, start: int, target: memoryview) -> None:
+        self._inner.read_into(key, start, target)
+
+    def size(self, key: str) -> int:
+        return self._inner.size(key)
+
+    def list(self, prefix: str = "", *, limit: int | None = None) -> Iterator[Listed]:
+        return self._inner.list(prefix, limit=limit)
 
     def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
         self._enter("delete")
         try:
-            return super().delete(keys)
+            return self._inner.delete(keys)
         finally:
             self._enter("other")
 
+    def abort_uploads(self, prefix: str) -> int:
+        return self._inner.abort_uploads(prefix)
 
-def state_of(step: int) -> dict[str, object]:
+    def close(self) -> None:
+        self._inner.close()
+
+
+def state_of(step: int, size: int) -> dict[str, object]:
     """A state whose every bit follows from its step."""
-    return {"model": {"w": torch.arange(SIZE, dtype=torch.int64) * (step + 1)}, "extra": {"step": step}}
+    return {"model": {"w": torch.arange(size, dtype=torch.int64) * (step + 1)}, "extra": {"step": step}}
 
 
 def loss_of(step: int) -> float:
@@ -73,19 +95,21 @@ def loss_of(step: int) -> float:
     return float((step * 7919) % 101) / 101
 
 
-def train(root: Path) -> None:
+def train(root: str, options: dict[str, Any], notes: str, size: int) -> None:
     """Resume and save until killed."""
     torch.set_num_threads(1)
-    with Path(f"{root}.phase").open("r+b") as file, Path(f"{root}.ack").open("ab", buffering=0) as acks:
+    with Path(f"{notes}.phase").open("r+b") as file, Path(f"{notes}.ack").open("ab", buffering=0) as acks:
         note = mmap.mmap(file.fileno(), 1)
         note[0] = PHASES.index("claim")
-        storage = PhaseStorage(root, note)
+        # Small parts, so that a payload object has several.
+        settings = Settings(part_size_bytes=5 * MEBIBYTE)
+        storage = NotingStorage(open_storage(root, storage_options=options, settings=settings), note)
         ckpts = CheckpointManager(storage, monitor="loss", mode="min", keep_best=2, keep_last=2)
-        state = state_of(0)
+        state = state_of(0, size)
         resumed = ckpts.restore(state)
         step = resumed.step + 1 if resumed else 0
         while True:
-            pending = ckpts.save(step, state_of(step), metrics={"loss": loss_of(step)}, block=True)
+            pending = ckpts.save(step, state_of(step, size), metrics={"loss": loss_of(step)}, block=True)
             line = {"id": pending.checkpoint.id, "step": step, "seq": pending.checkpoint.seq}
             acks.write(json.dumps(line).encode() + b"\n")
             step += 1
@@ -94,11 +118,11 @@ def train(root: Path) -> None:
 def main() -> None:
     """Fork a trainer for each line of input, and reap it when the next line says so."""
     for line in sys.stdin:
-        root = Path(line.strip())
+        job = json.loads(line)
         pid = os.fork()
         if pid == 0:
             try:
-                train(root)
+                train(**job)
             finally:
                 os._exit(1)
         print(pid, flush=True)

@@ -10,22 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cloudckpt.testing.servers import SeaweedFS
 
 import cloudckpt
 from cloudckpt import CheckpointManager, State
-from cloudckpt.storage import LocalStorage
+from cloudckpt.config import Settings
+from cloudckpt.storage import LocalStorage, S3Storage, Storage
 from cloudckpt.testing import check_store
 
 WORKER = Path(__file__).with_name("kill_worker.py")
 PHASES = ("other", "claim", "announce", "upload", "seal", "seal-to-commit", "delete")
 AIMED_AT = ("announce", "upload", "seal-to-commit", "delete")
-SIZE = 200_000
 PATIENCE_S = 60.0
 #: What the trainer keeps, of the best and of the last.
 KEPT = 2
@@ -43,10 +46,10 @@ class Nursery:
             text=True,
         )
 
-    def start(self, root: Path) -> int:
+    def start(self, job: dict[str, Any]) -> int:
         """Fork a trainer; its pid."""
         assert self._process.stdin is not None
-        print(root, file=self._process.stdin, flush=True)
+        print(json.dumps(job), file=self._process.stdin, flush=True)
         return self._number()
 
     def reap(self) -> int:
@@ -99,9 +102,9 @@ def kill_in(phase: str | None, pid: int, note: mmap.mmap, rng: random.Random) ->
     return hit
 
 
-def expected(step: int) -> torch.Tensor:
+def expected(step: int, size: int) -> torch.Tensor:
     """The weights that the trainer saves at a step."""
-    return torch.arange(SIZE, dtype=torch.int64) * (step + 1)
+    return torch.arange(size, dtype=torch.int64) * (step + 1)
 
 
 def loss_of(step: int) -> float:
@@ -109,14 +112,13 @@ def loss_of(step: int) -> float:
     return float((step * 7919) % 101) / 101
 
 
-def check_after_kill(root: Path) -> None:
+def check_after_kill(storage: Storage, notes: Path, size: int) -> None:
     """The listing is consistent; the acknowledged newest and the acknowledged best load and match bit for bit."""
-    storage = LocalStorage(root)
     check_store(storage)
-    acks = [json.loads(line) for line in Path(f"{root}.ack").read_text().splitlines()]
+    acks = [json.loads(line) for line in Path(f"{notes}.ack").read_text().splitlines()]
     if not acks:
         return
-    run = cloudckpt.open(str(root))
+    run = cloudckpt.open(storage)
     committed = {c.id: c for c in run.checkpoints()}
     newest = acks[-1]
     best = min(acks, key=lambda ack: (loss_of(ack["step"]), ack["seq"]))
@@ -128,8 +130,41 @@ def check_after_kill(root: Path) -> None:
     for name in {c for c in (newest["id"], best["id"]) if c in committed} | {"latest", "best"}:
         checkpoint = run.select(name)
         loaded = run.load(checkpoint.name)
-        assert torch.equal(loaded["model"]["w"], expected(checkpoint.step))
+        assert torch.equal(loaded["model"]["w"], expected(checkpoint.step, size))
         assert loaded["extra"]["step"] == checkpoint.step
+
+
+def kill_often(
+    nursery: Nursery, storage: Storage, *, options: dict[str, Any], notes: Path, kills: int, size: int
+) -> None:
+    """Start, kill, check; then start once more and go on."""
+    rng = random.Random(20261123)
+    phase_file, ack_file = Path(f"{notes}.phase"), Path(f"{notes}.ack")
+    phase_file.write_bytes(b"\0")
+    ack_file.touch()
+    job = {"root": storage.url, "options": options, "notes": str(notes), "size": size}
+    hits: Counter[str] = Counter()
+    with phase_file.open("r+b") as file, mmap.mmap(file.fileno(), 1) as note:
+        for number in range(kills):
+            note[0] = PHASES.index("other")
+            pid = nursery.start(job)
+            # Four of five are aimed, each phase in turn; the rest falls where it falls.
+            aim = None if number % 5 == 4 else AIMED_AT[number % 5 % 4]
+            hits[kill_in(aim, pid, note, rng)] += 1
+            assert nursery.reap() == -signal.SIGKILL
+            check_after_kill(storage, notes, size)
+    acknowledged = len(ack_file.read_text().splitlines())
+    print(f"\n{kills} kills on {storage.url}, {acknowledged} acknowledged saves; phase hit:")
+    for phase in PHASES:
+        print(f"  {phase:<15} {hits[phase]:>4} {'#' * hits[phase]}")
+    for phase in AIMED_AT:
+        assert hits[phase] >= kills // 20, f"{phase} was hit {hits[phase]} times in {kills}"
+
+    with CheckpointManager(storage) as ckpts:
+        assert ckpts.restore({"model": {"w": expected(0, size)}, "extra": {"step": 0}}) is not None
+    cloudckpt.gc(storage, dry_run=False)
+    check_store(storage, settled=True)
+    assert {c.state for c in cloudckpt.open(storage).checkpoints(state=None)} == {State.COMMITTED}
 
 
 @pytest.mark.slow
@@ -138,30 +173,24 @@ def check_after_kill(root: Path) -> None:
 def test_nothing_acknowledged_is_lost_by_kill_9(nursery: Nursery, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """A trainer killed with SIGKILL at any moment loses nothing it was told is saved, and the next start goes on."""
     kills = int(pytestconfig.getoption("--kills"))
-    rng = random.Random(20261123)
-    root = tmp_path / "run"
-    phase_file, ack_file = Path(f"{root}.phase"), Path(f"{root}.ack")
-    phase_file.write_bytes(b"\0")
-    ack_file.touch()
-    hits: Counter[str] = Counter()
-    with phase_file.open("r+b") as file, mmap.mmap(file.fileno(), 1) as note:
-        for number in range(kills):
-            note[0] = PHASES.index("other")
-            pid = nursery.start(root)
-            # Four of five are aimed, each phase in turn; the rest falls where it falls.
-            aim = None if number % 5 == 4 else AIMED_AT[number % 5 % 4]
-            hits[kill_in(aim, pid, note, rng)] += 1
-            assert nursery.reap() == -signal.SIGKILL
-            check_after_kill(root)
-    acknowledged = len(ack_file.read_text().splitlines())
-    print(f"\n{kills} kills, {acknowledged} acknowledged saves; phase hit:")
-    for phase in PHASES:
-        print(f"  {phase:<15} {hits[phase]:>4} {'#' * hits[phase]}")
-    for phase in AIMED_AT:
-        assert hits[phase] >= kills // 20, f"{phase} was hit {hits[phase]} times in {kills}"
+    storage = LocalStorage(tmp_path / "run")
+    kill_often(nursery, storage, options={}, notes=tmp_path / "notes", kills=kills, size=200_000)
 
-    with CheckpointManager(str(root)) as ckpts:
-        assert ckpts.restore({"model": {"w": expected(0)}, "extra": {"step": 0}}) is not None
-    cloudckpt.gc(str(root), dry_run=False)
-    check_store(LocalStorage(root), settled=True)
-    assert {c.state for c in cloudckpt.open(str(root)).checkpoints(state=None)} == {State.COMMITTED}
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.timeout(1800)
+def test_nothing_acknowledged_is_lost_by_kill_9_on_s3(
+    nursery: Nursery, tmp_path: Path, pytestconfig: pytest.Config, seaweedfs: SeaweedFS
+) -> None:
+    """The same on a real S3 server with uploads in several parts, a quarter as often; no upload is left unfinished."""
+    kills = max(int(pytestconfig.getoption("--kills")) // 4, 12)
+    bucket = f"kill-{uuid.uuid4().hex[:8]}"
+    seaweedfs.create_bucket(bucket)
+    options = seaweedfs.storage_options()
+    storage = S3Storage(bucket, "run", options, Settings())
+    try:
+        kill_often(nursery, storage, options=options, notes=tmp_path / "notes", kills=kills, size=1_500_000)
+        assert storage.abort_uploads("") == 0
+    finally:
+        storage.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 
 from cloudckpt.config import Settings
 from cloudckpt.core.model import Manifest
-from cloudckpt.storage import LocalStorage, ManifestStore, MemoryStorage, Storage
+from cloudckpt.storage import ManifestStore, MemoryStorage, Storage
 from cloudckpt.sweeping import gc_run
 from cloudckpt.testing import check_store
 
@@ -22,18 +23,29 @@ WORKER = Path(__file__).parent / "workers" / "increment.py"
 
 
 @pytest.mark.processes
-def test_eight_processes_count_to_four_hundred(tmp_path: Path) -> None:
-    """8 processes that count up 50 times each by compare-and-swap on local disk count to exactly 400."""
-    root = tmp_path / "run"
+@pytest.mark.parametrize("kind", ["local", "moto", "seaweedfs", "gcs", "fake-gcs-server"])
+def test_eight_processes_count_to_four_hundred(
+    kind: str, new_storage: Callable[[str], Storage], request: pytest.FixtureRequest
+) -> None:
+    """8 processes that count up 50 times each by compare-and-swap, on every store, count to exactly 400."""
+    storage = new_storage(kind)
+    servers = {
+        "moto": "s3_server",
+        "seaweedfs": "seaweedfs",
+        "gcs": "gcs_server",
+        "fake-gcs-server": "fake_gcs_server",
+    }
+    environment = request.getfixturevalue(servers[kind]).environment() if kind in servers else {}
     with contextlib.ExitStack() as stack:
         workers = [
             stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, str(WORKER), str(root), "50"],
+                    [sys.executable, str(WORKER), storage.url, "50"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
+                    env={**os.environ, **environment},
                 )
             )
             for _ in range(8)
@@ -48,12 +60,12 @@ def test_eight_processes_count_to_four_hundred(tmp_path: Path) -> None:
         errors = [worker.communicate(timeout=240)[1] for worker in workers]
 
     assert [worker.returncode for worker in workers] == [0] * 8, "\n".join(errors)
-    found = ManifestStore(LocalStorage(root)).read()
+    found = ManifestStore(storage).read()
     assert found is not None
     assert (found.next_seq - 1, found.revision) == (400, 400)
     # A writer that is slow between its write and its copy may leave one that fell out of the list meanwhile.
-    gc_run(ManifestStore(LocalStorage(root)), dry_run=False)
-    check_store(LocalStorage(root), settled=True)
+    gc_run(ManifestStore(storage), dry_run=False)
+    check_store(storage, settled=True)
 
 
 def one_store_each(storage: Storage) -> Callable[[], ManifestStore]:

@@ -150,6 +150,7 @@ def test_a_job_that_crashes_again_and_again_is_no_duel(monkeypatch: pytest.Monke
     managers[-1].close()
 
 
+@pytest.mark.memory_only
 def test_a_claim_whose_answer_was_lost_never_shares_an_epoch() -> None:
     """I6: A's claim lands, its answer is lost, B claims on top: A is fenced at once and does not take B's epoch."""
     inner = MemoryStorage()

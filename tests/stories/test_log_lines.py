@@ -122,6 +122,7 @@ def test_a_failure_nobody_asked_about_is_raised_by_close() -> None:
     assert cloudckpt.open(inner).checkpoints(state=None) == ()
 
 
+@pytest.mark.memory_only
 def test_on_busy_skip_returns_the_save_in_flight(caplog: pytest.LogCaptureFixture) -> None:
     """With on_busy="skip" a second save is left out with one warning while the first is in flight."""
     import threading
@@ -146,6 +147,7 @@ def test_on_busy_skip_returns_the_save_in_flight(caplog: pytest.LogCaptureFixtur
     ]
 
 
+@pytest.mark.memory_only
 def test_waiting_has_a_limit() -> None:
     """PendingSave.wait(timeout_s) raises TimeoutError while the save is on its way, and loses nothing."""
     import threading

@@ -129,6 +129,7 @@ def test_when_everything_is_damaged_nothing_starts_from_the_beginning() -> None:
             ckpts.restore(state_of(0))
 
 
+@pytest.mark.memory_only
 @pytest.mark.parametrize("where", ["manifest.json", "checkpoint.json", "safetensors"])
 def test_a_refusal_of_the_store_is_never_taken_for_damage(where: str) -> None:
     """A 403 or time-out on the manifest, the index or a range is raised at once; nothing is marked, nothing falls back."""

@@ -535,6 +535,7 @@ def test_a_loss_may_be_called_eval_loss(caplog: pytest.LogCaptureFixture) -> Non
     assert len([r for r in caplog.records if "stands in" in r.getMessage()]) == 1
 
 
+@pytest.mark.memory_only
 def test_c9_a_forbidden_delete_never_fails_training(caplog: pytest.LogCaptureFixture) -> None:
     """C9: where deleting is forbidden, saves go on, each failure is a WARNING, and the bytes go once it is allowed."""
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from cloudckpt.config import Settings
 from cloudckpt.core.model import Manifest
-from cloudckpt.storage import LocalStorage, ManifestStore
+from cloudckpt.storage import ManifestStore, open_storage
 
 
 def main(root: str, times: int) -> None:
     """Raise ``next_seq`` that many times, each in a transact of its own."""
-    store = ManifestStore(LocalStorage(root), Settings(retry_base_s=0.005, retry_cap_s=0.1))
+    store = ManifestStore(open_storage(root), Settings(retry_base_s=0.005, retry_cap_s=0.1))
     print("ready", flush=True)
     sys.stdin.readline()
     for _ in range(times):
