@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import re
 import secrets
 import time
@@ -73,9 +74,12 @@ class GCSStorage(RemoteStorage):
     def _make_filesystem(self, loop: asyncio.AbstractEventLoop) -> Any:
         from gcsfs.core import GCSFileSystem  # noqa: PLC0415 - an extra
 
+        # An emulator asks for no credentials, and looking for some takes seconds where there are none.
+        emulator = str(self._options.get("endpoint_url") or os.environ.get("STORAGE_EMULATOR_HOST") or "https://")
         try:
             return GCSFileSystem(
                 **{
+                    **({} if emulator.startswith("https://") or emulator == "default" else {"token": "anon"}),
                     **self._options,
                     "asynchronous": True,
                     "loop": loop,
