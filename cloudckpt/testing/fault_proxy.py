@@ -19,7 +19,9 @@ from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 
 __all__ = ["Action", "FaultProxy", "Injected", "Request"]
 
-Action = Literal["drop_before", "drop_after", "status", "truncate", "flip", "hang", "hold_after", "delay"]
+Action = Literal[
+    "drop_before", "drop_after", "status", "truncate", "flip", "flip_request", "hang", "hold_after", "delay"
+]
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-connection"}
 _S3_CODES = {
     400: "InvalidRequest",
@@ -156,7 +158,7 @@ class FaultProxy:
         Args:
             action: ``drop_before`` closes the connection and forwards nothing; ``drop_after`` forwards, and closes
                 without an answer; ``status`` answers by itself; ``truncate`` cuts the answer's body in half;
-                ``flip`` turns one bit of it; ``hang`` never answers; ``hold_after`` forwards, and answers when
+                ``flip`` turns one bit of it; ``flip_request`` turns one of the request's; ``hang`` never answers; ``hold_after`` forwards, and answers when
                 released; ``delay`` forwards later.
             method: only requests of this method.
             match: only requests in whose ``path?query`` this regular expression is found.
@@ -286,14 +288,13 @@ class FaultProxy:
         if fault.action == "delay":
             await asyncio.sleep(fault.delay_s)
             return await self._forwarded(incoming, request)
-        status, headers, body = await self._ask(incoming)
+        status, headers, body = await self._ask(incoming, flipped=fault.action == "flip_request")
         if fault.action == "drop_after":
             raise self._dropped(incoming)
         if fault.action == "hold_after":
             await self._released(fault)
         elif fault.action == "flip" and body:
-            middle = len(body) // 2
-            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+            body = _flipped(body)
         elif fault.action == "truncate" and body:
             self._answered(request, status)
             answer = web.StreamResponse(status=status, headers=headers)
@@ -309,12 +310,14 @@ class FaultProxy:
         self._answered(request, status)
         return await _sent(incoming, status, headers, body)
 
-    async def _ask(self, incoming: web.BaseRequest) -> tuple[int, Any, bytes]:
+    async def _ask(self, incoming: web.BaseRequest, *, flipped: bool = False) -> tuple[int, Any, bytes]:
         from multidict import CIMultiDict  # noqa: PLC0415 - comes with aiohttp
         from yarl import URL  # noqa: PLC0415 - comes with aiohttp
 
         sent = CIMultiDict((k, v) for k, v in incoming.headers.items() if k.lower() not in {*_HOP_BY_HOP, "expect"})
         body = await _body(incoming)
+        if flipped and body:
+            body = _flipped(body)
         async with self._session.request(
             incoming.method,
             URL(self._upstream + incoming.raw_path, encoded=True),
@@ -333,6 +336,11 @@ class FaultProxy:
 
 #: What aiohttp's client would add by itself.
 _ADDED = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
+
+
+def _flipped(body: bytes) -> bytes:
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
 
 
 async def _body(incoming: web.BaseRequest) -> bytes:
