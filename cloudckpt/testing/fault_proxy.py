@@ -158,8 +158,8 @@ class FaultProxy:
         Args:
             action: ``drop_before`` closes the connection and forwards nothing; ``drop_after`` forwards, and closes
                 without an answer; ``status`` answers by itself; ``truncate`` cuts the answer's body in half;
-                ``flip`` turns one bit of it; ``flip_request`` turns one of the request's; ``hang`` never answers; ``hold_after`` forwards, and answers when
-                released; ``delay`` forwards later.
+                ``flip`` turns one bit of it; ``flip_request`` turns one of the request's; ``hang`` never answers;
+                ``hold_after`` forwards, and answers when released; ``delay`` forwards later.
             method: only requests of this method.
             match: only requests in whose ``path?query`` this regular expression is found.
             when: only requests for which this is true.

@@ -30,6 +30,7 @@ _SECRET_KEY = "cloudckpt-test-secret"  # noqa: S105 - for servers on loopback th
 _REGION = "us-east-1"
 _START_S = 60.0
 _STOP_S = 5.0
+_ATTEMPTS = 3
 #: SeaweedFS adds this to a port for its gRPC sibling.
 _GRPC = 10_000
 
@@ -129,7 +130,7 @@ class _S3Client:
         client = self.client()
         try:
             client.create_bucket(Bucket=name)
-        except client.exceptions.BucketAlreadyOwnedByYou:
+        except (client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
             pass
         finally:
             client.close()
@@ -168,6 +169,7 @@ class _Process(ABC):
         self._folder = tempfile.TemporaryDirectory(prefix="cloudckpt-server-", ignore_cleanup_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
+        self._log_file = Path(self._folder.name)
         self.url = ""
 
     @abstractmethod
@@ -179,12 +181,27 @@ class _Process(ABC):
         """Whether the server answers as it should."""
 
     def __enter__(self) -> Self:
-        command, environment = self._command(Path(self._folder.name))
-        self._log = (Path(self._folder.name) / "server.log").open("wb")
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._start(Path(self._folder.name) / str(attempt))
+            except RuntimeError as exc:
+                # Between our look at a port and the server's bind somebody else can take it.
+                if "address already in use" not in str(exc) or attempt == _ATTEMPTS - 1:
+                    self._folder.cleanup()
+                    raise
+            else:
+                return self
+        return self
+
+    def _start(self, folder: Path) -> None:
+        folder.mkdir()
+        command, environment = self._command(folder)
+        self._log_file = folder / "server.log"
+        self._log = self._log_file.open("wb")
         self._process = subprocess.Popen(  # noqa: S603 - a server of ours
             command,
             env={**os.environ, **environment},
-            cwd=self._folder.name,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -192,9 +209,8 @@ class _Process(ABC):
         try:
             self._wait_until_ready()
         except BaseException:
-            self.__exit__()
+            self._stop()
             raise
-        return self
 
     def _wait_until_ready(self) -> None:
         process = self._process
@@ -204,11 +220,12 @@ class _Process(ABC):
                 return
             time.sleep(0.02)
         code = process.poll() if process is not None else None
-        said = (Path(self._folder.name) / "server.log").read_text(errors="replace")[-2000:]
+        said = self._log_file.read_text(errors="replace")
+        said = said if len(said) < 3000 else f"{said[:1500]}\n[…]\n{said[-1500:]}"
         what = f"ended with exit code {code}" if code is not None else f"did not answer within {_START_S:g} s"
         raise RuntimeError(f"{type(self).__name__} {what}:\n{said}")
 
-    def __exit__(self, *_: object) -> None:
+    def _stop(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -218,6 +235,9 @@ class _Process(ABC):
                 self._process.wait(_STOP_S)
         if self._log is not None:
             self._log.close()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
         self._folder.cleanup()
 
 

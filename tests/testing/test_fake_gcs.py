@@ -406,6 +406,7 @@ def test_an_upload_s_conditions(client: Client, gcs: FakeGCS, kind: str) -> None
 def test_a_resumable_upload_s_condition_is_checked_when_it_ends(client: Client, gcs: FakeGCS) -> None:
     """Two began, one won; the other's bytes are nowhere, and asking again does not help it."""
     one, two = (client.session("x", ifGenerationMatch="0") for _ in range(2))
+    assert client.begin("x", ifGenerationMatch="1").reason == "conditionNotMet"
     assert client.chunk(two, 0, STEP).status == 308
     assert client.put(one, b"one").status == 200
     assert client.chunk(two, STEP, len(BODY), len(BODY)).reason == "conditionNotMet"
@@ -823,6 +824,7 @@ def test_an_upload_without_a_size_ends_when_it_is_told_one(client: Client, gcs: 
     assert client.ask(session, STEP).status == 400
     session = client.session("y")
     assert client.chunk(session, 0, STEP).status == 308
+    assert client.ask(session, STEP - 1).status == 400
     assert client.ask(session, STEP).status == 200
     assert client.ask(client.session("empty"), 0).status == 200
     assert gcs.objects("bkt") == {"y": BODY[:STEP], "empty": b""}
@@ -1024,23 +1026,48 @@ def test_it_is_gone_when_it_is_left() -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    "sent", [b"", b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n"], ids=["idle", "waited for"]
-)
-@pytest.mark.parametrize("count", [1, 5])
-def test_it_closes_every_connection(sent: bytes, count: int) -> None:
-    """Also one that it has not accepted yet, and one whose request never ends."""
+@pytest.mark.parametrize("turns", range(6))
+def test_it_closes_every_connection(turns: int) -> None:
+    """However far a connection was when it had to stop: not accepted yet, just now, or known for long."""
+    opened: list[socket.socket] = []
     with FakeGCS() as gcs, contextlib.ExitStack() as stack:
+        loop, stop = gcs._loop, gcs._stop
+        assert loop is not None
+        assert stop is not None
         place = (urlsplit(gcs.url).hostname, urlsplit(gcs.url).port)
-        opened = [stack.enter_context(socket.create_connection(place, timeout=60)) for _ in range(count)]
-        for connection in opened:
-            connection.sendall(sent)
+
+        def connect() -> None:
+            opened.extend(stack.enter_context(socket.create_connection(place, timeout=60)) for _ in range(3))
+            stop_in(turns)
+
+        def stop_in(turns: int) -> None:
+            if turns:
+                loop.call_soon(stop_in, turns - 1)
+            else:
+                stop.set()
+
+        # In the loop's own thread, so that it does nothing else meanwhile.
+        loop.call_soon_threadsafe(connect)
+        assert gcs._thread is not None
+        gcs._thread.join()
         left = stack.pop_all()
     with left:
         for connection in opened:
             with contextlib.suppress(ConnectionResetError):
-                while connection.recv(KIB):
-                    pass
+                assert connection.recv(1) == b""
+
+
+def test_it_does_not_wait_for_a_request_that_never_ends() -> None:
+    """Its client is at fault, and must not hold up the suite."""
+    with FakeGCS() as gcs:
+        gcs.create_bucket("bkt")
+        place = urlsplit(gcs.url)
+        connection = socket.create_connection((place.hostname, place.port), timeout=60)
+        connection.sendall(f"POST {UPLOAD} HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nhalf".encode())
+    with connection, contextlib.suppress(ConnectionResetError):
+        while connection.recv(KIB):
+            pass
+    assert gcs.objects("bkt") == {}
 
 
 def test_it_has_no_url_before_it_runs() -> None:
