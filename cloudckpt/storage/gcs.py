@@ -25,7 +25,7 @@ import crc32c
 from cloudckpt.config import Settings
 from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Buffer, Conditions, Landed, Listed, Lost, Outcome, Unknown, Versioned
-from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, without_answer
+from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, has_secret, without_answer
 from cloudckpt.storage.gcs_upload import ResumableUpload
 from cloudckpt.storage.remote import RemoteStorage, crc32c_b64, each
 
@@ -130,11 +130,11 @@ class GCSStorage(RemoteStorage):
             found = await self._in_time(what, send())
         except ConfigError:
             raise
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - chained below, unless it shows a secret
             problem = without_answer(exc, what)
             if isinstance(problem, UnauthorizedError):
                 self._renew()
-            raise problem from exc
+            raise problem from (None if has_secret(exc) else exc)
         if found.status == 401:
             self._renew()
         return found
@@ -172,8 +172,8 @@ class GCSStorage(RemoteStorage):
             return await self._fs()
         except ConfigError:
             raise
-        except Exception as exc:
-            raise without_answer(exc, f"connecting to {self.url}") from exc
+        except Exception as exc:  # noqa: BLE001 - the same
+            raise without_answer(exc, f"connecting to {self.url}") from (None if has_secret(exc) else exc)
 
     @property
     def conditions(self) -> Conditions:

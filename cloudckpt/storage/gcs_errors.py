@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 
-__all__ = ["Answer", "UnauthorizedError", "explained", "without_answer"]
+__all__ = ["Answer", "UnauthorizedError", "explained", "has_secret", "without_answer"]
+
+#: google-auth puts a raw token into a URL, and the URL into its errors.
+_SECRET = re.compile(r"((?:access_token|refresh_token|client_secret|assertion)=)[^&\s)'\"]+")
 
 _RETRYABLE = {408, 409, 429, 500, 502, 503, 504}
 
@@ -73,11 +77,17 @@ def explained(answer: Answer, what: str, *, bucket: str) -> StorageError:  # noq
     return StorageError(detail)
 
 
+def has_secret(exc: BaseException) -> bool:
+    """Whether an error's own text holds what nobody should read, so that it must not be chained."""
+    return _SECRET.search(str(exc)) is not None
+
+
 def without_answer(exc: BaseException, what: str) -> StorageError:
     """A request that was never answered, or never sent, as an error of ours."""
     if isinstance(exc, StorageError):
         return exc
-    said, module = str(exc) or type(exc).__name__, type(exc).__module__
+    said = _SECRET.sub(r"\1…", str(exc)) or type(exc).__name__
+    module = type(exc).__module__
     if type(exc).__name__ == "DefaultCredentialsError":
         return StorageError(
             f"{what}: there are no credentials ({said}): run `gcloud auth application-default login`, set "

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import io
 import re
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ _S3_CODES = {
     501: "NotImplemented",
     503: "SlowDown",
 }
-_LIMIT = 1 << 40
+_BACKLOG = 128
+_TURNS_TO_ACCEPT = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,15 +224,19 @@ class FaultProxy:
         server = web.Server(self._handle, access_log=None)
         runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await runner.setup()
+        listener = socket.create_server(("127.0.0.1", self._port), backlog=_BACKLOG)
         try:
-            site = web.TCPSite(runner, "127.0.0.1", self._port)
-            await site.start()
-            port = runner.addresses[0][1]
-            self.url = f"http://127.0.0.1:{port}"
+            await web.SockSite(runner, listener).start()
+            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             self._ready.set()
             await self._end.wait()
+            # A connection that is accepted while asyncio closes its server is never closed: none may be on its way.
+            self._loop.remove_reader(listener)
+            for _ in range(_TURNS_TO_ACCEPT):
+                await asyncio.sleep(0)
         finally:
             await runner.cleanup()
+            listener.close()
             await self._session.close()
             await connector.close()
 

