@@ -18,6 +18,10 @@ __all__ = ["Answer", "UnauthorizedError", "explained", "has_secret", "without_an
 #: google-auth puts a raw token into a URL, and the URL into its errors.
 _SECRET = re.compile(r"((?:access_token|refresh_token|client_secret|assertion)=)[^&\s)'\"]+")
 
+_LOGIN = (
+    "run `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service "
+    "account"
+)
 _RETRYABLE = {408, 409, 429, 500, 502, 503, 504}
 
 
@@ -60,11 +64,7 @@ def explained(answer: Answer, what: str, *, bucket: str) -> StorageError:  # noq
             return StorageError(f"{detail}: bucket {bucket!r} does not exist: create it, or fix the URL")
         return ObjectNotFoundError(f"{what}: the object does not exist")
     if status == 401:
-        return UnauthorizedError(
-            f"{detail}: the credentials are missing, wrong or expired: run `gcloud auth application-default login`, "
-            "set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account",
-            retryable=True,
-        )
+        return UnauthorizedError(f"{detail}: the credentials are missing, wrong or expired: {_LOGIN}", retryable=True)
     if status == 403:
         return StorageError(
             f"{detail}: no permission: a trainer needs roles/storage.objectUser on bucket {bucket!r} (replacing "
@@ -90,12 +90,12 @@ def without_answer(exc: BaseException, what: str) -> StorageError:
     module = type(exc).__module__
     if type(exc).__name__ == "DefaultCredentialsError":
         return StorageError(
-            f"{what}: there are no credentials ({said}): run `gcloud auth application-default login`, set "
-            "GOOGLE_APPLICATION_CREDENTIALS, or pass storage_options={'token': 'anon'} for a public bucket"
+            f"{what}: there are no credentials ({said}): {_LOGIN}; for a public bucket pass "
+            "storage_options={'token': 'anon'}"
         )
     if module.startswith(("google.auth", "gcsfs")):
         # Refreshing a token goes over the network as well.
-        return UnauthorizedError(f"{what}: no access token: {said}", retryable=True)
+        return UnauthorizedError(f"{what}: no access token ({said}): {_LOGIN}", retryable=True)
     if isinstance(exc, OSError | EOFError | asyncio.TimeoutError) or module.startswith(("aiohttp", "requests")):
         return StorageError(f"{what}: {type(exc).__name__}: {said}", retryable=True)
     return StorageError(f"{what}: {type(exc).__name__}: {said}")

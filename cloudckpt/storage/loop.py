@@ -92,9 +92,10 @@ class Loop:
 
     def __init__(self, name: str, clean_up: Callable[[], Coroutine[Any, Any, None]]) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=_serve, args=(self._loop,), name=name, daemon=True)
+        ended = asyncio.Event()
+        self._thread = threading.Thread(target=_serve, args=(self._loop, ended, clean_up), name=name, daemon=True)
         self._thread.start()
-        self._end = weakref.finalize(self, _end, self._loop, self._thread, clean_up)
+        self._end = weakref.finalize(self, _end, self._loop, self._thread, ended)
 
     def new(self) -> Running[Any]:
         """Something to be run beside the caller; ``begin`` starts it."""
@@ -114,41 +115,40 @@ class Loop:
         self._end.detach()
 
 
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
+def _serve(
+    loop: asyncio.AbstractEventLoop, ended: asyncio.Event, clean_up: Callable[[], Coroutine[Any, Any, None]]
+) -> None:
     try:
-        loop.run_forever()
+        loop.run_until_complete(_until(ended, clean_up))
     finally:
         loop.close()
 
 
-def _end(
-    loop: asyncio.AbstractEventLoop, thread: threading.Thread, clean_up: Callable[[], Coroutine[Any, Any, None]]
-) -> None:
-    loop.call_soon_threadsafe(_begin_to_end, loop, clean_up)
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, ended: asyncio.Event) -> None:
+    with contextlib.suppress(RuntimeError):  # closed already
+        loop.call_soon_threadsafe(ended.set)
     # The garbage collector may run this on the loop's own thread.
     if threading.current_thread() is not thread:
         thread.join(CLEAN_UP_S)
 
 
-#: An event loop holds its tasks only weakly.
-_ending: set[asyncio.Task[None]] = set()
+async def _until(ended: asyncio.Event, clean_up: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    await ended.wait()
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(CLEAN_UP_S):
+            for task in _others():
+                task.cancel()
+            await _over()
+            await clean_up()
+            # A filesystem that is let go closes its session in a task of its own.
+            await _over()
+            await asyncio.get_running_loop().shutdown_asyncgens()
 
 
-def _begin_to_end(loop: asyncio.AbstractEventLoop, clean_up: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    task = loop.create_task(_last(loop, clean_up))
-    _ending.add(task)
-    task.add_done_callback(_ending.discard)
+def _others() -> set[asyncio.Task[Any]]:
+    return asyncio.all_tasks() - {asyncio.current_task()}
 
 
-async def _last(loop: asyncio.AbstractEventLoop, clean_up: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    try:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(CLEAN_UP_S):
-                await asyncio.gather(*others, return_exceptions=True)
-                await clean_up()
-                await loop.shutdown_asyncgens()
-    finally:
-        loop.stop()
+async def _over() -> None:
+    while others := _others():
+        await asyncio.gather(*others, return_exceptions=True)

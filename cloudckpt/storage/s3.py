@@ -121,7 +121,7 @@ class S3Storage(RemoteStorage):
             filesystem, client = await self._client()
             verb = getattr(client, method)
             # s3_additional_kwargs (SSE-KMS and the like) and RequestPayer, where the operation takes them.
-            kwargs = filesystem._get_s3_method_kwargs(verb, Bucket=self._bucket, **arguments)  # noqa: SLF001
+            kwargs = filesystem._get_s3_method_kwargs(verb, filesystem.req_kw, Bucket=self._bucket, **arguments)  # noqa: SLF001
             return await verb(**kwargs)
 
         try:
