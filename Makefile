@@ -57,7 +57,7 @@ kill: .venv/.dev ## kill -9 at KILLS moments (200) and print which phase was hit
 stories: .venv/.dev ## every story on each of BACKENDS (moto seaweedfs gcs fake-gcs-server)
 	for backend in $(BACKENDS); do $(BIN)/python -m pytest tests/stories --on $$backend -n 2 --dist loadfile || exit 1; done
 
-crash-full: .venv/.dev ## break every STRIDE-th (1st) call and request of a history on every store; hours on a small machine
+crash-full: .venv/.dev ## break every STRIDE-th (1st) call and request of a history on every store; 40 minutes on 2 cores
 	$(BIN)/python -m pytest tests/crash/test_stop_at_every_call.py tests/crash/test_faults_on_the_wire.py -m slow --stride $(STRIDE) -n 2
 
 oldest: ## the store suites with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest

@@ -5,14 +5,16 @@ Only what is provably whole is admitted, and all of it is *held*: no rule delete
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cloudckpt.core import keys
-from cloudckpt.core.index_json import INDEX_LIMIT_BYTES
+from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, decode_index
 from cloudckpt.core.manifest import note, recompute
 from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest
-from cloudckpt.core.model import Checkpoint, Manifest, State
+from cloudckpt.core.model import Checkpoint, Index, Manifest, State
 from cloudckpt.errors import CheckpointNotFoundError, FormatError, ObjectNotFoundError
 from cloudckpt.sealed import Whole, judge_folder
 from cloudckpt.storage import ManifestStore, Storage, Versioned
@@ -57,11 +59,11 @@ def repair_run(store: ManifestStore, *, dry_run: bool = True) -> RepairPlan:
     listing = {item.key: item.size_bytes for item in storage.list("")}
     current = _current(storage)
     basis, basis_name = _basis(storage, listing, current)
-    whole, refused = _judge_folders(storage, listing)
+    whole, refused, sealed = _judge_folders(storage, listing)
     _refuse_unknown(storage, basis, whole)
     if basis is None and not whole:
         raise CheckpointNotFoundError(f"{storage.url} holds no manifest, no copy of one and no whole checkpoint")
-    manifest = _proposal(store, basis, whole, _highest_revision(listing, basis))
+    manifest = _proposal(store, basis, whole, sealed, revision=_highest_revision(listing, basis) + 1)
     if not dry_run:
         manifest = store.rebuild(manifest, over=current)
     return RepairPlan(
@@ -70,7 +72,7 @@ def repair_run(store: ManifestStore, *, dry_run: bool = True) -> RepairPlan:
         basis=basis_name,
         admitted=tuple(placed(e, storage.url) for e in manifest.committed),
         refused=refused,
-        could_not_know=_could_not_know(basis, basis_name, whole),
+        could_not_know=(*_could_not_know(basis, basis_name, whole), *_damaged(manifest)),
         manifest=manifest,
     )
 
@@ -112,7 +114,8 @@ def _decoded(body: bytes, name: str) -> list[tuple[Manifest, str]]:
         return []
 
 
-def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[Whole], dict[str, str]]:
+def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[Whole], dict[str, str], list[Index]]:
+    """What is whole, what is refused and why, and every index that can be read, of refused folders too."""
     folders: dict[str, dict[str, int]] = {}
     for key, size in listing.items():
         folder, slash, name = key.partition("/")
@@ -120,6 +123,7 @@ def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[W
             folders.setdefault(folder, {})[name] = size
     whole: list[Whole] = []
     refused: dict[str, str] = {}
+    sealed: list[Index] = []
     for folder, sizes in sorted(folders.items()):
         step, save_id = keys.parse_prefix(folder) or (0, "")
         if keys.INDEX_NAME not in sizes:
@@ -130,9 +134,12 @@ def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[W
         judged = judge_folder(body, save_id=save_id, step=step, sizes=sizes, what=f"{storage.url}/{key}")
         if isinstance(judged, Whole):
             whole.append(judged)
+            sealed.append(judged.index)
         else:
             refused[folder] = judged
-    return whole, refused
+            with contextlib.suppress(FormatError):
+                sealed.append(decode_index(body, what=key))
+    return whole, refused, sealed
 
 
 def _highest_revision(listing: Mapping[str, int], basis: Manifest | None) -> int:
@@ -140,25 +147,31 @@ def _highest_revision(listing: Mapping[str, int], basis: Manifest | None) -> int
     return max([*copies, basis.revision if basis else 0], default=0)
 
 
-def _proposal(store: ManifestStore, basis: Manifest | None, whole: Sequence[Whole], revision: int) -> Manifest:
+def _proposal(
+    store: ManifestStore, basis: Manifest | None, whole: Sequence[Whole], sealed: Sequence[Index], *, revision: int
+) -> Manifest:
     at = store.clock()
     known = {entry.id: entry for entry in (basis.entries if basis else ())}
     newest = max(whole, key=lambda w: w.index.seq, default=None)
     policy = basis.policy if basis else newest.index.policy if newest else Manifest(run_id="").policy
     entries = [_entry(w, known.get(w.index.id), at) for w in whole]
     # Retired is terminal, even here: their bytes may be half deleted by somebody who is still at it.
-    entries = [_still_retired(e, known.get(e.id)) for e in entries]
-    epochs = [e.writer_epoch for e in entries] + ([basis.writer_epoch] if basis else [])
+    entries = _distinct([_still_retired(e, known.get(e.id)) for e in entries])
+    # Above everything found, what was refused included: gc takes a sealed save that is newer than the manifest for
+    # the sign of a manifest that was rolled back.
+    found: list[Checkpoint | Index] = [*entries, *sealed]
+    epochs = [e.writer_epoch for e in found] + ([basis.writer_epoch] if basis else [])
+    seqs = [e.seq for e in found] + ([basis.next_seq - 1] if basis else [])
     manifest = Manifest(
         run_id=store.token(32),
         # Above everything found, so that no copy that turns up later looks newer than this.
-        revision=revision + 1,
+        revision=revision,
         writer_epoch=max(epochs, default=0) + 1,
-        next_seq=max([e.seq for e in entries] + ([basis.next_seq - 1] if basis else []), default=0) + 1,
+        next_seq=max(seqs, default=0) + 1,
         commits=max(basis.commits if basis else 0, len(entries)),
         resumed_from=None,
         policy=policy,
-        entries=tuple(sorted(_distinct(entries), key=lambda e: e.seq)),
+        entries=tuple(sorted(entries, key=lambda e: e.seq)),
         journal=basis.journal if basis else (),
         extra=basis.extra if basis else {},
     )
@@ -173,25 +186,32 @@ def _still_retired(entry: Checkpoint, known: Checkpoint | None) -> Checkpoint:
 
 def _entry(whole: Whole, known: Checkpoint | None, at: str) -> Checkpoint:
     index, facts = whole.index, whole.facts
-    if known is not None and known.committed_at is not None:
-        # What is known of it stays known: also that its bytes, though as many as they should be, are wrong.
-        return replace(known, state=State.COMMITTED, held=True, index_digest=facts.index_digest)
+    if known is not None and known.index_digest not in {None, facts.index_digest}:
+        # Its bytes are as many as they should be, and they are not the ones that were committed.
+        changed = "repair found another index than the one that was committed"
+        return replace(known, state=State.COMMITTED, held=True, damaged=known.damaged or changed)
+    facts_now: dict[str, Any] = {
+        "state": State.COMMITTED,
+        "held": True,
+        "size_bytes": facts.size_bytes,
+        "object_count": facts.object_count,
+        "index_digest": facts.index_digest,
+    }
+    if known is not None:
+        # What a person or a rule wrote down about it stays written.
+        return replace(known, committed_at=known.committed_at or at, **facts_now)
     return Checkpoint(
         id=index.id,
         step=index.step,
         seq=index.seq,
-        state=State.COMMITTED,
         writer_epoch=index.writer_epoch,
         announced_at=index.announced_at,
         committed_at=at,
-        metrics=known.metrics if known else index.metrics,
-        size_bytes=facts.size_bytes,
-        object_count=facts.object_count,
+        metrics=index.metrics,
         world_size=index.world_size,
-        tags=known.tags if known else index.tags,
-        pinned=known.pinned if known else index.pinned,
-        held=True,
-        index_digest=facts.index_digest,
+        tags=index.tags,
+        pinned=index.pinned,
+        **facts_now,
     )
 
 
@@ -202,6 +222,14 @@ def _distinct(entries: Sequence[Checkpoint]) -> list[Checkpoint]:
         least = ordered[-1].seq + 1 if ordered else 1
         ordered.append(replace(entry, seq=max(entry.seq, least)))
     return ordered
+
+
+def _damaged(manifest: Manifest) -> tuple[str, ...]:
+    return tuple(
+        f"{entry.name} is damaged ({entry.damaged}): it is admitted and held, and never chosen by a rule"
+        for entry in manifest.committed
+        if entry.damaged is not None
+    )
 
 
 def _could_not_know(basis: Manifest | None, basis_name: str, whole: Sequence[Whole]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ delete that comes late, comes twice or comes from another process harms nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from cloudckpt.core import keys
@@ -119,25 +119,30 @@ def gc_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
         StorageError: the store refused.
     """
     storage = store.storage
-    _required(store)
+    before = _required(store)
     listing = [(item.key, item.size_bytes) for item in storage.list("")]
     if dry_run:
         manifest = _required(store)
     else:
         manifest = store.transact(lambda current, _: note(current, "gc", at=store.clock()), prepare=lambda _: None)
     plan = plan_garbage(manifest, listing)
-    _refuse_newer_than_manifest(storage, manifest, plan)
+    unknown = _look_into_indexes(storage, manifest, plan)
     retired = tuple(placed(entry, storage.url) for entry in manifest.in_state(State.RETIRED))
     if dry_run:
-        return SweepReport(dry_run=True, retired=retired, failed={}, garbage=plan)
-    failed = {key: str(exc) for key, exc in _delete_index_last(storage, [o.key for o in plan.orphans]).items()}
+        return SweepReport(dry_run=True, retired=retired, failed=unknown, garbage=plan)
+    spared = {keys.parse(key).id for key in unknown}
+    going = [o.key for o in plan.orphans if keys.parse(o.key).id is None or keys.parse(o.key).id not in spared]
+    failed = unknown | {key: str(exc) for key, exc in _delete_index_last(storage, going).items()}
     kept_back = {keys.parse(key).id for key in failed}
     aborted = 0
     try:
-        aborted = _abort_uploads(storage, manifest)
+        aborted = storage.abort_uploads("checkpoint-", spare=_in_flight(store))
     except StorageError as exc:
         failed["unfinished uploads"] = str(exc)
-    gone = [entry for entry in retired if entry.id not in kept_back]
+    # The listing shows all bytes of an entry that was retired before it; of one that was retired after it, perhaps
+    # not: that one waits for the next sweep.
+    listed_whole = {entry.id for entry in before.in_state(State.RETIRED)}
+    gone = [entry for entry in retired if entry.id in listed_whole and entry.id not in kept_back]
     _forget(store, [entry.id for entry in gone])
     return SweepReport(dry_run=False, retired=tuple(gone), failed=failed, garbage=plan, aborted_uploads=aborted)
 
@@ -149,21 +154,35 @@ def _required(store: ManifestStore) -> Manifest:
     return manifest
 
 
-def _refuse_newer_than_manifest(storage: Storage, manifest: Manifest, plan: GarbagePlan) -> None:
+def _look_into_indexes(storage: Storage, manifest: Manifest, plan: GarbagePlan) -> dict[str, str]:
+    """Read the indexes that are about to go: those that this version must not delete, and why, by key.
+
+    Raises:
+        ConflictError: one of them is of a save that is newer than the manifest.
+    """
+    unknown: dict[str, str] = {}
     for orphan in plan.orphans:
         key = keys.parse(orphan.key)
-        if key.kind is not keys.Kind.INDEX or (key.id and manifest.find(key.id)):
+        if key.kind is not keys.Kind.INDEX:
             continue
         try:
             index = decode_index(storage.read(key.text, limit_bytes=INDEX_LIMIT_BYTES).body)
-        except (ObjectNotFoundError, FormatError):
+        except ObjectNotFoundError:
             continue
-        if index.seq >= manifest.next_seq or index.writer_epoch > manifest.writer_epoch:
+        except FormatError as exc:
+            if "upgrade cloudckpt" in str(exc):
+                unknown[key.text] = str(exc)
+            continue
+        if index.requires:
+            unknown[key.text] = f"it needs {', '.join(index.requires)}, which this version does not know"
+        known = key.id is not None and manifest.find(key.id) is not None
+        if not known and (index.seq >= manifest.next_seq or index.writer_epoch > manifest.writer_epoch):
             raise ConflictError(
                 f"{storage.url}/{key.text} is a sealed checkpoint that is newer than the manifest (seq "
                 f"{index.seq}, writer {index.writer_epoch}): an older manifest was put back. Nothing was deleted. "
                 f"Run: cloudckpt repair {storage.url}"
             )
+    return unknown
 
 
 def _delete_index_last(storage: Storage, orphans: Sequence[str]) -> dict[str, Exception]:
@@ -175,11 +194,22 @@ def _delete_index_last(storage: Storage, orphans: Sequence[str]) -> dict[str, Ex
     return failed
 
 
-def _abort_uploads(storage: Storage, manifest: Manifest) -> int:
-    # A pending save of the current epoch may be uploading at this moment, whatever its key: spare them all.
-    if manifest.in_state(State.PENDING):
-        return 0
-    return storage.abort_uploads("checkpoint-")
+def _in_flight(store: ManifestStore) -> Callable[[str], bool]:
+    """Whether an unfinished upload may be somebody's save that is under way.
+
+    A save is announced before its upload begins, so a manifest that is read after the listing of uploads names every
+    save that the listing can have met.
+    """
+    pending: set[str] | None = None
+
+    def spare(key: str) -> bool:
+        nonlocal pending
+        if pending is None:
+            pending = {entry.id for entry in _required(store).in_state(State.PENDING)}
+        parsed = keys.parse(key)
+        return parsed.kind is keys.Kind.FOREIGN or parsed.id in pending
+
+    return spare
 
 
 def _forget(store: ManifestStore, ids: Sequence[str]) -> None:

@@ -160,8 +160,13 @@ class Storage(Protocol):
         """
         ...
 
-    def abort_uploads(self, prefix: str) -> int:
-        """Abort unfinished multipart uploads whose key starts with ``prefix``; returns how many."""
+    def abort_uploads(self, prefix: str, *, spare: Callable[[str], bool] = lambda _: False) -> int:
+        """Abort unfinished multipart uploads whose key starts with ``prefix``; returns how many.
+
+        Args:
+            spare: asked for the key of each, once all of them have been listed: what it learns then about a key is
+                newer than the upload. True leaves the upload alone.
+        """
         ...
 
     def close(self) -> None:

@@ -387,7 +387,12 @@ class GCSStorage(RemoteStorage):
             )
         )
 
-    def abort_uploads(self, prefix: str) -> int:  # noqa: ARG002 - the verb's shape
+    def abort_uploads(
+        self,
+        prefix: str,  # noqa: ARG002 - the verb's shape
+        *,
+        spare: Callable[[str], bool] = lambda _: False,  # noqa: ARG002 - the same
+    ) -> int:
         """See ``Storage.abort_uploads``; sessions cannot be listed. They are not billed and end after a week."""
         return 0
 

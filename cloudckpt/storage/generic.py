@@ -284,7 +284,12 @@ class GenericFsspecStorage:
                 self._ask("tidying", lambda filesystem, folder=folder: _remove_if_empty(filesystem, self._path(folder)))  # type: ignore[misc]
         return failed
 
-    def abort_uploads(self, prefix: str) -> int:  # noqa: ARG002 - the verb's shape
+    def abort_uploads(
+        self,
+        prefix: str,  # noqa: ARG002 - the verb's shape
+        *,
+        spare: Callable[[str], bool] = lambda _: False,  # noqa: ARG002 - the same
+    ) -> int:
         """See ``Storage.abort_uploads``; there is nothing of the kind."""
         return 0
 

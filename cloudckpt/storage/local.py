@@ -271,7 +271,12 @@ class LocalStorage:
                 folder.rmdir()
         return failed
 
-    def abort_uploads(self, prefix: str) -> int:  # noqa: ARG002 - the verb's shape; files have no multipart uploads
+    def abort_uploads(
+        self,
+        prefix: str,  # noqa: ARG002 - the verb's shape
+        *,
+        spare: Callable[[str], bool] = lambda _: False,  # noqa: ARG002 - the same
+    ) -> int:
         """See ``Storage.abort_uploads``."""
         return 0
 

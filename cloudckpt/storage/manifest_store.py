@@ -397,6 +397,8 @@ class ManifestStore:
             write_id = self.token(16)
             stamp = replace(manifest, write_id=write_id, history=(write_id,), updated_at=self.clock())
             body = encode_manifest(stamp)
+            # Whatever a repair found out there: what is put in place of it can be read.
+            decode_manifest(body, what="the repaired manifest")
             if over is not None:
                 self.storage.put(keys.replaced_manifest(self.token(8)), [over.body], size_bytes=len(over.body))
             doubt: Exception | None = None

@@ -120,7 +120,12 @@ class MemoryStorage:
                 self._versions.pop(key, None)
         return {}
 
-    def abort_uploads(self, prefix: str) -> int:  # noqa: ARG002 - the verb's shape; memory has no multipart uploads
+    def abort_uploads(
+        self,
+        prefix: str,  # noqa: ARG002 - the verb's shape
+        *,
+        spare: Callable[[str], bool] = lambda _: False,  # noqa: ARG002 - the same
+    ) -> int:
         """See ``Storage.abort_uploads``."""
         return 0
 

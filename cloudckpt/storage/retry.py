@@ -145,6 +145,6 @@ class RetryingStorage:
                 break
         return refused | {key: failed[key] for key in left}
 
-    def abort_uploads(self, prefix: str) -> int:
+    def abort_uploads(self, prefix: str, *, spare: Callable[[str], bool] = lambda _: False) -> int:
         """See ``Storage.abort_uploads``."""
-        return self._again(lambda: self._inner.abort_uploads(prefix))
+        return self._again(lambda: self._inner.abort_uploads(prefix, spare=spare))

@@ -8,9 +8,11 @@ do not know, turn lost answers into errors of another kind, and go on after a Ct
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -439,14 +441,19 @@ class S3Storage(RemoteStorage):
             names, lambda name: self._ask("delete_object", f"deleting s3://{self._bucket}/{name}", Key=name)
         )
 
-    def abort_uploads(self, prefix: str) -> int:
-        """See ``Storage.abort_uploads``: ListMultipartUploads, then abort each."""
-        return self._run(self._abort_uploads(self._prefix + prefix))
+    def abort_uploads(self, prefix: str, *, spare: Callable[[str], bool] = lambda _: False) -> int:
+        """See ``Storage.abort_uploads``: ListMultipartUploads to its end, then abort each."""
+        found = self._run(self._list_uploads(self._prefix + prefix))
+        going = [upload for upload in found if not spare(upload["Key"][len(self._prefix) :])]
+        return self._run(self._abort_each(going))
 
     async def _abort_uploads(self, prefix: str) -> int:
+        return await self._abort_each(await self._list_uploads(prefix))
+
+    async def _list_uploads(self, prefix: str) -> Sequence[dict[str, str]]:
         what = f"listing unfinished uploads in {self.url}"
         marker: dict[str, str] = {}
-        aborted = 0
+        found: deque[dict[str, str]] = deque()
         while True:
             try:
                 answer = await self._call("list_multipart_uploads", what, Prefix=prefix, **marker)
@@ -455,23 +462,27 @@ class S3Storage(RemoteStorage):
             except Exception as exc:
                 problem = explained(exc, what, bucket=self._bucket)
                 if is_unsupported(exc) or isinstance(problem, ObjectNotFoundError):
-                    return aborted  # a server that does not know the request has nothing to be found
+                    return found  # a server that does not know the request has nothing to be found
                 raise problem from exc
-            for upload in answer.get("Uploads", ()):
-                # Some servers ignore the prefix.
-                if str(upload["Key"]).startswith(prefix):
-                    ours = {"Key": str(upload["Key"]), "UploadId": str(upload["UploadId"])}
-                    try:
-                        await self._ask("abort_multipart_upload", f"aborting {ours['Key']}", **ours)
-                        aborted += 1
-                    except ObjectNotFoundError:
-                        continue
+            found.extend(
+                {"Key": str(upload["Key"]), "UploadId": str(upload["UploadId"])}
+                for upload in answer.get("Uploads", ())
+                if str(upload["Key"]).startswith(prefix)  # some servers ignore the prefix
+            )
             if not answer.get("IsTruncated"):
-                return aborted
+                return found
             marker = {
                 "KeyMarker": str(answer.get("NextKeyMarker", "")),
                 "UploadIdMarker": str(answer.get("NextUploadIdMarker", "")),
             }
+
+    async def _abort_each(self, uploads: Sequence[dict[str, str]]) -> int:
+        aborted = 0
+        for upload in uploads:
+            with contextlib.suppress(ObjectNotFoundError):  # it has ended meanwhile
+                await self._ask("abort_multipart_upload", f"aborting {upload['Key']}", **upload)
+                aborted += 1
+        return aborted
 
 
 async def _chunks(body: Any) -> AsyncIterator[bytes]:

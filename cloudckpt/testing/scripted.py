@@ -225,9 +225,10 @@ class ScriptedStorage:
             half=lambda: self._inner.delete(going[: len(going) // 2]),
         )
 
-    def abort_uploads(self, prefix: str) -> int:
+    def abort_uploads(self, prefix: str, *, spare: Callable[[str], bool] = lambda _: False) -> int:
         """See ``Storage.abort_uploads``."""
-        return self._do(self._begin("abort_uploads", prefix), lambda: self._inner.abort_uploads(prefix))
+        fault = self._begin("abort_uploads", prefix)
+        return self._do(fault, lambda: self._inner.abort_uploads(prefix, spare=spare))
 
     def close(self) -> None:
         """See ``Storage.close``."""

@@ -78,8 +78,8 @@ class NotingStorage:
         finally:
             self._enter("other")
 
-    def abort_uploads(self, prefix: str) -> int:
-        return self._inner.abort_uploads(prefix)
+    def abort_uploads(self, prefix: str, *, spare: Callable[[str], bool] = lambda _: False) -> int:
+        return self._inner.abort_uploads(prefix, spare=spare)
 
     def close(self) -> None:
         self._inner.close()
