@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, SupportsFloat
 
@@ -26,9 +27,11 @@ from cloudckpt.core.retention import PrunePlan, metric_value
 from cloudckpt.core.selection import parse_selector, select
 from cloudckpt.errors import (
     CheckpointNotFoundError,
+    CloudCkptError,
     ConfigError,
     CorruptCheckpointError,
     FencedError,
+    SaveError,
     StateMismatchError,
 )
 from cloudckpt.events import (
@@ -152,6 +155,8 @@ class CheckpointManager(Run):
         self._saver: Saver | None = None
         self._claim: claiming.Claim | None = None
         self._closed = False
+        self._mutex = threading.Lock()
+        self._inside: int | None = None
         self._warned: set[str] = set()
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
@@ -225,18 +230,36 @@ class CheckpointManager(Run):
             allow_pickle=self._allow_pickle,
         )
         began = time.monotonic()
-        saver, _ = self._writer()
-        busy = saver.busy_with if self._store.settings.on_busy == "skip" else None
-        ballot = Ballot(call="save", step=request.step, components=tuple(map(str, state)), busy=busy is not None)
-        if self._coordinator.vote(ballot) is Verdict.SKIP and busy is not None:
-            self._listener(SaveSkipped(step=request.step, busy_with=busy.checkpoint.name))
-            return busy
-        self.wait()
-        self._warn_about_metrics(request)
-        pending = saver.start(request, began)
+        with self._one_at_a_time("save"):
+            saver, _ = self._writer()
+            # Whoever waits for this save does not want another one's outcome.
+            busy = saver.busy_with if self._store.settings.on_busy == "skip" and not block else None
+            ballot = Ballot(call="save", step=request.step, components=tuple(map(str, state)), busy=busy is not None)
+            if self._coordinator.vote(ballot) is Verdict.SKIP and busy is not None:
+                self._listener(SaveSkipped(step=request.step, busy_with=busy.checkpoint.name))
+                return busy
+            self.wait()
+            self._warn_about_metrics(request)
+            pending = saver.start(request, began)
         if block:
             pending.wait()
         return pending
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self, call: str) -> Iterator[None]:
+        """Threads queue up: there is one arena, and one writer to become. A signal handler cannot queue up."""
+        me = threading.get_ident()
+        if self._inside == me:
+            raise SaveError(
+                f"{call}() was called while this very thread was saving, from a signal handler perhaps: set a flag "
+                "there, and save when the training loop sees it"
+            )
+        with self._mutex:
+            self._inside = me
+            try:
+                yield
+            finally:
+                self._inside = None
 
     def _warn_about_metrics(self, request: SaveRequest) -> None:
         manifest = self._store.last_seen
@@ -329,9 +352,12 @@ class CheckpointManager(Run):
         chosen_state = self._part(state, components)
         began = time.monotonic()
         self._coordinator.vote(Ballot(call="restore", components=tuple(chosen_state)))
-        _, held = self._writer()
-        self.wait()
-        manifest = self._store.last_seen or held.manifest
+        with self._one_at_a_time("restore"):
+            claimed_before = self._claim is not None
+            _, held = self._writer()
+            self.wait()
+        # A claim has just read it. Later, others may have reported metrics, tagged or marked since.
+        manifest = (self._store.read() if claimed_before else self._store.last_seen) or held.manifest
         if manifest.commits == 0 and not manifest.committed and not selector.named:
             self._listener(NothingToResume(url=self.url))
             return None
@@ -434,6 +460,8 @@ class CheckpointManager(Run):
         Raises:
             CheckpointNotFoundError: nothing was ever saved here.
         """
+        if self._saver is not None and self._saver.fenced and not dry_run:
+            raise FencedError(f"this process was replaced as the writer of {self.url}: it deletes nothing any more")
         plan = pruning.prune(self._store, dry_run=dry_run)
         if not dry_run and plan.retired:
             sweeping.sweep_run(self._store, dry_run=False)
@@ -492,9 +520,20 @@ class CheckpointManager(Run):
             self._coordinator.vote(Ballot(call="close"))
             saver.shut_down()
             # The clean-up comes first, so that a failed save is settled even though its error is raised.
-            with contextlib.suppress(FencedError) if saver.fenced else contextlib.nullcontext():
-                saver.settle_and_close()
-            saver.raise_failure()
+            settling: CloudCkptError | None = None
+            try:
+                with contextlib.suppress(FencedError) if saver.fenced else contextlib.nullcontext():
+                    saver.settle_and_close()
+            except CloudCkptError as exc:
+                settling = exc
+            try:
+                saver.raise_failure()
+            except CloudCkptError as failure:
+                if settling is not None:
+                    failure.add_note(f"closing the run failed as well: {settling}")
+                raise
+            if settling is not None:
+                raise settling
         finally:
             saver.shut_down()
             self._store.storage.close()

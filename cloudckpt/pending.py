@@ -70,8 +70,9 @@ class PendingSave:
                 raise TimeoutError(f"{self._checkpoint.name} is still at {self.progress.phase}") from None
             self._seen = True
             raise
-        except BaseException:
-            self._seen = True
+        except BaseException as exc:
+            # An interrupted wait has learnt nothing: what becomes of the save is still to be told.
+            self._seen = self._seen or (self._outcome.done() and exc is self._outcome.exception())
             raise
         self._seen = True
         return result
@@ -120,7 +121,9 @@ class PendingSave:
         self._staged.set()
 
     def end(self, outcome: Checkpoint | BaseException) -> None:
-        """Note how it ended."""
+        """Note how it ended; the first word counts."""
+        if self._outcome.done():
+            return
         if isinstance(outcome, Checkpoint):
             self._outcome.set_result(outcome)
         else:

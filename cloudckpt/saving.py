@@ -9,6 +9,7 @@ background. A save that fails costs nothing but itself: the next announce settle
 
 from __future__ import annotations
 
+import json
 import platform
 import threading
 import time
@@ -23,10 +24,11 @@ from cloudckpt.claiming import Claim
 from cloudckpt.coordination import Coordinator
 from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
-from cloudckpt.core.index_json import encode_index
+from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, encode_index
 from cloudckpt.core.manifest import Abandon, RollForward, Settlement
 from cloudckpt.core.model import Checkpoint, Index, Manifest, State, TensorEntry
 from cloudckpt.core.retention import metric_value
+from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import CommitUnknownError, ConflictError, FencedError, SaveError, StorageError
 from cloudckpt.events import (
     BestChanged,
@@ -36,6 +38,7 @@ from cloudckpt.events import (
     SaveCommitted,
     SaveFailed,
     SaveStarted,
+    Warned,
 )
 from cloudckpt.pending import PendingSave
 from cloudckpt.sealed import summed
@@ -47,6 +50,9 @@ from cloudckpt.tensors.tree import FlatState, flatten
 from cloudckpt.view import placed
 
 __all__ = ["SaveRequest", "Saver", "plan_payloads"]
+
+#: A store's own message can be as long as it likes, and the manifest keeps the reason.
+_REASON_LENGTH = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +97,17 @@ def plan_payloads(
     flat = flatten(state, allow_pickle=allow_pickle)
     boxes = plan_save(flat.tensors)
     return flat, lay_out(boxes, rank=coordinator.rank, world_size=coordinator.world_size)
+
+
+def _too_large(entry: Checkpoint, index: Index, size_bytes: int) -> str:
+    parts = {name: len(json.dumps(value, default=str)) for name, value in index.structure.items()}
+    largest = sorted(parts, key=lambda name: -parts[name])[:3]
+    shown = ", ".join(f"{name!r} ({format_bytes(parts[name])})" for name in largest)
+    return (
+        f"the index of {entry.name} would have {format_bytes(size_bytes)}, and readers take no more than "
+        f"{format_bytes(INDEX_LIMIT_BYTES)}: large plain values belong into tensors. The largest components: {shown}. "
+        "Nothing of it became visible"
+    )
 
 
 class Saver:
@@ -160,12 +177,16 @@ class Saver:
         job = _Job(request, flat, payloads, pending, began)
         self._current = pending
         self._names[entry.id] = job.names
-        self._pool.submit(self._run, job)
+        submitted = False
         try:
+            self._pool.submit(self._run, job)
+            submitted = True
             stage(payloads, self._arena)
         except BaseException as exc:
             job.stage_failed = exc
             pending.mark_seen()
+            if not submitted:
+                pending.end(exc)
             raise
         finally:
             job.blocked = time.monotonic() - began
@@ -201,7 +222,7 @@ class Saver:
         if isinstance(exc, FencedError):
             self.fenced = True
         if entry.id not in self._unresolved:
-            self._unresolved[entry.id] = Abandon(reason=f"the save failed: {exc}")
+            self._unresolved[entry.id] = Abandon(reason=f"the save failed: {exc}"[:_REASON_LENGTH])
         if isinstance(exc, SaveError | ConflictError) or not isinstance(exc, Exception):
             return exc
         error = SaveError(
@@ -259,6 +280,8 @@ class Saver:
     def _seal(self, job: _Job, entry: Checkpoint) -> RollForward:
         index = self._index(job, entry)
         body = encode_index(index)
+        if len(body) > INDEX_LIMIT_BYTES:
+            raise SaveError(_too_large(entry, index, len(body)))
         key = keys.index_key(entry.step, entry.id)
         # The folder belongs to this save alone, so an index that is already there is this one, sent before.
         self._store.storage.put(key, [body], size_bytes=len(body))
@@ -319,8 +342,11 @@ class Saver:
             self._unresolved[entry.id] = sealed
             raise
         found = after.find(entry.id)
-        if found is None or found.state is not State.COMMITTED:
-            raise ConflictError(f"{entry.name} was committed, and retired by somebody else meanwhile")
+        if found is None or found.committed_at is None:
+            raise ConflictError(f"{entry.name} was retired by somebody else before it was committed")
+        if found.state is not State.COMMITTED:
+            # Marked while it was on its way, for example: the rules let it go in the very write that committed it.
+            self._listener(Warned(message=f"{found.name} was committed and is let go already: {found.retired_because}"))
         return found
 
     def _tell_committed(self, job: _Job, committed: Checkpoint) -> None:
@@ -338,12 +364,14 @@ class Saver:
         """Delete the bytes of retired entries. A failure is an event, and tried again after the next save."""
         if manifest is not None and manifest.writer_epoch != self._claim.writer_epoch:
             self.fenced = True  # a replaced writer sends no DELETE, even if its last save was rolled forward
+        began = time.monotonic()
         for entry in manifest.in_state(State.RETIRED) if manifest else ():
             if self.fenced or entry.id in self._gone:
                 continue
             checkpoint = placed(entry, self._store.storage.url)
             try:
-                problem = delete_bytes(self._store.storage, entry, self._names.get(entry.id))
+                # Tried once each time: what fails is tried again after the next save, and nobody waits for it.
+                problem = delete_bytes(self._store.unretried, entry, self._names.get(entry.id))
             except Exception as exc:  # noqa: BLE001 - housekeeping never fails training; it is told and repeated
                 problem = str(exc)
             if problem is None:
@@ -354,6 +382,8 @@ class Saver:
                     self._listener(Deleted(checkpoint=checkpoint))
             else:
                 self._listener(DeleteFailed(checkpoint=checkpoint, error=problem))
+                if time.monotonic() - began > self._store.settings.retry_cap_s:
+                    return  # a store in trouble; each further request would cost its time-out, and a save may wait
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -376,7 +406,14 @@ class Saver:
                 prepare=lambda _: None,
             )
             self._unresolved.clear()
-        self._clean_up(self._store.last_seen)
+        manifest = self._store.last_seen
+        if manifest is not None and any(entry.id not in self._gone for entry in manifest.in_state(State.RETIRED)):
+            # This process may have been replaced, or the run repaired, since it last looked: a replaced writer sends
+            # no DELETE, and what a repair has admitted again is not to be deleted by anybody.
+            manifest = self._store.read()
+            if manifest is not None:
+                transitions.check_fence(manifest, self._claim.writer_epoch)
+        self._clean_up(manifest)
 
         def change(current: Manifest, _: None) -> Manifest:
             transitions.check_fence(current, self._claim.writer_epoch)

@@ -114,6 +114,11 @@ class ManifestStore:
     def _backoff(self, deadline_s: float) -> Backoff:
         return Backoff(deadline_s=deadline_s, base_s=self.settings.retry_base_s, cap_s=self.settings.retry_cap_s)
 
+    @property
+    def unretried(self) -> Storage:
+        """The storage without retries around it: for housekeeping that is tried again later anyway."""
+        return self._once
+
     @functools.cached_property
     def owner_token(self) -> str:
         """Names whoever writes through this store; the same for every try, so that a late claim is recognised."""
