@@ -6,6 +6,7 @@ this is used only where the user has promised that there is a single writer.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,6 +18,9 @@ __all__ = ["emulated_create", "emulated_replace"]
 
 #: Threads of one process, at least, do not get between.
 _locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+# A thread that held one when the process was forked does not exist in the child.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_locks.clear)
 
 
 def _locked(storage: Storage, write: Callable[[], Outcome]) -> Outcome:

@@ -104,6 +104,7 @@ class GCSStorage(RemoteStorage):
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         data: Buffer | None = None,
+        reads_bytes: int = 0,
     ) -> Answer:
         """One request, once; every answer is given back, whatever its status.
 
@@ -127,23 +128,33 @@ class GCSStorage(RemoteStorage):
                 return Answer(answer.status, answer.headers, await answer.read())
 
         try:
-            found = await self._in_time(what, send())
+            size = memoryview(data).nbytes if data is not None else reads_bytes
+            found = await self._in_time(what, send(), size_bytes=size)
         except ConfigError:
             raise
         except Exception as exc:  # noqa: BLE001 - chained below, unless it shows a secret
             problem = without_answer(exc, what)
             if isinstance(problem, UnauthorizedError):
                 self._renew()
+                problem.retryable = problem.retryable and not self._gave_up_on_credentials()
             raise problem from (None if has_secret(exc) else exc)
         if found.status == 401:
             self._renew()
+        elif found.status < 400:
+            self._refused_at = None
         return found
+
+    def _explained(self, answer: Answer, what: str) -> StorageError:
+        problem = explained(answer, what, bucket=self._bucket)
+        if isinstance(problem, UnauthorizedError) and self._gave_up_on_credentials():
+            problem.retryable = False
+        return problem
 
     async def _ask(self, what: str, method: str, url: str, **arguments: Any) -> Answer:
         """As ``_send``; an answer that is no success is raised."""
         answer = await self._send(what, method, url, **arguments)
         if answer.status not in {*_OK, 206}:
-            raise explained(answer, what, bucket=self._bucket)
+            raise self._explained(answer, what)
         return answer
 
     def _object(self, key: str) -> str:
@@ -218,7 +229,7 @@ class GCSStorage(RemoteStorage):
         if answer.status == 416:  # an empty object has no first byte
             answer = await self._send(what, "GET", self._media(key), params={"alt": "media"})
         if answer.status not in {200, 206}:
-            raise explained(answer, what, bucket=self._bucket)
+            raise self._explained(answer, what)
         total = _total(answer)
         if total > limit_bytes:
             raise StorageError(f"{what}: it has {total} bytes, more than the {limit_bytes} expected")
@@ -250,7 +261,7 @@ class GCSStorage(RemoteStorage):
             if answer.status == 412:
                 return Lost(f"{what}: 412 {answer.message}")
             if answer.status not in _OK:
-                return Unknown(explained(answer, what, bucket=self._bucket))
+                return Unknown(self._explained(answer, what))
             return Landed(str(answer.json.get("generation", "")))
 
         return self._run(send())
@@ -293,7 +304,7 @@ class GCSStorage(RemoteStorage):
         what = self._named("writing", key)
         answer = await self._upload_whole(what, key, body, {})
         if answer.status not in _OK:
-            raise explained(answer, what, bucket=self._bucket)
+            raise self._explained(answer, what)
         await self._compare(what, key, answer, len(body), crc32c.crc32c(body))
 
     def _put_parts(
@@ -312,6 +323,8 @@ class GCSStorage(RemoteStorage):
             headers={"Content-Type": "application/json; charset=UTF-8", "X-Upload-Content-Type": _type_of(key)},
             data=json.dumps({"name": self._key(key)}).encode(),
         )
+        if "Location" not in answer.headers:
+            raise StorageError(f"{what}: the store opened no upload session: {answer.status} without a Location")
         return str(answer.headers["Location"])
 
     async def _compare(self, what: str, key: str, answer: Answer, size_bytes: int, value: int) -> None:
@@ -333,12 +346,17 @@ class GCSStorage(RemoteStorage):
         what = self._named("reading", key)
         end = start + len(target)
         answer = await self._send(
-            what, "GET", self._media(key), params={"alt": "media"}, headers={"Range": f"bytes={start}-{end - 1}"}
+            what,
+            "GET",
+            self._media(key),
+            params={"alt": "media"},
+            headers={"Range": f"bytes={start}-{end - 1}"},
+            reads_bytes=len(target),
         )
         if answer.status == 416 or (answer.status in {200, 206} and _total(answer) < end):
             raise self._no_such_range(key, start, end - start)
         if answer.status not in {200, 206}:
-            raise explained(answer, what, bucket=self._bucket)
+            raise self._explained(answer, what)
         # A server without ranges answers 200 with everything.
         body = memoryview(answer.body)[start:end] if answer.status == 200 else memoryview(answer.body)
         if len(body) != len(target):

@@ -99,6 +99,8 @@ class ResumableUpload:
             answer = await self._session.send("PUT", self._url, *chunk.request(here, self._size_bytes))
             if answer.status == _INCOMPLETE:
                 chunk.at = self._persisted(answer, chunk)
+                if chunk.at == here:
+                    raise StorageError(f"{self._what}: the store takes no further bytes", retryable=True)
             elif answer.status in {200, 201} and chunk.whole_crc is not None:
                 await self._session.compare(answer, self._size_bytes, chunk.whole_crc)
                 return

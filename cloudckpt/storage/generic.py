@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
-import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,7 +33,6 @@ _PASSING = (ConnectionError, TimeoutError, EOFError, InterruptedError, fsspec.FS
 #: They can be opened for writing by their class, and refuse it when it comes to it.
 _READ_ONLY = {"github", "reference"}
 _FOLDER_TRIES = 10
-_USER = re.compile(r"//[^/@]*@")
 
 
 class GenericFsspecStorage:
@@ -51,7 +49,7 @@ class GenericFsspecStorage:
     def __init__(self, url: str, options: Mapping[str, object]) -> None:
         self.conditions = Conditions.ABSENT
         scheme = url.partition("://")[0]
-        self._url = _USER.sub("//", url.rstrip("/"))
+        self._url = _without_password(url).rstrip("/")
         try:
             self._class: Any = fsspec.get_filesystem_class(scheme)
         except ImportError as exc:
@@ -101,14 +99,14 @@ class GenericFsspecStorage:
     # -- the filesystem --------------------------------------------------------------------------------------
 
     def _fs(self) -> Any:
-        if self._pid != os.getpid():
-            # A connection that was inherited over a fork is the parent's.
-            self._filesystem, self._pid = None, os.getpid()
         if self._filesystem is None:
             self._filesystem = self._class(**self._options, skip_instance_cache=True)
         return self._filesystem
 
     def _ask(self, what: str, act: Callable[[Any], _T]) -> _T:
+        if self._pid != os.getpid():
+            # A connection that was inherited over a fork is the parent's, and so is whoever held the mutex.
+            self._filesystem, self._mutex, self._pid = None, threading.RLock(), os.getpid()
         # Most of these clients speak over one connection and are not meant for several threads.
         with self._mutex:
             try:
@@ -117,18 +115,18 @@ class GenericFsspecStorage:
                 raise
             except _MISSING as exc:
                 raise ObjectNotFoundError(f"{what}: it does not exist") from exc
-            except Exception as exc:
-                if isinstance(exc, _PASSING):
+            except Exception as exc:  # noqa: BLE001 - chained, unless it shows a secret
+                if not isinstance(exc, PermissionError | FileExistsError):
                     self._filesystem = None  # a broken connection does not heal; the next try makes another
-                    raise StorageError(f"{what}: {self._said(exc)}", retryable=True) from exc
-                raise StorageError(f"{what}: {self._said(exc)}") from exc
+                said, secret = self._said(exc)
+                raise StorageError(f"{what}: {said}", retryable=_is_passing(exc)) from (None if secret else exc)
 
-    def _said(self, exc: Exception) -> str:
-        text = f"{type(exc).__name__}: {exc}"
-        for secret in self._options.values():
-            if isinstance(secret, str) and len(secret) > 3:
-                text = text.replace(secret, "…")
-        return text
+    def _said(self, exc: Exception) -> tuple[str, bool]:
+        """What an error says, without secrets; and whether it said any."""
+        text = said = f"{type(exc).__name__}: {exc}"
+        for secret in _texts(self._options):
+            said = said.replace(secret, "…")
+        return said, said != text
 
     def _path(self, key: str) -> str:
         if not {"", ".", ".."}.isdisjoint(key.split("/")):
@@ -202,15 +200,26 @@ class GenericFsspecStorage:
             try:
                 filesystem.mv(temporary, path)
             except Exception:
-                # Some refuse to rename over a file that is there.
                 if not filesystem.exists(path):
                     raise
-                filesystem.rm_file(path)
-                filesystem.mv(temporary, path)
+                self._change_places(filesystem, temporary, path)
         except BaseException:
             with contextlib.suppress(Exception):
                 filesystem.rm_file(temporary)
             raise
+
+    @staticmethod
+    def _change_places(filesystem: Any, temporary: str, path: str) -> None:
+        """Some refuse to rename over a file that is there: it steps aside, and comes back if need be."""
+        folder, _, name = path.rpartition("/")
+        aside = f"{folder}/.{name}.old"
+        filesystem.mv(path, aside)
+        try:
+            filesystem.mv(temporary, path)
+        except BaseException:
+            filesystem.mv(aside, path)
+            raise
+        filesystem.rm_file(aside)
 
     def read_into(self, key: str, start: int, target: memoryview) -> None:
         """See ``Storage.read_into``."""
@@ -258,7 +267,8 @@ class GenericFsspecStorage:
             found = self._ask(f"listing {self.url}", ask)
         except ObjectNotFoundError:
             return iter(())
-        start = len(self._root.lstrip("/")) + 1
+        root = self._root.lstrip("/")
+        start = len(root) + 1 if root else 0
         infos = {path.lstrip("/")[start:]: info for path, info in found.items()}
         kept = sorted(key for key in infos if key.startswith(prefix))
         return (Listed(key, int(infos[key]["size"])) for key in kept[:limit])
@@ -300,19 +310,53 @@ class GenericFsspecStorage:
 
 
 def _make_folder(filesystem: Any, folder: str) -> None:
-    try:
-        filesystem.makedirs(folder, exist_ok=True)
-    except NotImplementedError:
-        return  # an object store: there are no folders
-    except OSError:
-        if not filesystem.isdir(folder):
+    problem: OSError | None = None
+    for _ in range(_FOLDER_TRIES):
+        try:
+            filesystem.makedirs(folder, exist_ok=True)
+        except NotImplementedError:
+            return  # an object store: there are no folders
+        except PermissionError:
             raise
+        except OSError as exc:
+            # Another one made it a moment ago, and a delete may have taken it since.
+            problem = exc
+        if problem is None or filesystem.isdir(folder):
+            return
+    if problem is not None:
+        raise problem
 
 
 def _remove_if_empty(filesystem: Any, path: str) -> None:
     filesystem.invalidate_cache()
     if filesystem.isdir(path) and not filesystem.ls(path, detail=False):
         filesystem.rmdir(path)
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    return f"{scheme}://{user.partition(':')[0]}{at}{host}{slash}{path}"
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str) and len(value) > 3:
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _is_passing(exc: Exception) -> bool:
+    if isinstance(exc, _PASSING) or (isinstance(exc, OSError) and exc.errno is None):
+        return True
+    # paramiko's errors of a session, but not of a login.
+    kinds = {kind.__name__ for kind in type(exc).__mro__}
+    return "SSHException" in kinds and not kinds & {"AuthenticationException", "BadHostKeyException"}
 
 
 def _can_write(kind: Any) -> bool:

@@ -14,7 +14,9 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Loop", "Running"]
+from cloudckpt.errors import StorageError
+
+__all__ = ["Loop", "LoopClosed", "Running"]
 
 _T = TypeVar("_T")
 
@@ -22,35 +24,64 @@ _T = TypeVar("_T")
 CLEAN_UP_S = 10.0
 
 
+class LoopClosed(Exception):  # noqa: N818 - a state of affairs
+    """The loop takes no more work; another one will."""
+
+
 class Running(Generic[_T]):
-    """A coroutine under way on a ``Loop``.
+    """A coroutine that is to run, or runs, on a ``Loop``.
+
+    Args:
+        loop: where.
+        work: makes the coroutine, on the loop.
 
     Attributes:
         attempts: how often its request was sent, counted by whoever sends it.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: Loop, work: Callable[[], Coroutine[Any, Any, _T]]) -> None:
         self.attempts = 0
-        self._loop = loop
+        self._on = loop
+        self._work = work
         self._ended: Future[_T] = Future()
         self._task: asyncio.Task[_T] | None = None
+        self._begun = False
+        self._broken_off = False
 
-    def begin(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> Running[_T]:
-        """Start; ``work`` makes the coroutine, on the loop."""
-        self._loop.call_soon_threadsafe(self._begin, work)
+    def begin(self) -> Running[_T]:
+        """Start beside the caller.
+
+        Raises:
+            LoopClosed: the loop takes no more work; nothing was started.
+        """
+        self._begun = True
+        try:
+            self._on.take(self)
+        except LoopClosed:
+            self._begun = False
+            raise
         return self
 
-    def _begin(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> None:
-        self._task = self._loop.create_task(work())
+    def start(self) -> None:
+        """On the loop: make the coroutine and run it."""
+        if self._broken_off:
+            self.fail(asyncio.CancelledError())
+            return
+        self._task = asyncio.get_running_loop().create_task(self._work())
         self._task.add_done_callback(self._end)
 
     def _end(self, task: asyncio.Task[_T]) -> None:
         if task.cancelled():
-            self._ended.set_exception(asyncio.CancelledError())
+            self.fail(asyncio.CancelledError() if self._broken_off else _closed())
         elif (error := task.exception()) is not None:
-            self._ended.set_exception(error)
-        else:
+            self.fail(error)
+        elif not self._ended.done():
             self._ended.set_result(task.result())
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error, unless it has ended already."""
+        if not self._ended.done():
+            self._ended.set_exception(error)
 
     @property
     def ended(self) -> Future[_T]:
@@ -63,23 +94,37 @@ class Running(Generic[_T]):
         return self.attempts > 1
 
     def result(self) -> _T:
-        """What the coroutine returns or raises. If the wait itself is broken off, the coroutine is too."""
+        """What the coroutine returns or raises; begins it if need be.
+
+        If the wait is broken off, by ``KeyboardInterrupt`` for example, the coroutine is broken off too.
+        """
         try:
+            if not self._begun:
+                self.begin()
             return self._ended.result()
+        except LoopClosed:
+            raise
         except BaseException:
             self.cancel()
             raise
 
     def cancel(self) -> None:
         """Break off, and return when the coroutine's own clean-up is over (or has taken too long)."""
-        if not self._ended.done():
-            self._loop.call_soon_threadsafe(self._cancel)
+        self._broken_off = True
+        if self._begun and not self._ended.done():
+            self._on.call(self._cancel)
             with contextlib.suppress(BaseException):
                 self._ended.exception(CLEAN_UP_S)
 
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+        else:
+            self.fail(asyncio.CancelledError())
+
+
+def _closed() -> StorageError:
+    return StorageError("the storage was closed while this request was under way", retryable=True)
 
 
 class Loop:
@@ -91,42 +136,72 @@ class Loop:
     """
 
     def __init__(self, name: str, clean_up: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._loop = asyncio.new_event_loop()
-        ended = asyncio.Event()
-        self._thread = threading.Thread(target=_serve, args=(self._loop, ended, clean_up), name=name, daemon=True)
+        self.asyncio = asyncio.new_event_loop()
+        self._inside = _Inside()
+        work = (self.asyncio, self._inside, clean_up)
+        self._thread = threading.Thread(target=_serve, args=work, name=name, daemon=True)
         self._thread.start()
-        self._end = weakref.finalize(self, _end, self._loop, self._thread, ended)
+        self._finish = weakref.finalize(self, _end, self.asyncio, self._thread, self._inside)
 
-    def new(self) -> Running[Any]:
-        """Something to be run beside the caller; ``begin`` starts it."""
-        return Running(self._loop)
+    def take(self, running: Running[Any]) -> None:
+        """Run it.
+
+        Raises:
+            LoopClosed: it is too late for that.
+        """
+        with self._inside.mutex:
+            if self._inside.closed:
+                raise LoopClosed
+            self._inside.running.add(running)
+            running.ended.add_done_callback(lambda _: self._inside.running.discard(running))
+            self.asyncio.call_soon_threadsafe(running.start)
+
+    def call(self, act: Callable[[], None]) -> None:
+        """Call something on the loop, if it is still there."""
+        with contextlib.suppress(RuntimeError):
+            self.asyncio.call_soon_threadsafe(act)
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine to its end. Whatever ends the wait, ``KeyboardInterrupt`` included, ends the coroutine."""
-        running: Running[_T] = Running(self._loop)
-        return running.begin(lambda: work).result()
+        """Run a coroutine to its end. Whatever ends the wait, ``KeyboardInterrupt`` included, ends the coroutine.
+
+        Raises:
+            LoopClosed: the loop takes no more work; the coroutine was not started.
+        """
+        return Running(self, lambda: work).result()
 
     def close(self) -> None:
         """Break off what still runs, clean up, stop. Idempotent."""
-        self._end()
+        self._finish()
 
     def abandon(self) -> None:
         """Forget a loop whose thread does not exist in this process: a fork left only the object."""
-        self._end.detach()
+        self._finish.detach()
 
 
-def _serve(
-    loop: asyncio.AbstractEventLoop, ended: asyncio.Event, clean_up: Callable[[], Coroutine[Any, Any, None]]
-) -> None:
+class _Inside:
+    """What a loop and its thread share; it does not refer to the ``Loop``, which may be collected."""
+
+    def __init__(self) -> None:
+        self.mutex = threading.Lock()
+        self.closed = False
+        self.running: set[Running[Any]] = set()
+        self.ended = asyncio.Event()
+
+
+def _serve(loop: asyncio.AbstractEventLoop, inside: _Inside, clean_up: Callable[[], Coroutine[Any, Any, None]]) -> None:
     try:
-        loop.run_until_complete(_until(ended, clean_up))
+        loop.run_until_complete(_until(inside.ended, clean_up))
     finally:
         loop.close()
+        for running in [*inside.running]:
+            running.fail(_closed())
 
 
-def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, ended: asyncio.Event) -> None:
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, inside: _Inside) -> None:
+    with inside.mutex:
+        inside.closed = True
     with contextlib.suppress(RuntimeError):  # closed already
-        loop.call_soon_threadsafe(ended.set)
+        loop.call_soon_threadsafe(inside.ended.set)
     # The garbage collector may run this on the loop's own thread.
     if threading.current_thread() is not thread:
         thread.join(CLEAN_UP_S)

@@ -23,8 +23,8 @@ __all__ = ["Findings", "ProbeStep", "Respelling", "probe"]
 class Respelling(Protocol):
     """A storage that knows another way to write a version into a condition."""
 
-    def respell(self) -> bool:
-        """Use the other spelling from now on; False when it is in use already."""
+    def respell(self) -> None:
+        """Use the other spelling from now on; twice, and the first one is in use again."""
         ...
 
 
@@ -73,10 +73,11 @@ class _Probe:
         self.trouble: StorageError | None = None
 
     def run(self) -> None:
-        version = self._create()
         try:
+            version = self._create()
             self._refused("create again is refused", lambda: self._storage.create(self._key, b"never"))
-            stale = "0" * len(version)
+            # One that could be a version of this store, so that the request is really sent.
+            stale = next(digit * len(version) for digit in "12" if digit * len(version) != version)
             self._refused(
                 "replace a stale version is refused",
                 lambda: self._storage.replace(self._key, b"never", expecting=stale),
@@ -138,10 +139,13 @@ class _Probe:
             found = self._storage.read(self._key, limit_bytes=100)
             if found.body == b"two":
                 return None  # our own write, whose first answer was lost
-            if isinstance(self._storage, Respelling) and self._storage.respell():
-                problem = self._landed(self._storage.replace(self._key, b"two", expecting=version), versions)
-                if problem is None:
-                    return None
+            if isinstance(self._storage, Respelling):
+                # The other spelling, and the first one once more: what was refused may have been a conflict.
+                for _ in range(2):
+                    self._storage.respell()
+                    problem = self._landed(self._storage.replace(self._key, b"two", expecting=version), versions)
+                    if problem is None:
+                        return None
             self.conditions = Conditions.ABSENT
             return f"the store refuses every condition ({problem})"
 

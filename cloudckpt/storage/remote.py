@@ -7,6 +7,8 @@ import base64
 import contextlib
 import os
 import threading
+import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +18,17 @@ from typing import Any, ClassVar, TypeVar
 from cloudckpt.config import Settings
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Buffer
-from cloudckpt.storage.loop import Loop
+from cloudckpt.storage.loop import Loop, LoopClosed
 from cloudckpt.storage.retry import Backoff
 
 __all__ = ["RemoteStorage", "crc32c_b64", "each", "parts_of"]
 
 _T = TypeVar("_T")
+
+#: Bytes a second: a part of 16 MiB may take two minutes more than a small request.
+_SLOWEST_LINE = 128 * 1024
+#: How long credentials that are refused are read again, in seconds: whoever renews them may be late by a moment.
+_RENEWAL_S = 15.0
 
 
 @dataclass(slots=True)
@@ -54,8 +61,11 @@ class RemoteStorage(ABC):
         self._settings = settings
         self._mutex = threading.Lock()
         self._loop: Loop | None = None
-        self._filesystems = _Filesystems()
+        # One set for each loop: a session belongs to the loop that it was made on.
+        self._sets: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Filesystems] = weakref.WeakKeyDictionary()
         self._pid = os.getpid()
+        # When the store first refused credentials that have not worked since.
+        self._refused_at: float | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"
@@ -85,16 +95,23 @@ class RemoteStorage(ABC):
         """Give back the connections of a filesystem."""
 
     def _running(self) -> Loop:
+        if self._pid != os.getpid():
+            # The parent's thread does not exist here, its sockets are the parent's, and a thread that held the mutex
+            # when the process was forked will never give it back.
+            if self._loop is not None:
+                self._loop.abandon()
+            self._loop, self._mutex, self._pid = None, threading.Lock(), os.getpid()
         with self._mutex:
-            if self._pid != os.getpid():
-                # The parent's thread does not exist here, and its sockets are the parent's.
-                if self._loop is not None:
-                    self._loop.abandon()
-                self._loop, self._filesystems, self._pid = None, _Filesystems(), os.getpid()
             if self._loop is None:
-                clean_up = partial(_close_all, self._filesystems, self._close_filesystem)
+                filesystems = _Filesystems()
+                clean_up = partial(_close_all, filesystems, self._close_filesystem)
                 self._loop = Loop(f"cloudckpt-{type(self).__name__}", clean_up)
+                self._sets[self._loop.asyncio] = filesystems
             return self._loop
+
+    @property
+    def _filesystems(self) -> _Filesystems:
+        return self._sets[asyncio.get_running_loop()]
 
     async def _fs(self) -> Any:
         """The filesystem; only on the loop, so that no two are made."""
@@ -108,16 +125,28 @@ class RemoteStorage(ABC):
             self._filesystems.outdated.append(self._filesystems.current)
             self._filesystems.current = None
 
-    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        return self._running().run(work)
+    def _gave_up_on_credentials(self) -> bool:
+        """Whether reading the credentials again has not helped for so long that it will not."""
+        now = time.monotonic()
+        if self._refused_at is None:
+            self._refused_at = now
+        return now - self._refused_at > _RENEWAL_S
 
-    async def _in_time(self, what: str, work: Awaitable[_T]) -> _T:
-        """One request, under one time-out of ours over everything the libraries below do."""
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        while True:
+            with contextlib.suppress(LoopClosed):  # somebody closed the storage this moment; it opens again
+                return self._running().run(work)
+
+    async def _in_time(self, what: str, work: Awaitable[_T], *, size_bytes: int = 0) -> _T:
+        """One request, under one time-out of ours over everything the libraries below do.
+
+        A body of ``size_bytes`` may take longer than a small answer, at a rate that no usable line is below.
+        """
+        limit = self._settings.request_timeout_s + size_bytes / _SLOWEST_LINE
         try:
-            async with asyncio.timeout(self._settings.request_timeout_s):
+            async with asyncio.timeout(limit):
                 return await work
         except TimeoutError as exc:
-            limit = self._settings.request_timeout_s
             raise StorageError(f"{what}: no answer within {limit:g} s", retryable=True) from exc
 
     async def _again(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
@@ -195,14 +224,12 @@ class RemoteStorage(ABC):
 
     def close(self) -> None:
         """See ``Storage.close``; a closed storage opens again at its next request."""
+        if self._pid != os.getpid():
+            return  # the loop is the parent's
         with self._mutex:
             loop, self._loop = self._loop, None
-            if loop is None:
-                return
-            if self._pid != os.getpid():
-                loop.abandon()
-                return
-        loop.close()
+        if loop is not None:
+            loop.close()
 
 
 async def _close_all(filesystems: _Filesystems, close: Callable[[Any], Awaitable[None]]) -> None:

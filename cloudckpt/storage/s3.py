@@ -38,6 +38,7 @@ __all__ = ["S3Storage"]
 _DELETE_AT_ONCE = 1000  # the API's limit for DeleteObjects
 _MAX_PARTS = 9_000  # of the API's 10,000
 _MEBIBYTE = 1024 * 1024
+_USER = re.compile(r"//[^/]*@")
 _AWS_HOST = re.compile(r"https?://[^/]*\.amazonaws\.com(\.cn)?(:\d+)?(/|$)")
 #: Without these members in the installed botocore, conditions and checksums would be dropped without a word.
 _NEEDED = {"put_object": {"IfMatch", "IfNoneMatch", "ChecksumCRC32C"}, "complete_multipart_upload": {"ChecksumType"}}
@@ -126,12 +127,21 @@ class S3Storage(RemoteStorage):
             kwargs = filesystem._get_s3_method_kwargs(verb, filesystem.req_kw, Bucket=self._bucket, **arguments)  # noqa: SLF001
             return await verb(**kwargs)
 
+        body = arguments.get("Body", b"")
         try:
-            return await self._in_time(what, send())
+            answer = await self._in_time(what, send(), size_bytes=len(body))
         except Exception as exc:
             if isinstance(explained(exc, what, bucket=self._bucket), ExpiredCredentialsError):
                 self._renew()
             raise
+        self._refused_at = None
+        return answer
+
+    def _explained(self, exc: BaseException, what: str) -> StorageError:
+        problem = explained(exc, what, bucket=self._bucket)
+        if isinstance(problem, ExpiredCredentialsError) and self._gave_up_on_credentials():
+            problem.retryable = False
+        return problem
 
     async def _ask(self, method: str, what: str, **arguments: Any) -> Any:
         """As ``_call``, with errors of ours."""
@@ -140,7 +150,7 @@ class S3Storage(RemoteStorage):
         except Exception as exc:
             if isinstance(exc, ConfigError):
                 raise
-            raise explained(exc, what, bucket=self._bucket) from exc
+            raise self._explained(exc, what) from exc
 
     def _refuse_mock(self) -> None:
         # moto's in-process mock answers botocore with objects that its asynchronous sibling cannot await.
@@ -198,19 +208,21 @@ class S3Storage(RemoteStorage):
         place = self._place()
         self._known[place] = (found, self._known.get(place, (found, False))[1])
 
-    def respell(self) -> bool:
-        """Send ETags in quotes from now on; False if they are already. Ceph wants none, others insist on them."""
+    def respell(self) -> None:
+        """Send ETags in quotes from now on, or without again. Ceph wants none, others insist on them."""
         place = self._place()
         conditions, quoted = self._known.get(place, (self.conditions, False))
-        self._known[place] = (conditions, True)
-        return not quoted
+        self._known[place] = (conditions, not quoted)
 
     def describe(self) -> dict[str, str]:
         """Facts for people: endpoint, region, identity, and the lane that payload takes. No secrets."""
 
         async def ask() -> dict[str, str]:
             filesystem, client = await self._client()
-            found = {"endpoint": str(client.meta.endpoint_url), "region": str(client.meta.region_name)}
+            found = {
+                "endpoint": _USER.sub("//…@", str(client.meta.endpoint_url)),
+                "region": str(client.meta.region_name),
+            }
             credentials = None if filesystem.anon else await filesystem.session.get_credentials()
             if filesystem.key:
                 found["identity"] = f"access key {_masked(filesystem.key)} (from storage_options)"
@@ -253,7 +265,7 @@ class S3Storage(RemoteStorage):
         try:
             return bytes(await self._in_time(what, reading))
         except Exception as exc:
-            raise explained(exc, what, bucket=self._bucket) from exc
+            raise self._explained(exc, what) from exc
 
     def create(self, key: str, body: bytes) -> Outcome:
         """See ``Storage.create``: PutObject with ``If-None-Match: *``."""
@@ -283,7 +295,7 @@ class S3Storage(RemoteStorage):
             except Exception as exc:  # noqa: BLE001 - whatever it was, it is no proof that nothing landed
                 if is_condition_failed(exc):
                     return Lost(f"{what}: {status_of(exc)} {code_of(exc)}")
-                return Unknown(explained(exc, what, bucket=self._bucket))
+                return Unknown(self._explained(exc, what))
             return Landed(str(answer["ETag"]).strip('"'))
 
         return self._run(send())
@@ -307,7 +319,7 @@ class S3Storage(RemoteStorage):
             if isinstance(exc, ConfigError):
                 raise
             if not (self._checksums and checksum and is_unsupported(exc)):
-                raise explained(exc, what, bucket=self._bucket) from exc
+                raise self._explained(exc, what) from exc
         answer = await self._ask(method, what, **arguments)
         self._checksums = False
         return answer
@@ -324,24 +336,33 @@ class S3Storage(RemoteStorage):
         )
         upload.send(parts, progress)
 
-    def start(self, method: str, what: str, *, checksum: dict[str, str], **arguments: Any) -> Running[Any]:
-        """Begin a request of an upload beside the caller, tried again under the deadline."""
-        running = self._running().new()
+    def request(self, method: str, what: str, *, checksum: dict[str, str], **arguments: Any) -> Running[Any]:
+        """A request of an upload, to be begun beside the caller, tried again under the deadline."""
 
         async def attempt() -> Any:
             running.attempts += 1
             return await self._with_or_without(checksum, method, what, **arguments)
 
-        return running.begin(lambda: self._again(attempt))
+        running: Running[Any] = Running(self._running(), lambda: self._again(attempt))
+        return running
 
     def abort_strays(self, key: str) -> None:
         """Abort every unfinished upload of a whole key."""
-        self._run(self._again(lambda: self._abort_uploads(key)))
+
+        async def attempt() -> None:
+            found = await self._list_uploads(key)
+            # Of this very key: one that only begins alike is somebody else's.
+            await self._abort_each([upload for upload in found if upload["Key"] == key])
+
+        self._run(self._again(attempt))
 
     # -- reading payload -------------------------------------------------------------------------------------
 
     async def _read_into(self, key: str, start: int, target: memoryview) -> None:
         what = self._named("reading", key)
+        await self._in_time(what, self._receive(what, key, start, target), size_bytes=len(target))
+
+    async def _receive(self, what: str, key: str, start: int, target: memoryview) -> None:
         end = start + len(target)
         try:
             answer = await self._call("get_object", what, Key=self._key(key), Range=f"bytes={start}-{end - 1}")
@@ -350,7 +371,7 @@ class S3Storage(RemoteStorage):
         except Exception as exc:
             if status_of(exc) == 416:
                 raise self._no_such_range(key, start, end - start) from exc
-            raise explained(exc, what, bucket=self._bucket) from exc
+            raise self._explained(exc, what) from exc
         body = answer["Body"]
         async with body:
             total = int(str(answer.get("ContentRange", "")).rpartition("/")[2] or answer["ContentLength"])
@@ -367,7 +388,7 @@ class S3Storage(RemoteStorage):
                 target[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
         except Exception as exc:
-            raise explained(exc, what, bucket=self._bucket) from exc
+            raise self._explained(exc, what) from exc
         if filled != len(target):
             raise StorageError(f"{what}: {filled} of {len(target)} bytes came", retryable=True)
 
@@ -414,7 +435,7 @@ class S3Storage(RemoteStorage):
         failed: dict[str, StorageError] = {}
         for start in range(0, len(names), _DELETE_AT_ONCE):
             found = self._run(self._delete(names[start : start + _DELETE_AT_ONCE]))
-            failed |= {going[name]: problem for name, problem in found.items()}
+            failed |= {going.get(name, name): problem for name, problem in found.items()}
         return failed
 
     async def _delete(self, names: Sequence[str]) -> dict[str, StorageError]:
@@ -428,12 +449,12 @@ class S3Storage(RemoteStorage):
                 raise
             except Exception as exc:  # noqa: BLE001 - sorted below
                 if not is_unsupported(exc):
-                    problem = explained(exc, what, bucket=self._bucket)
+                    problem = self._explained(exc, what)
                     return dict.fromkeys(names, problem)
                 self._bulk_delete = False
             else:
                 return {
-                    str(error["Key"]): _as_error(error, what)
+                    str(error.get("Key", names[0])): _as_error(error, what, self._bucket)
                     for error in answer.get("Errors", ())
                     if error.get("Code") not in {"NoSuchKey", "NoSuchVersion"}
                 }
@@ -447,9 +468,6 @@ class S3Storage(RemoteStorage):
         going = [upload for upload in found if not spare(upload["Key"][len(self._prefix) :])]
         return self._run(self._abort_each(going))
 
-    async def _abort_uploads(self, prefix: str) -> int:
-        return await self._abort_each(await self._list_uploads(prefix))
-
     async def _list_uploads(self, prefix: str) -> Sequence[dict[str, str]]:
         what = f"listing unfinished uploads in {self.url}"
         marker: dict[str, str] = {}
@@ -460,7 +478,7 @@ class S3Storage(RemoteStorage):
             except ConfigError:
                 raise
             except Exception as exc:
-                problem = explained(exc, what, bucket=self._bucket)
+                problem = self._explained(exc, what)
                 if is_unsupported(exc) or isinstance(problem, ObjectNotFoundError):
                     return found  # a server that does not know the request has nothing to be found
                 raise problem from exc
@@ -469,7 +487,7 @@ class S3Storage(RemoteStorage):
                 for upload in answer.get("Uploads", ())
                 if str(upload["Key"]).startswith(prefix)  # some servers ignore the prefix
             )
-            if not answer.get("IsTruncated"):
+            if not answer.get("IsTruncated") or not answer.get("NextKeyMarker"):
                 return found
             marker = {
                 "KeyMarker": str(answer.get("NextKeyMarker", "")),
@@ -490,11 +508,11 @@ async def _chunks(body: Any) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def _as_error(error: Mapping[str, Any], what: str) -> StorageError:
+def _as_error(error: Mapping[str, Any], what: str, bucket: str) -> StorageError:
     response = {"Error": dict(error), "ResponseMetadata": {"HTTPStatusCode": _STATUS.get(str(error.get("Code")), 400)}}
     shaped = RuntimeError(str(error.get("Code")))
     shaped.response = response  # type: ignore[attr-defined]
-    return explained(shaped, f"{what}: {error.get('Key')}", bucket="")
+    return explained(shaped, f"{what}: {error.get('Key')}", bucket=bucket)
 
 
 #: DeleteObjects answers with codes only.

@@ -20,8 +20,8 @@ __all__ = ["MultipartUpload", "Requests"]
 class Requests(Protocol):
     """How an upload speaks to its bucket: each call is tried again under the store's own deadline."""
 
-    def start(self, method: str, what: str, *, checksum: dict[str, str], **arguments: Any) -> Running[Any]:
-        """Begin a request beside the caller."""
+    def request(self, method: str, what: str, *, checksum: dict[str, str], **arguments: Any) -> Running[Any]:
+        """A request that is not sent yet: ``begin`` sends it beside the caller, ``result`` waits for it."""
         ...
 
     def abort_strays(self, key: str) -> None:
@@ -85,14 +85,14 @@ class MultipartUpload:
         return StorageError(f"{self._what}: {sent} bytes came, {self._size_bytes} were announced")
 
     def _ask(self, method: str, what: str, *, checksum: dict[str, str], **arguments: Any) -> Any:
-        return self._requests.start(method, what, checksum=checksum, Key=self._key, **arguments).result()
+        return self._requests.request(method, what, checksum=checksum, Key=self._key, **arguments).result()
 
     def _begin(self) -> None:
         checksum = {"ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
         self._strays = True
-        begun = self._requests.start("create_multipart_upload", self._what, checksum=checksum, Key=self._key)
+        begun = self._requests.request("create_multipart_upload", self._what, checksum=checksum, Key=self._key)
         try:
-            answer = begun.ended.result()
+            answer = begun.begin().ended.result()
         except BaseException:
             # Not broken off, so that what it has begun can be found and aborted.
             with contextlib.suppress(BaseException):
@@ -109,7 +109,7 @@ class MultipartUpload:
                 self._collect(done)
         value = crc32c.crc32c(part)
         self._sums.append((value, len(part)))
-        self._running[number] = self._requests.start(
+        self._running[number] = self._requests.request(
             "upload_part",
             f"{self._what}, part {number}",
             checksum={"ChecksumAlgorithm": "CRC32C", "ChecksumCRC32C": crc32c_b64(value)},
@@ -118,6 +118,8 @@ class MultipartUpload:
             PartNumber=number,
             Body=bytes(part),
         )
+        # Listed before it begins, so that whatever happens in between, it is among those that are broken off.
+        self._running[number].begin()
 
     def _collect(self, number: int) -> None:
         self._etags[number] = str(self._running.pop(number).result()["ETag"])

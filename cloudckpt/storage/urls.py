@@ -88,7 +88,7 @@ def _remote(text: str, scheme: str, rest: str, options: dict[str, object], setti
             f"{_shown(text)!r}: {scheme}:// is not a URL scheme of its own; such a store speaks S3. Write "
             f"'s3://{_shown(rest)}' and set AWS_ENDPOINT_URL to the store's endpoint"
         )
-    if scheme in fsspec.available_protocols():
+    if scheme in fsspec.available_protocols() or scheme in fsspec.registry:
         return GenericFsspecStorage(text, options)
     raise ConfigError(
         f"{_shown(text)!r}: nothing is known of {scheme}://. Write a folder such as ./runs/demo, or "
@@ -97,8 +97,8 @@ def _remote(text: str, scheme: str, rest: str, options: dict[str, object], setti
 
 
 def _shown(text: str) -> str:
-    """The text without user names and passwords."""
-    return re.sub(r"(^|//)[^/@]*@", r"\1…@", text)
+    """The text without what may be user names and passwords; these can have slashes in them."""
+    return re.sub(r"(^|//).*@", r"\1…@", text)
 
 
 def _checked_path(text: str) -> str:
@@ -122,10 +122,11 @@ def _bucket_and_prefix(text: str, rest: str) -> tuple[str, str]:
         bucket, prefix = match[1], match[2] or ""
     else:
         bucket, _, prefix = rest.partition("/")
-        if "@" in bucket:
+        if "@" in bucket or ":" in bucket:
+            # A secret key may have a slash in it: nothing of this URL is shown.
             raise ConfigError(
-                f"{_shown(text)!r}: credentials do not belong into the URL, which is printed and logged: set the "
-                "usual environment variables or a profile, or pass storage_options"
+                "a root with a user or a key before the bucket: credentials do not belong into the URL, which is "
+                "printed and logged: set the usual environment variables or a profile, or pass storage_options"
             )
         if not _BUCKET.fullmatch(bucket):
             raise ConfigError(

@@ -8,10 +8,11 @@ and inherited by the processes it starts.
 
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
@@ -35,6 +36,9 @@ __all__ = [
     "s3_root",
     "s3_server",
 ]
+
+
+_T = TypeVar("_T")
 
 
 def _fresh() -> str:
@@ -62,7 +66,7 @@ def s3_server() -> Iterator[MotoServer]:
     """A moto server: an S3 with conditional writes, strong listings and multipart uploads."""
     from cloudckpt.testing.servers import MotoServer
 
-    with MotoServer() as server:
+    with _started(MotoServer) as server:
         yield server
 
 
@@ -91,19 +95,57 @@ def faulty_s3_root(s3_server: MotoServer, s3_faults: FaultProxy, monkeypatch: py
 def _new_s3_root(server: MotoServer, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = _fresh()
     server.create_bucket(bucket)
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL"):
-        monkeypatch.delenv(name, raising=False)
+    _isolate(monkeypatch)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     return f"s3://{bucket}/run"
 
 
+#: What this machine's own settings would otherwise do to a test: another endpoint, another identity, a proxy.
+_FOREIGN = (
+    *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL"),
+    *("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CA_BUNDLE"),
+    *(
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+    ),
+)
+
+
+def _isolate(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in _FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+
+
+def _started(make: Callable[[], _T]) -> _T:
+    """A server; a skip that says what to install where it is missing, and a failure in CI."""
+    from cloudckpt.testing.servers import ServerMissing
+
+    try:
+        return make()
+    except (ServerMissing, ImportError) as exc:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f'{exc}: pip install "cloudckpt[testing]"')
+
+
 @pytest.fixture(scope="session")
 def gcs_server() -> Iterator[FakeGCS]:
     """A strict fake of Google Cloud Storage: generations, preconditions on every verb, resumable uploads."""
-    from cloudckpt.testing.fake_gcs import FakeGCS
 
-    with FakeGCS() as server:
+    def make() -> FakeGCS:
+        from cloudckpt.testing.fake_gcs import FakeGCS
+
+        return FakeGCS()
+
+    with _started(make) as server:
         yield server
 
 
@@ -131,7 +173,7 @@ def faulty_gcs_root(gcs_server: FakeGCS, gcs_faults: FaultProxy, monkeypatch: py
 def _new_gcs_root(server: FakeGCS, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = _fresh()
     server.create_bucket(bucket)
-    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    _isolate(monkeypatch)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
     # For gcsfs used beside cloudckpt: it would ask an emulator over gRPC and wait for minutes.
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

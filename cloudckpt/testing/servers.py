@@ -6,6 +6,7 @@ Each is a process of its own (moto: a thread) in a folder of its own. All of the
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -31,6 +33,9 @@ _REGION = "us-east-1"
 _START_S = 60.0
 _STOP_S = 5.0
 _ATTEMPTS = 3
+_LINUX = sys.platform == "linux"
+_LIBC = ctypes.CDLL(None) if _LINUX else None
+_PR_SET_PDEATHSIG = 1
 #: SeaweedFS adds this to a port for its gRPC sibling.
 _GRPC = 10_000
 
@@ -140,8 +145,8 @@ class MotoServer(_S3Client):
     """moto's server in a thread of this process."""
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("moto") is None:
-            raise ServerMissing('moto is not installed: pip install "moto[server,s3]"')
+        if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
+            raise ServerMissing('moto with its server is not installed: pip install "moto[server,s3]"')
         from moto.server import ThreadedMotoServer  # noqa: PLC0415 - an extra
 
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -205,6 +210,7 @@ class _Process(ABC):
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent if _LINUX else None,  # noqa: PLW1509 - it makes one system call
         )
         try:
             self._wait_until_ready()
@@ -239,6 +245,12 @@ class _Process(ABC):
     def __exit__(self, *_: object) -> None:
         self._stop()
         self._folder.cleanup()
+
+
+def _end_with_parent() -> None:
+    """In the child: be sent SIGTERM when the parent dies, however it dies (Linux, prctl(2))."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _answers(ask: Callable[[], bool]) -> bool:

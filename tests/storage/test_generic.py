@@ -8,14 +8,16 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import asyncssh
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from cloudckpt import CheckpointManager, ConfigError, StorageError, UnsafeStorageError
+from cloudckpt.cli.doctor import examine
 from cloudckpt.storage import Conditions, GenericFsspecStorage, Storage, open_storage
 from cloudckpt.testing import StorageContract, check_store
 
@@ -53,6 +55,11 @@ class TestOnAFolder(StorageContract):
 class _Password(asyncssh.SSHServer):
     """Lets one user in."""
 
+    connections: ClassVar[set[asyncssh.SSHServerConnection]] = set()
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self.connections.add(conn)
+
     def begin_auth(self, username: str) -> bool:
         return True
 
@@ -66,23 +73,31 @@ class _Password(asyncssh.SSHServer):
 class SFTPServer:
     """A real SFTP server in a thread, with a key of its own."""
 
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+    def __init__(self, port: int = 0) -> None:
+        self.port = port
         self._ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
-        self.port = 0
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
     async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         key = asyncssh.generate_private_key("ssh-ed25519")
         server = await asyncssh.listen(
-            "127.0.0.1", 0, server_host_keys=[key], server_factory=_Password, sftp_factory=asyncssh.SFTPServer
+            "127.0.0.1",
+            self.port,
+            server_host_keys=[key],
+            server_factory=_Password,
+            sftp_factory=asyncssh.SFTPServer,
+            reuse_address=True,
         )
         self.port = server.get_port()
         self._ready.set()
         await self._stop.wait()
         server.close()
+        for connection in [*_Password.connections]:
+            connection.abort()
         await server.wait_closed()
 
     def __enter__(self) -> Self:
@@ -92,9 +107,9 @@ class SFTPServer:
 
     def __exit__(self, *_: object) -> None:
         assert self._stop is not None
+        assert self._loop is not None
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
-        self._loop.close()
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +145,21 @@ class TestOnSFTP(StorageContract):
 def state_of(step: int) -> dict[str, Any]:
     """A state whose every bit follows from its step."""
     return {"model": {"w": torch.full((50,), float(step))}}
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+def test_a_connection_that_was_lost_is_made_again(tmp_path: Path) -> None:
+    """The server is restarted: the call that notices may be tried again, and the next one works."""
+    with SFTPServer() as first:
+        storage = sftp_storage(first, tmp_path)
+        storage.put("object", [b"12345"], size_bytes=5)
+    with SFTPServer(first.port):
+        with pytest.raises(StorageError) as lost:
+            storage.size("object")
+        assert lost.value.retryable
+        assert storage.size("object") == 5
+    storage.close()
 
 
 @pytest.mark.processes
@@ -178,12 +208,88 @@ def test_what_cannot_hold_a_run_is_refused(url: str, message: str) -> None:
         open_storage(url)
 
 
+class Picky(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A folder whose rename refuses a target that is there, and fails when it is told to."""
+
+    protocol = "picky"
+    fail_after: ClassVar[int | None] = None
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("picky://", "file://")))
+
+    def mv(self, path1: str, path2: str, **words: Any) -> None:
+        if Path(path2).exists():
+            raise FileExistsError(path2)
+        if Picky.fail_after is not None:
+            Picky.fail_after -= 1
+            if Picky.fail_after < 0:
+                Picky.fail_after = None
+                raise OSError("quota exceeded")
+        os.rename(path1, path2)  # noqa: PTH104 - the call itself
+
+
+@pytest.mark.parametrize("fail_after", [None, 0, 1])
+def test_a_rename_that_refuses_or_fails_never_takes_the_old_object_with_it(
+    tmp_path: Path, fail_after: int | None
+) -> None:
+    """Where a rename does not replace, the old object steps aside; whatever fails, one of the two is there, whole."""
+    fsspec.register_implementation("picky", Picky, clobber=True)
+    storage = open_storage(f"picky://{tmp_path}/run")
+    storage.put("manifest.json", [b"old"], size_bytes=3)
+    Picky.fail_after = fail_after
+    try:
+        storage.put("manifest.json", [b"new"], size_bytes=3)
+    except StorageError:
+        assert fail_after is not None
+        assert storage.read("manifest.json", limit_bytes=10).body == b"old"
+    else:
+        assert storage.read("manifest.json", limit_bytes=10).body == b"new"
+    assert [item.key for item in storage.list()] == ["manifest.json"]
+
+
+def test_keys_at_the_root_of_a_filesystem_are_whole() -> None:
+    """Where the root has no path, keys keep their first letter."""
+    filesystem = fsspec.filesystem("memory")
+    storage = GenericFsspecStorage("memory://", {})
+    storage.put("a-root-object", [b"1"], size_bytes=1)
+    try:
+        assert "a-root-object" in [item.key for item in storage.list("a-root")]
+    finally:
+        filesystem.rm("/a-root-object")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("sftp://me:p@SECRET@host/run", "sftp://me@host/run"),
+        ("sftp://me@host/run/", "sftp://me@host/run"),
+    ],
+)
+def test_the_url_has_a_user_and_no_password(url: str, shown: str) -> None:
+    """The password goes, wherever its signs are; a name before the host is part of the place."""
+    assert open_storage(url).url == shown
+
+
+def test_doctor_does_not_take_the_emulation_for_conditions(tmp_path: Path) -> None:
+    """The doctor says that there are none, and what that means."""
+    fsspec.register_implementation("picky", Picky, clobber=True)
+    report = examine(f"picky://{tmp_path}/run")
+    conditions = next(check for check in report.checks if check.name == "conditional writes")
+    assert not conditions.ok
+    assert "single_writer=True" in conditions.detail
+
+
 def test_no_secret_is_shown() -> None:
     """Neither the URL nor an error has the password."""
     storage = open_storage(f"sftp://{USER}:{PASSWORD}@127.0.0.1:1/run", storage_options={"timeout": 2})
     with pytest.raises(StorageError) as refused:
         storage.size("object")
     assert PASSWORD not in f"{refused.value} {storage.url} {storage!r}"
+    for root in ("s3://AKIA:abc/SECRET@bucket/run", "nosuch://me:SE/CRET@host/run", "minio://me:SE/CRET@bucket/run"):
+        with pytest.raises(ConfigError) as config:
+            open_storage(root)
+        assert "CRET" not in str(config.value)
 
 
 def test_a_forked_child_makes_its_own_instance(tmp_path: Path) -> None:

@@ -44,10 +44,9 @@ class Store(MemoryStorage):
             return Lost("412")
         return super().replace(key, body, expecting=expecting)
 
-    def respell(self) -> bool:
-        """Quotes, from now on."""
-        before, self.quotes = self.quotes, True
-        return not before
+    def respell(self) -> None:
+        """Quotes, or none again."""
+        self.quotes = not self.quotes
 
 
 @pytest.mark.parametrize(
