@@ -7,30 +7,25 @@ do not know, turn lost answers into errors of another kind, and go on after a Ct
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
-import re
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import crc32c
 
-from cloudckpt.config import Settings
 from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Conditions, Landed, Listed, Lost, Outcome, Unknown, Versioned
+from cloudckpt.storage.base import Landed, Listed, Lost, Outcome, Unknown, Versioned
 from cloudckpt.storage.loop import Running
-from cloudckpt.storage.remote import RemoteStorage, crc32c_b64, each
+from cloudckpt.storage.remote import crc32c_b64, each
 from cloudckpt.storage.s3_errors import (
-    ExpiredCredentialsError,
     code_of,
     explained,
     is_condition_failed,
     is_unsupported,
     status_of,
 )
+from cloudckpt.storage.s3_session import S3Session
 from cloudckpt.storage.s3_upload import MultipartUpload
 
 __all__ = ["S3Storage"]
@@ -38,13 +33,9 @@ __all__ = ["S3Storage"]
 _DELETE_AT_ONCE = 1000  # the API's limit for DeleteObjects
 _MAX_PARTS = 9_000  # of the API's 10,000
 _MEBIBYTE = 1024 * 1024
-_USER = re.compile(r"//[^/]*@")
-_AWS_HOST = re.compile(r"https?://[^/]*\.amazonaws\.com(\.cn)?(:\d+)?(/|$)")
-#: Without these members in the installed botocore, conditions and checksums would be dropped without a word.
-_NEEDED = {"put_object": {"IfMatch", "IfNoneMatch", "ChecksumCRC32C"}, "complete_multipart_upload": {"ChecksumType"}}
 
 
-class S3Storage(RemoteStorage):
+class S3Storage(S3Session):
     """A storage under one prefix of one bucket.
 
     Args:
@@ -53,190 +44,6 @@ class S3Storage(RemoteStorage):
         options: for ``s3fs.S3FileSystem``, as they are.
         settings: part sizes, time-outs and deadlines.
     """
-
-    #: What this process has found out, by endpoint and bucket: conditions, and whether ETags are sent in quotes.
-    _known: ClassVar[dict[tuple[str, str], tuple[Conditions, bool]]] = {}
-
-    scheme: ClassVar[str] = "s3"
-
-    def __init__(self, bucket: str, prefix: str, options: Mapping[str, object], settings: Settings) -> None:
-        super().__init__(bucket, prefix, options, settings)
-        self._refuse_mock()
-        # Whether the server takes a whole-object checksum; servers that do not are remembered.
-        self._checksums = True
-        self._bulk_delete = True
-
-    # -- the filesystem --------------------------------------------------------------------------------------
-
-    def _make_filesystem(self, loop: asyncio.AbstractEventLoop) -> Any:
-        import s3fs  # noqa: PLC0415 - an extra
-
-        options = dict(self._options)
-        given: Any = options.pop("config_kwargs", None) or {}
-        config = {
-            "connect_timeout": 10,
-            "read_timeout": self._settings.request_timeout_s,
-            "max_pool_connections": 32,
-            # One try each: what may be repeated, and under which deadline, is decided here.
-            "retries": {"mode": "standard", "total_max_attempts": 1},
-            # Checksums are sent as plain headers by us; the trailing ones of newer clients break older servers.
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-            **given,
-        }
-        return s3fs.S3FileSystem(
-            **{
-                **options,
-                "config_kwargs": config,
-                "asynchronous": True,
-                "loop": loop,
-                "use_listings_cache": False,
-                "skip_instance_cache": True,
-            }
-        )
-
-    @staticmethod
-    async def _close_filesystem(filesystem: Any) -> None:
-        creator = getattr(filesystem, "_s3creator", None)
-        if creator is not None:
-            await creator.__aexit__(None, None, None)
-
-    async def _client(self) -> tuple[Any, Any]:
-        try:
-            filesystem = await self._fs()
-            await filesystem.set_session()
-        except (TypeError, ValueError) as exc:
-            raise ConfigError(f"{self.url}: storage_options that s3fs does not take: {exc}") from exc
-        client = await filesystem.get_s3(self._bucket)
-        for method, needed in _NEEDED.items():
-            operation = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[method])
-            if missing := needed - operation.input_shape.members.keys():
-                raise ConfigError(
-                    f"the installed botocore does not know {', '.join(sorted(missing))}, so writes would not be "
-                    'conditional: pip install --upgrade "cloudckpt[s3]"'
-                )
-        return filesystem, client
-
-    async def _call(self, method: str, what: str, **arguments: Any) -> Any:
-        """One request, once, with the options of the filesystem; errors as they come."""
-
-        async def send() -> Any:
-            filesystem, client = await self._client()
-            verb = getattr(client, method)
-            # s3_additional_kwargs (SSE-KMS and the like) and RequestPayer, where the operation takes them.
-            kwargs = filesystem._get_s3_method_kwargs(verb, filesystem.req_kw, Bucket=self._bucket, **arguments)  # noqa: SLF001
-            return await verb(**kwargs)
-
-        body = arguments.get("Body", b"")
-        try:
-            answer = await self._in_time(what, send(), size_bytes=len(body))
-        except Exception as exc:
-            if isinstance(explained(exc, what, bucket=self._bucket), ExpiredCredentialsError):
-                self._renew()
-            raise
-        self._refused_at = None
-        return answer
-
-    def _explained(self, exc: BaseException, what: str) -> StorageError:
-        problem = explained(exc, what, bucket=self._bucket)
-        if isinstance(problem, ExpiredCredentialsError) and self._gave_up_on_credentials():
-            problem.retryable = False
-        return problem
-
-    async def _ask(self, method: str, what: str, **arguments: Any) -> Any:
-        """As ``_call``, with errors of ours."""
-        try:
-            return await self._call(method, what, **arguments)
-        except Exception as exc:
-            if isinstance(exc, ConfigError):
-                raise
-            raise self._explained(exc, what) from exc
-
-    def _refuse_mock(self) -> None:
-        # moto's in-process mock answers botocore with objects that its asynchronous sibling cannot await.
-        stubber = getattr(sys.modules.get("moto.core.botocore_stubber"), "BotocoreStubber", None) and getattr(
-            sys.modules.get("moto.core.models"), "botocore_stubber", None
-        )
-        if getattr(stubber, "enabled", False) and not self._endpoint_given():
-            raise ConfigError(
-                f"{self.url}: moto's mock_aws is active, and it cannot answer the asynchronous client that s3fs uses. "
-                "Take the pytest fixture `s3_root` of cloudckpt.testing (a moto server on loopback) instead, or start "
-                "moto.server.ThreadedMotoServer and set AWS_ENDPOINT_URL to it"
-            )
-
-    def _endpoint_given(self) -> bool:
-        client: Any = self._options.get("client_kwargs") or {}
-        return bool(
-            self._options.get("endpoint_url")
-            or client.get("endpoint_url")
-            or os.environ.get("AWS_ENDPOINT_URL_S3")
-            or os.environ.get("AWS_ENDPOINT_URL")
-        )
-
-    # -- what the store is -----------------------------------------------------------------------------------
-
-    @property
-    def endpoint(self) -> str:
-        """The URL that requests are sent to, as the session resolves it. Sends nothing to the store."""
-
-        async def ask() -> str:
-            _, client = await self._client()
-            return str(client.meta.endpoint_url)
-
-        return str(self._run(self._resolved(ask)))
-
-    async def _resolved(self, ask: Callable[[], Any]) -> Any:
-        try:
-            return await ask()
-        except ConfigError:
-            raise
-        except Exception as exc:
-            raise explained(exc, f"connecting to {self.url}", bucket=self._bucket) from exc
-
-    def _place(self) -> tuple[str, str]:
-        return self.endpoint, self._bucket
-
-    @property
-    def conditions(self) -> Conditions:
-        """AWS documents them; every other endpoint is probed once per process."""
-        place = self._place()
-        default = Conditions.HONOURED if _AWS_HOST.match(place[0]) else Conditions.UNPROVEN
-        return self._known.get(place, (default, False))[0]
-
-    @conditions.setter
-    def conditions(self, found: Conditions) -> None:
-        place = self._place()
-        self._known[place] = (found, self._known.get(place, (found, False))[1])
-
-    def respell(self) -> None:
-        """Send ETags in quotes from now on, or without again. Ceph wants none, others insist on them."""
-        place = self._place()
-        conditions, quoted = self._known.get(place, (self.conditions, False))
-        self._known[place] = (conditions, not quoted)
-
-    def describe(self) -> dict[str, str]:
-        """Facts for people: endpoint, region, identity, and the lane that payload takes. No secrets."""
-
-        async def ask() -> dict[str, str]:
-            filesystem, client = await self._client()
-            found = {
-                "endpoint": _USER.sub("//…@", str(client.meta.endpoint_url)),
-                "region": str(client.meta.region_name),
-            }
-            credentials = None if filesystem.anon else await filesystem.session.get_credentials()
-            if filesystem.key:
-                found["identity"] = f"access key {_masked(filesystem.key)} (from storage_options)"
-            elif credentials is None:
-                found["identity"] = "anonymous" if filesystem.anon else "no credentials found"
-            else:
-                frozen = await credentials.get_frozen_credentials()
-                found["identity"] = f"access key {_masked(frozen.access_key)} (from {credentials.method})"
-            import s3fs  # noqa: PLC0415 - an extra
-
-            found["lane"] = f"s3fs {s3fs.__version__}, parts of {self._part_bytes(0) // _MEBIBYTE} MiB"
-            return found
-
-        return dict(self._run(self._resolved(ask)))
 
     # -- small objects ---------------------------------------------------------------------------------------
 
@@ -517,7 +324,3 @@ def _as_error(error: Mapping[str, Any], what: str, bucket: str) -> StorageError:
 
 #: DeleteObjects answers with codes only.
 _STATUS = {"AccessDenied": 403, "InternalError": 500, "SlowDown": 503}
-
-
-def _masked(access_key: str) -> str:
-    return f"{access_key[:4]}…{access_key[-4:]}" if len(access_key) > 12 else "…"

@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from cloudckpt.testing.servers import SeaweedFS
 
 import cloudckpt
 from cloudckpt import CheckpointManager, State
 from cloudckpt.config import Settings
 from cloudckpt.storage import LocalStorage, S3Storage, Storage
 from cloudckpt.testing import check_store
+from cloudckpt.testing.servers import SeaweedFS
 
 WORKER = Path(__file__).with_name("kill_worker.py")
 PHASES = ("other", "claim", "announce", "upload", "seal", "seal-to-commit", "delete")

@@ -1,0 +1,208 @@
+"""The session behind ``GCSStorage``: gcsfs gives credentials and endpoint, the requests are sent once and in time."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+from urllib.parse import quote
+
+from cloudckpt.config import Settings
+from cloudckpt.errors import ConfigError, StorageError
+from cloudckpt.storage.base import Buffer, Conditions
+from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, has_secret, without_answer
+from cloudckpt.storage.remote import RemoteStorage
+
+__all__ = ["GCSSession"]
+
+_GOOGLE_HOST = re.compile(r"https://([^/]*\.)?googleapis\.com(:\d+)?(/|$)")
+_MEBIBYTE = 1024 * 1024
+_OK = (200, 201, 204)
+
+
+class GCSSession(RemoteStorage):
+    """One bucket's session: credentials, endpoint, what is known of the store, and single requests.
+
+    Args:
+        bucket: its name.
+        prefix: the keys' beginning, without slashes around it; may be empty.
+        options: for ``gcsfs.GCSFileSystem``, as they are.
+        settings: part sizes, time-outs and deadlines.
+        spacing_s: least time between two conditional writes of one object; by default 1.1 s at Google and none at an
+            emulator.
+    """
+
+    scheme: ClassVar[str] = "gs"
+    #: What this process has found out, by endpoint and bucket.
+    _known: ClassVar[dict[tuple[str, str], Conditions]] = {}
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str,
+        options: Mapping[str, object],
+        settings: Settings,
+        *,
+        spacing_s: float | None = None,
+    ) -> None:
+        super().__init__(bucket, prefix, options, settings)
+        self._spacing_s = spacing_s
+        self._last_write: dict[str, float] = {}
+
+    # -- the filesystem --------------------------------------------------------------------------------------
+
+    def _make_filesystem(self, loop: asyncio.AbstractEventLoop) -> Any:
+        from gcsfs.core import GCSFileSystem  # noqa: PLC0415 - an extra
+
+        # An emulator asks for no credentials, and looking for some takes seconds where there are none.
+        emulator = str(self._options.get("endpoint_url") or os.environ.get("STORAGE_EMULATOR_HOST") or "https://")
+        try:
+            return GCSFileSystem(
+                **{
+                    **({} if emulator.startswith("https://") or emulator == "default" else {"token": "anon"}),
+                    **self._options,
+                    "asynchronous": True,
+                    "loop": loop,
+                    "use_listings_cache": False,
+                    "skip_instance_cache": True,
+                }
+            )
+        except TypeError as exc:
+            raise ConfigError(f"{self.url}: storage_options that gcsfs does not take: {exc}") from exc
+
+    @staticmethod
+    async def _close_filesystem(filesystem: Any) -> None:
+        if filesystem._session is not None:  # noqa: SLF001 - gcsfs closes it only with its own loop
+            await filesystem._session.close()  # noqa: SLF001
+
+    async def _send(
+        self,
+        what: str,
+        method: str,
+        url: str,
+        *,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        data: Buffer | None = None,
+        reads_bytes: int = 0,
+    ) -> Answer:
+        """One request, once; every answer is given back, whatever its status.
+
+        Raises:
+            StorageError: there was no answer.
+        """
+
+        async def send() -> Answer:
+            filesystem = await self._fs()
+            await filesystem._set_session()  # noqa: SLF001 - the coroutine behind its synchronous twin
+            full = url if url.startswith("http") else f"{filesystem._location}{url}"  # noqa: SLF001
+            async with filesystem.session.request(
+                method,
+                _encoded(full),
+                params=filesystem._get_params(dict(params or {})),  # noqa: SLF001 - adds userProject
+                headers=filesystem._get_headers(dict(headers or {})),  # noqa: SLF001 - adds a fresh token
+                # As a file: aiohttp sends it piece by piece, and warns of large bytes.
+                data=None if data is None else io.BytesIO(data),
+                allow_redirects=False,
+            ) as answer:
+                return Answer(answer.status, answer.headers, await answer.read())
+
+        try:
+            size = memoryview(data).nbytes if data is not None else reads_bytes
+            found = await self._in_time(what, send(), size_bytes=size)
+        except ConfigError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - chained below, unless it shows a secret
+            problem = without_answer(exc, what)
+            if isinstance(problem, UnauthorizedError):
+                self._renew()
+                problem.retryable = problem.retryable and not self._gave_up_on_credentials()
+            raise problem from (None if has_secret(exc) else exc)
+        if found.status == 401:
+            self._renew()
+        elif found.status < 400:
+            self._refused_at = None
+        return found
+
+    def _explained(self, answer: Answer, what: str) -> StorageError:
+        problem = explained(answer, what, bucket=self._bucket)
+        if isinstance(problem, UnauthorizedError) and self._gave_up_on_credentials():
+            problem.retryable = False
+        return problem
+
+    async def _ask(self, what: str, method: str, url: str, **arguments: Any) -> Answer:
+        """As ``_send``; an answer that is no success is raised."""
+        answer = await self._send(what, method, url, **arguments)
+        if answer.status not in {*_OK, 206}:
+            raise self._explained(answer, what)
+        return answer
+
+    def _object(self, key: str) -> str:
+        return f"/storage/v1/b/{quote(self._bucket, safe='')}/o/{quote(self._key(key), safe='')}"
+
+    def _media(self, key: str) -> str:
+        return "/download" + self._object(key)
+
+    @property
+    def _uploads(self) -> str:
+        return f"/upload/storage/v1/b/{quote(self._bucket, safe='')}/o"
+
+    # -- what the store is -----------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        """The URL that requests are sent to. Sends nothing to the store."""
+
+        async def ask() -> str:
+            return str((await self._connected())._location)  # noqa: SLF001
+
+        return self._run(ask())
+
+    async def _is_google(self) -> bool:
+        return _GOOGLE_HOST.match((await self._connected())._location) is not None  # noqa: SLF001
+
+    async def _connected(self) -> Any:
+        try:
+            return await self._fs()
+        except ConfigError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - the same
+            raise without_answer(exc, f"connecting to {self.url}") from (None if has_secret(exc) else exc)
+
+    @property
+    def conditions(self) -> Conditions:
+        """Google documents generation preconditions; emulators are probed once per process."""
+        endpoint = self.endpoint
+        default = Conditions.HONOURED if _GOOGLE_HOST.match(endpoint) else Conditions.UNPROVEN
+        return self._known.get((endpoint, self._bucket), default)
+
+    @conditions.setter
+    def conditions(self, found: Conditions) -> None:
+        self._known[self.endpoint, self._bucket] = found
+
+    def describe(self) -> dict[str, str]:
+        """Facts for people: endpoint, identity, and the lane that payload takes. No secrets."""
+
+        async def ask() -> dict[str, str]:
+            filesystem = await self._connected()
+            credentials = filesystem.credentials.credentials
+            name = getattr(credentials, "service_account_email", None) or type(credentials).__name__
+            import gcsfs  # noqa: PLC0415 - an extra
+
+            part = self._settings.part_size_bytes // _MEBIBYTE
+            return {
+                "endpoint": str(filesystem._location),  # noqa: SLF001
+                "identity": "anonymous" if credentials is None else str(name),
+                "lane": f"gcsfs {gcsfs.__version__}, resumable uploads in chunks of {part} MiB",
+            }
+
+        return self._run(ask())
+
+
+def _encoded(url: str) -> Any:
+    from yarl import URL  # noqa: PLC0415 - comes with aiohttp, which comes with gcsfs
+
+    return URL(url, encoded=True)
