@@ -12,6 +12,7 @@ from typing import Any
 
 import boto3
 import pytest
+import s3fs
 import torch
 from moto import mock_aws
 
@@ -131,6 +132,48 @@ def test_credentials_that_expire_are_read_again(
         ckpts.save(2, state_of(2), block=True)
     assert expired.hits >= 1
     assert [c.step for c in cloudckpt.open(faulty_s3_root).checkpoints()] == [1, 2]
+
+
+def test_c17_credentials_that_expire_in_mid_upload(
+    s3_faults: FaultProxy, faulty_s3_root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """C17: the key expires at the second part of an upload; the part is sent again with the new one, no other is."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    file.write_text("[default]\naws_access_key_id = FIRSTKEY00000000\naws_secret_access_key = s\n")
+
+    def second_part_with_old_key(request: Any) -> bool:
+        if "FIRSTKEY" not in request.headers.get("Authorization", "") or "partNumber=2" not in request.query:
+            return False
+        file.write_text("[default]\naws_access_key_id = SECONDKEY0000000\naws_secret_access_key = s\n")
+        return True
+
+    body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+    expired: Any = s3_faults.inject("status", status=400, body=body, when=second_part_with_old_key, times=None)
+    settings = Settings(part_size_bytes=5 * 1024 * 1024, retry_base_s=0.01)
+    state = {"model": {"w": torch.arange(3_000_000.0)}}
+    with CheckpointManager(faulty_s3_root, settings=settings) as ckpts:
+        ckpts.save(1, state, block=True)
+    assert expired.hits == 1
+    parts = [request.query for request in s3_faults.requests if "partNumber" in request.query]
+    assert len(parts) == 3 + 1
+    loaded = cloudckpt.open(faulty_s3_root).load(1)
+    assert torch.equal(loaded["model"]["w"], state["model"]["w"])
+
+
+def test_c7_no_listing_is_stale(s3_root: str, s3_server: MotoServer) -> None:
+    """C7: the user's own filesystem has cached a listing; what we see is what is there."""
+    theirs = s3fs.S3FileSystem(**s3_server.storage_options())
+    ours = open_storage(s3_root)
+    a_run(s3_root, 1, keep_last=None)
+    before = theirs.ls(s3_root)
+    a_run(s3_root, 2)
+    assert theirs.ls(s3_root) == before  # this is what a cached listing does
+    assert len({item.key.partition("/")[0] for item in ours.list("checkpoint-")}) == 2
+    assert [c.step for c in cloudckpt.open(s3_root).checkpoints()] == [1, 2]
+    ours.close()
 
 
 def test_credentials_that_stay_expired(s3_faults: FaultProxy, faulty_s3_root: str) -> None:
