@@ -164,7 +164,8 @@ def test_no_other_service_is_asked(gcs_root: str, tmp_path: Path) -> None:
     storage = open_storage(gcs_root)
     assert isinstance(storage, GCSStorage)
     assert [*storage.list("")] == []
-    assert type(storage._filesystems.current).__module__ == "gcsfs.core"
+    filesystems = [found.current for found in storage._sets.values()]
+    assert [type(found).__module__ for found in filesystems] == ["gcsfs.core"]
     facts = storage.describe()
     assert facts["identity"] == "anonymous"
     assert "gcsfs" in facts["lane"]
