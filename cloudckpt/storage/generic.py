@@ -260,8 +260,8 @@ class GenericFsspecStorage:
 
         def ask(filesystem: Any) -> dict[str, Any]:
             filesystem.invalidate_cache()
-            found = filesystem.find(place, detail=True)
-            return dict(found)
+            filesystem.ls(place, detail=False)  # raises what find() leaves out: a folder that may not be listed
+            return dict(filesystem.find(place, detail=True))
 
         try:
             found = self._ask(f"listing {self.url}", ask)

@@ -216,7 +216,7 @@ class Picky(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return str(super()._strip_protocol(path.replace("picky://", "file://")))
+        return str(super()._strip_protocol(path.removeprefix("picky://")))
 
     def mv(self, path1: str, path2: str, **words: Any) -> None:
         if Path(path2).exists():
@@ -246,6 +246,19 @@ def test_a_rename_that_refuses_or_fails_never_takes_the_old_object_with_it(
     else:
         assert storage.read("manifest.json", limit_bytes=10).body == b"new"
     assert [item.key for item in storage.list()] == ["manifest.json"]
+
+
+def test_a_listing_that_is_refused_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fsspec leaves out because it may not list it: here a refused folder is an error, never a new run."""
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise PermissionError("may not list")
+
+    storage = GenericFsspecStorage(f"file://{tmp_path}/run", {})
+    storage.put("object", [b"1"], size_bytes=1)
+    monkeypatch.setattr(LocalFileSystem, "ls", refused)
+    with pytest.raises(StorageError, match="may not list"):
+        storage.list()
 
 
 def test_keys_at_the_root_of_a_filesystem_are_whole() -> None:
