@@ -16,29 +16,42 @@ from cloudckpt.errors import FormatError
 __all__ = ["combine", "combine_all", "format_crc32c", "parse_crc32c"]
 
 _POLYNOMIAL = 0x82F63B78
-_WIDTH = 32
+_ONE = 1 << 31  # the polynomial 1: in reflected order the highest bit is x**0
 _SUM = re.compile(r"[0-9a-f]{8}")
 
-#: A linear operator on 32-bit sums: column n is what bit n becomes.
-_Operator = tuple[int, ...]
 
-
-def _apply(operator: _Operator, value: int) -> int:
-    result = 0
-    for column in operator:
-        if value & 1:
-            result ^= column
-        value >>= 1
-    return result
+def _multiply(a: int, b: int) -> int:
+    """The product of two polynomials modulo ours, in reflected bit order."""
+    product = 0
+    bit = _ONE
+    while a:
+        if a & bit:
+            product ^= b
+            a ^= bit
+        bit >>= 1
+        b = (b >> 1) ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product
 
 
 @lru_cache(maxsize=64)
-def _zeros(power: int) -> _Operator:
-    """The operator that appends ``2**power`` zero bits."""
-    if power == 0:
-        return (_POLYNOMIAL, *(1 << bit for bit in range(_WIDTH - 1)))
-    half = _zeros(power - 1)
-    return tuple(_apply(half, column) for column in half)
+def _power_of_two(exponent: int) -> int:
+    """x**(2**exponent) modulo ours."""
+    if exponent == 0:
+        return _ONE >> 1
+    half = _power_of_two(exponent - 1)
+    return _multiply(half, half)
+
+
+@lru_cache(maxsize=4096)
+def _shift(length: int) -> int:
+    """x**(8 * length): what appending ``length`` zero bytes multiplies by. Tensors come in few sizes."""
+    found, exponent, bits = _ONE, 0, length * 8
+    while bits:
+        if bits & 1:
+            found = _multiply(_power_of_two(exponent), found)
+        bits >>= 1
+        exponent += 1
+    return found
 
 
 def combine(first: int, second: int, second_length: int) -> int:
@@ -49,14 +62,7 @@ def combine(first: int, second: int, second_length: int) -> int:
     """
     if second_length < 0:
         raise ValueError(f"a length of {second_length} bytes")
-    bits = second_length * 8
-    power = 0
-    while bits:
-        if bits & 1:
-            first = _apply(_zeros(power), first)
-        bits >>= 1
-        power += 1
-    return first ^ second
+    return _multiply(_shift(second_length), first) ^ second if first else second
 
 
 def combine_all(parts: Iterable[tuple[int, int]]) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
@@ -17,9 +18,12 @@ __all__ = [
     "Listed",
     "Lost",
     "Outcome",
+    "Part",
+    "Source",
     "Storage",
     "Unknown",
     "Versioned",
+    "scatter",
 ]
 
 Buffer = bytes | bytearray | memoryview
@@ -79,6 +83,51 @@ class Listed:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of a payload object, in memory.
+
+    Attributes:
+        views: its bytes, laid end to end; the tensors' own memory or a staged copy of it.
+        crc32c: the CRC-32C of these bytes, as they were when they were first looked at.
+    """
+
+    views: tuple[memoryview, ...]
+    crc32c: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in all views together."""
+        return sum(view.nbytes for view in self.views)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A payload object's bytes that can be had by range, from several threads, without a copy.
+
+    Iterating it gives all of its bytes in order, in buffers that are good until the next one is asked for. A storage
+    that sends parts side by side holds ranges instead: a held range stays as it is until it is let go, so it can be
+    sent again.
+    """
+
+    @property
+    def size_bytes(self) -> int:
+        """The whole object's size in bytes."""
+        ...
+
+    def hold(self, start: int, length: int) -> AbstractContextManager[Part]:
+        """``length`` bytes from ``start``. May wait until memory is free or the bytes are staged.
+
+        Raises:
+            SaveError: the bytes changed while they were being saved.
+        """
+        ...
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """All bytes in order."""
+        ...
+
+
 @runtime_checkable
 class Storage(Protocol):
     """The objects under one root. Keys are relative, ``/``-separated, and never start with a slash.
@@ -122,9 +171,10 @@ class Storage(Protocol):
         """Write one payload object from buffers laid end to end: all of it becomes visible, or nothing.
 
         The key belongs to one save alone, so there is no condition; repeating a put with the same bytes is
-        harmless. ``buffers`` is consumed once and in order. ``progress`` is called with the number of further
-        bytes handed over. Durable on return. An exit before the last buffer, ``KeyboardInterrupt`` included, leaves
-        nothing visible; after a later error the whole object may be there.
+        harmless. ``buffers`` is consumed once and in order; of a ``Source`` ranges may be taken instead, in any order
+        and several at once. ``progress`` is called with the number of further bytes handed over, by one thread at a
+        time. Durable on return. An exit before the last buffer, ``KeyboardInterrupt`` included, leaves nothing
+        visible; after a later error the whole object may be there.
 
         Raises:
             StorageError: the store refused, or the buffers do not add up to ``size_bytes``.
@@ -132,11 +182,13 @@ class Storage(Protocol):
         """
         ...
 
-    def read_into(self, key: str, start: int, target: memoryview) -> None:
-        """Fill ``target`` (writable, contiguous bytes) from byte ``start`` of an object.
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
+        """Fill ``targets`` (writable, contiguous bytes), one after the other, from byte ``start`` of an object.
+
+        One request, however many targets there are. After an error they may hold anything.
 
         Raises:
-            ObjectNotFoundError: there is no such object, or it ends before ``start + len(target)``.
+            ObjectNotFoundError: there is no such object, or it ends before the last target is full.
         """
         ...
 
@@ -186,3 +238,11 @@ class Described(Protocol):
             ConfigError: the filesystem does not take the options it was given.
         """
         ...
+
+
+def scatter(body: Buffer, targets: Sequence[memoryview]) -> None:
+    """Copy bytes into targets, one after the other. For whoever got the bytes in one piece."""
+    view, at = memoryview(body), 0
+    for target in targets:
+        target[:] = view[at : at + len(target)]
+        at += len(target)

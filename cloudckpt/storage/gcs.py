@@ -13,14 +13,14 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import crc32c
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Unknown, Versioned
+from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Unknown, Versioned, scatter
 from cloudckpt.storage.gcs_errors import Answer
 from cloudckpt.storage.gcs_session import GCSSession
 from cloudckpt.storage.gcs_upload import ResumableUpload
@@ -174,16 +174,17 @@ class GCSStorage(GCSSession):
 
     # -- reading payload -------------------------------------------------------------------------------------
 
-    async def _read_into(self, key: str, start: int, target: memoryview) -> None:
+    async def _read_into(self, key: str, start: int, targets: Sequence[memoryview]) -> None:
         what = self._named("reading", key)
-        end = start + len(target)
+        length = sum(map(len, targets))
+        end = start + length
         answer = await self._send(
             what,
             "GET",
             self._media(key),
             params={"alt": "media"},
             headers={"Range": f"bytes={start}-{end - 1}"},
-            reads_bytes=len(target),
+            reads_bytes=length,
         )
         if answer.status == 416 or (answer.status in {200, 206} and _total(answer) < end):
             raise self._no_such_range(key, start, end - start)
@@ -191,9 +192,9 @@ class GCSStorage(GCSSession):
             raise self._explained(answer, what)
         # A server without ranges answers 200 with everything.
         body = memoryview(answer.body)[start:end] if answer.status == 200 else memoryview(answer.body)
-        if len(body) != len(target):
-            raise StorageError(f"{what}: {len(body)} of {len(target)} bytes came", retryable=True)
-        target[:] = body
+        if len(body) != length:
+            raise StorageError(f"{what}: {len(body)} of {length} bytes came", retryable=True)
+        scatter(body, targets)
 
     def size(self, key: str) -> int:
         """See ``Storage.size``: the object's metadata."""

@@ -22,7 +22,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from cloudckpt.core import keys as grammar
 from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Versioned
+from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Versioned, scatter
 from cloudckpt.storage.emulated import emulated_create, emulated_replace
 
 __all__ = ["GenericFsspecStorage"]
@@ -221,10 +221,11 @@ class GenericFsspecStorage:
             raise
         filesystem.rm_file(aside)
 
-    def read_into(self, key: str, start: int, target: memoryview) -> None:
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``."""
         what, path = self._named("reading", key), self._path(key)
-        end = start + len(target)
+        length = sum(map(len, targets))
+        end = start + length
 
         def ask(filesystem: Any) -> None:
             if self._size(filesystem, path) < end:
@@ -232,9 +233,9 @@ class GenericFsspecStorage:
             if start == end:
                 return
             body = filesystem.cat_file(path, start=start, end=end)
-            if len(body) != len(target):
-                raise StorageError(f"{what}: {len(body)} of {len(target)} bytes came", retryable=True)
-            target[:] = body
+            if len(body) != length:
+                raise StorageError(f"{what}: {len(body)} of {length} bytes came", retryable=True)
+            scatter(body, targets)
 
         self._ask(what, ask)
 

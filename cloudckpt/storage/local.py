@@ -188,20 +188,17 @@ class LocalStorage:
         temporary = self._path(grammar.temporary_key(key))
         _write_durably(temporary, buffers, path, size_bytes=size_bytes, progress=progress)
 
-    def read_into(self, key: str, start: int, target: memoryview) -> None:
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``."""
         path = self._path(key)
-        end = start + len(target)
+        end = start + sum(map(len, targets))
         with _reading(path), path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(start)
-            done = 0
-            while done < len(target) and size >= end:
-                count = file.readinto(target[done:])
-                if not count:  # cut short since its size was asked
-                    size = start + done
+            for target in targets if size >= end else ():
+                if _fill(file, target) < len(target):  # cut short since its size was asked
+                    size = file.tell()
                     break
-                done += count
             if size < end:
                 raise ObjectNotFoundError(f"{path} has {size} bytes; bytes {start}..{end} do not exist")
 
@@ -342,6 +339,13 @@ def _write_all(file: FileIO, buffers: Iterable[Buffer], path: Path, progress: Ca
             if progress is not None:
                 progress(count)
     return written
+
+
+def _fill(file: FileIO, target: memoryview) -> int:
+    done = 0
+    while done < len(target) and (count := file.readinto(target[done:])):
+        done += count
+    return done
 
 
 def _open_new(temporary: Path, folder: Path) -> int:

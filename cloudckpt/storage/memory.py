@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Conditions, Landed, Listed, Lost, Outcome, Versioned
+from cloudckpt.storage.base import Buffer, Conditions, Landed, Listed, Lost, Outcome, Versioned, scatter
 
 __all__ = ["MemoryStorage"]
 
@@ -90,15 +90,14 @@ class MemoryStorage:
         with self._lock:
             self._store(key, bytes(body))
 
-    def read_into(self, key: str, start: int, target: memoryview) -> None:
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``."""
         with self._lock:
             body = self._found(key)
-        if start + len(target) > len(body):
-            raise ObjectNotFoundError(
-                f"{self._url}/{key} has {len(body)} bytes; bytes {start}..{start + len(target)} do not exist"
-            )
-        target[:] = body[start : start + len(target)]
+        end = start + sum(map(len, targets))
+        if end > len(body):
+            raise ObjectNotFoundError(f"{self._url}/{key} has {len(body)} bytes; bytes {start}..{end} do not exist")
+        scatter(memoryview(body)[start:end], targets)
 
     def size(self, key: str) -> int:
         """See ``Storage.size``."""

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -202,15 +202,15 @@ class RemoteStorage(ABC):
         more = "at least " if found >= size_bytes else ""
         return StorageError(f"{self._named('writing', key)}: {more}{found} bytes came, {size_bytes} were announced")
 
-    def read_into(self, key: str, start: int, target: memoryview) -> None:
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``: one ranged GET."""
-        if len(target):
-            self._run(self._read_into(key, start, target))
+        if any(map(len, targets)):
+            self._run(self._read_into(key, start, targets))
         elif start > self.size(key):
             raise self._no_such_range(key, start, 0)
 
     @abstractmethod
-    async def _read_into(self, key: str, start: int, target: memoryview) -> None:
+    async def _read_into(self, key: str, start: int, targets: Sequence[memoryview]) -> None:
         """As ``read_into``, for a range that is not empty."""
 
     @abstractmethod

@@ -114,9 +114,9 @@ class RetryingStorage:
         """See ``Storage.put``; not retried."""
         self._inner.put(key, buffers, size_bytes=size_bytes, progress=progress)
 
-    def read_into(self, key: str, start: int, target: memoryview) -> None:
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``."""
-        self._again(lambda: self._inner.read_into(key, start, target))
+        self._again(lambda: self._inner.read_into(key, start, *targets))
 
     def size(self, key: str) -> int:
         """See ``Storage.size``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import crc32c
@@ -33,6 +33,7 @@ __all__ = ["S3Storage"]
 _DELETE_AT_ONCE = 1000  # the API's limit for DeleteObjects
 _MAX_PARTS = 9_000  # of the API's 10,000
 _MEBIBYTE = 1024 * 1024
+_CHUNK = 256 * 1024
 
 
 class S3Storage(S3Session):
@@ -165,12 +166,12 @@ class S3Storage(S3Session):
 
     # -- reading payload -------------------------------------------------------------------------------------
 
-    async def _read_into(self, key: str, start: int, target: memoryview) -> None:
+    async def _read_into(self, key: str, start: int, targets: Sequence[memoryview]) -> None:
         what = self._named("reading", key)
-        await self._in_time(what, self._receive(what, key, start, target), size_bytes=len(target))
+        length = sum(map(len, targets))
+        await self._in_time(what, self._receive(what, key, start, start + length, targets), size_bytes=length)
 
-    async def _receive(self, what: str, key: str, start: int, target: memoryview) -> None:
-        end = start + len(target)
+    async def _receive(self, what: str, key: str, start: int, end: int, targets: Sequence[memoryview]) -> None:
         try:
             answer = await self._call("get_object", what, Key=self._key(key), Range=f"bytes={start}-{end - 1}")
         except ConfigError:
@@ -186,18 +187,21 @@ class S3Storage(S3Session):
                 raise self._no_such_range(key, start, end - start)
             if int(answer["ContentLength"]) != end - start:
                 raise StorageError(f"{what}: the server does not answer ranges ({answer['ContentLength']} bytes)")
-            await self._fill(what, body, target)
+            await self._fill(what, body, end - start, targets)
 
-    async def _fill(self, what: str, body: Any, target: memoryview) -> None:
+    async def _fill(self, what: str, body: Any, length: int, targets: Sequence[memoryview]) -> None:
         filled = 0
         try:
-            async for chunk in _chunks(body):
-                target[filled : filled + len(chunk)] = chunk
-                filled += len(chunk)
+            for target in targets:
+                at = 0
+                while at < len(target) and (chunk := await body.read(min(len(target) - at, _CHUNK))):
+                    target[at : at + len(chunk)] = chunk
+                    at += len(chunk)
+                filled += at
         except Exception as exc:
             raise self._explained(exc, what) from exc
-        if filled != len(target):
-            raise StorageError(f"{what}: {filled} of {len(target)} bytes came", retryable=True)
+        if filled != length:
+            raise StorageError(f"{what}: {filled} of {length} bytes came", retryable=True)
 
     def size(self, key: str) -> int:
         """See ``Storage.size``: HeadObject."""
@@ -308,11 +312,6 @@ class S3Storage(S3Session):
                 await self._ask("abort_multipart_upload", f"aborting {upload['Key']}", **upload)
                 aborted += 1
         return aborted
-
-
-async def _chunks(body: Any) -> AsyncIterator[bytes]:
-    while chunk := await body.read(256 * 1024):
-        yield chunk
 
 
 def _as_error(error: Mapping[str, Any], what: str, bucket: str) -> StorageError:

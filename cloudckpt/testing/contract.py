@@ -359,6 +359,17 @@ class StorageContract:
 
         assert bytes(target) == b"." + b"0123456789"[start : start + length] + b"."
 
+    def test_read_into_fills_several_targets_in_turn(self, storage: Storage) -> None:
+        """One range over several targets, empty ones among them; nothing beyond them changes."""
+        _put(storage, "object", b"0123456789")
+        targets = [bytearray(b"." * size) for size in (3, 0, 1, 4)]
+
+        storage.read_into("object", 1, *[memoryview(target) for target in targets])
+
+        assert targets == [b"123", b"", b"4", b"5678"]
+        with pytest.raises(ObjectNotFoundError):
+            storage.read_into("object", 3, *[memoryview(target) for target in targets])
+
     @pytest.mark.parametrize(("start", "length"), [(0, 11), (9, 2), (10, 1), (11, 1), (1000, 5)])
     def test_read_into_past_the_end_is_proven_missing(self, storage: Storage, start: int, length: int) -> None:
         """A range that ends after the object does not exist, and the answer says so."""

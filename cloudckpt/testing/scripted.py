@@ -204,9 +204,9 @@ class ScriptedStorage:
 
         self._do(fault, lambda: send(mortal()), half=lambda: send(mortal(size_bytes // 2)))
 
-    def read_into(self, key: str, start: int, target: memoryview) -> None:
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``."""
-        self._do(self._begin("read_into", key), lambda: self._inner.read_into(key, start, target))
+        self._do(self._begin("read_into", key), lambda: self._inner.read_into(key, start, *targets))
 
     def size(self, key: str) -> int:
         """See ``Storage.size``."""

@@ -62,8 +62,8 @@ class NotingStorage:
         if sealing:
             self._enter("seal-to-commit")
 
-    def read_into(self, key: str, start: int, target: memoryview) -> None:
-        self._inner.read_into(key, start, target)
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
+        self._inner.read_into(key, start, *targets)
 
     def size(self, key: str) -> int:
         return self._inner.size(key)

@@ -144,9 +144,9 @@ def test_a_refusal_of_the_store_is_never_taken_for_damage(where: str) -> None:
             self._refuse(key)
             return inner.read(key, limit_bytes=limit_bytes)
 
-        def read_into(self, key: str, start: int, target: memoryview) -> None:
+        def read_into(self, key: str, start: int, *targets: memoryview) -> None:
             self._refuse(key)
-            inner.read_into(key, start, target)
+            inner.read_into(key, start, *targets)
 
         def replace(self, key: str, body: bytes, *, expecting: str) -> Any:
             return inner.replace(key, body, expecting=expecting)
