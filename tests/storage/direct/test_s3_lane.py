@@ -206,7 +206,7 @@ def test_a_truncated_or_broken_download_is_an_error(s3_server: MotoServer, opene
         storage = opened(s3_server, through=proxy.url)
         sent_and_back(storage, 1000)
         for action in ("truncate", "drop_after", "drop_before"):
-            proxy.inject(action, method="GET")  # type: ignore[arg-type]
+            proxy.inject(action, method="GET")
             with pytest.raises(StorageError) as told:
                 storage.read_into(KEY, 0, memoryview(bytearray(1000)))
             assert told.value.retryable
