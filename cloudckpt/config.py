@@ -30,6 +30,9 @@ class Settings:
         part_size_bytes: payload is sent to object stores in parts of this size; larger ones where an object would
             need more than 9,000 of them.
         parts_in_flight: how many parts of one object are under way at once. Memory: this many parts, twice.
+        direct_io: write payload to local disk past the page cache where file system and memory allow: less CPU, and
+            no dirty pages that crowd the training's own out. False where a benchmark of the disk says so
+            (``benchmarks/disk.py``), or where checkpoints are read back at once.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
     """
 
@@ -45,13 +48,16 @@ class Settings:
     request_timeout_s: float = 60.0
     part_size_bytes: int = 16 * 1024 * 1024
     parts_in_flight: int = 4
+    direct_io: bool = True
     max_fallbacks: int = 10
 
     def __post_init__(self) -> None:
         problems = [] if self.on_busy in {"wait", "skip"} else [f'on_busy={self.on_busy!r}: write "wait" or "skip"']
+        if not isinstance(self.direct_io, bool):
+            problems.append(f"direct_io={self.direct_io!r}: write True or False")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "on_busy":
+            if field.name in {"on_busy", "direct_io"}:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
                 problems.append(f"{field.name}={value!r}: write a positive number")

@@ -39,7 +39,7 @@ class LocalStorage:
         direct_io: write payload past the page cache (``O_DIRECT``) where file system and memory allow.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, direct_io: bool = False) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, direct_io: bool = True) -> None:
         self._direct_io = direct_io
         self.conditions = Conditions.HONOURED  # by the lock
         self._root = Path(os.path.abspath(os.path.expanduser(root)))  # noqa: PTH100, PTH111 - resolve() would follow links

@@ -122,7 +122,8 @@ class _Writing:
 
     def _fail(self, exc: BaseException) -> None:
         with self._taking:
-            self._failure = self._failure or exc
+            if self._failure is None:
+                self._failure = exc
 
     def _take(self) -> int | None:
         with self._taking:
@@ -172,7 +173,9 @@ class _Descriptors:
         total = sum(map(len, views))
         done = self._write_direct(views, start, total - total % _BLOCK_BYTES)
         if done < total:
-            move(functools.partial(os.pwritev, self._buffered), _between(views, done, total), start + done)
+            rest = _between(views, done, total)
+            if move(functools.partial(os.pwritev, self._buffered), rest, start + done) < total - done:
+                raise OSError(errno.EIO, "the file system took nothing")
             start_write_back(self._buffered, start + done, total - done)
 
     def _write_direct(self, views: list[memoryview], start: int, length: int) -> int:

@@ -36,7 +36,7 @@ def write_durably(
     *,
     size_bytes: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
-    direct_io: bool = False,
+    direct_io: bool = True,
 ) -> None:
     """Make ``path`` hold exactly these bytes, through ``temporary`` in the same folder, which is made if need be.
 
