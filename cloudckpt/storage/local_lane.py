@@ -14,7 +14,7 @@ import functools
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -35,6 +35,9 @@ _BUFFERED_THREADS = 2
 
 #: A direct write is made of whole blocks; no disk has larger ones.
 _BLOCK_BYTES = 4096
+
+#: Memory that is not aligned is copied in pieces that the processor's own cache holds until the disk takes them.
+_COPY_BYTES = 1024 * 1024
 
 #: What a file system says that cannot write past the page cache, or not from this memory.
 _NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -184,26 +187,44 @@ class _Descriptors:
             return 0
         whole = _between(views, 0, length)
         # The kernel knows best which memory will do; asking costs a few microseconds.
-        for copied in (False, True):
+        for write in (self._write_views, self._write_copied):
             try:
-                return move(
-                    functools.partial(os.pwritev, self._direct), [self._copied(whole)] if copied else whole, start
-                )
+                return write(self._direct, whole, start)
             except OSError as exc:
                 if exc.errno not in _NOT_DIRECT:
                     raise
         self._forget_direct()
         return 0
 
-    def _copied(self, views: list[memoryview]) -> memoryview:
-        """The same bytes in memory that begins with a page."""
+    @staticmethod
+    def _write_views(direct: int, views: list[memoryview], start: int) -> int:
+        return move(functools.partial(os.pwritev, direct), views, start)
+
+    def _write_copied(self, direct: int, views: list[memoryview], start: int) -> int:
+        done = 0
+        for piece in self._copied(views):
+            count = self._write_views(direct, [piece], start + done)
+            done += count
+            if count < len(piece):
+                break  # in the middle of a block, perhaps: the rest goes the other way
+        return done
+
+    def _copied(self, views: list[memoryview]) -> Iterator[memoryview]:
+        """The same bytes, piece by piece, in memory that begins with a page; each is good until the next."""
         if self._aligned is None:
-            self._aligned = mmap.mmap(-1, _PART_BYTES)
+            self._aligned = mmap.mmap(-1, _COPY_BYTES)
         target, end = memoryview(self._aligned), 0
         for view in views:
-            target[end : end + len(view)] = view
-            end += len(view)
-        return target[:end]
+            at = 0
+            while at < len(view):
+                count = min(len(view) - at, _COPY_BYTES - end)
+                target[end : end + count] = view[at : at + count]
+                at, end = at + count, end + count
+                if end == _COPY_BYTES:
+                    yield target
+                    end = 0
+        if end:
+            yield target[:end]
 
 
 def _between(views: list[memoryview], start: int, end: int) -> list[memoryview]:

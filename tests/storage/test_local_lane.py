@@ -424,16 +424,17 @@ def test_a_part_of_another_size_is_refused(storage: LocalStorage, tmp_path: Path
 
 
 KILLED = """
-import contextlib, os, sys
+import contextlib, sys, threading
 from cloudckpt.storage import LocalStorage, Part
 PART = 8 * 1024 * 1024
 class Stuck:
     size_bytes = 4 * PART
     @contextlib.contextmanager
     def hold(self, start, length):
-        if start >= 2 * PART:
+        if start == 2 * PART:
             print("stuck", flush=True)
-            sys.stdin.read()
+        if start >= 2 * PART:
+            threading.Event().wait()
         yield Part((memoryview(bytes(length)),), 0)
     def __iter__(self):
         return iter(())
@@ -445,7 +446,7 @@ LocalStorage(sys.argv[1]).put(sys.argv[2], Stuck(), size_bytes=4 * PART)
 def test_a_kill_in_the_middle_leaves_only_the_temporary_file(tmp_path: Path) -> None:
     """A process killed while parts are under way has made nothing visible; a later put takes the file's place."""
     with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path / "run"), PAYLOAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", KILLED, str(tmp_path / "run"), PAYLOAD], stdout=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"stuck\n"
