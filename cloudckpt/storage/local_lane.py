@@ -37,7 +37,7 @@ _BUFFERED_THREADS = 2
 _BLOCK_BYTES = 4096
 
 #: Memory that is not aligned is copied in pieces that the processor's own cache holds until the disk takes them.
-_COPY_BYTES = 1024 * 1024
+_COPY_BYTES = 2 * 1024 * 1024
 
 #: What a file system says that cannot write past the page cache, or not from this memory.
 _NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
