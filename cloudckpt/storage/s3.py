@@ -15,7 +15,8 @@ from typing import Any
 import crc32c
 
 from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Landed, Listed, Lost, Outcome, Unknown, Versioned
+from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Source, Unknown, Versioned
+from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.loop import Running
 from cloudckpt.storage.remote import crc32c_b64, each
 from cloudckpt.storage.s3_errors import (
@@ -110,6 +111,32 @@ class S3Storage(S3Session):
 
     # -- payload ---------------------------------------------------------------------------------------------
 
+    def put(
+        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """See ``Storage.put``: a ``Source`` goes over the direct lane, anything else by the client."""
+        if isinstance(buffers, Source) and size_bytes and buffers.size_bytes == size_bytes:
+            try:
+                self._put_directly(key, buffers, progress or (lambda _: None))
+            except Declined as exc:
+                self._lane.decline(exc)
+            else:
+                return
+        try:
+            super().put(key, buffers, size_bytes=size_bytes, progress=progress)
+        except BaseException:
+            self._lane.reconsider()
+            raise
+
+    def _put_directly(self, key: str, source: Source, progress: Callable[[int], None]) -> None:
+        self._lane.check()
+        what, whole, size = self._named("writing", key), self._key(key), source.size_bytes
+        if size <= self._lane.part_bytes(size):
+            self._lane.send(what, whole, source, progress, upload_id=None)
+            return
+        upload = MultipartUpload(self, what=what, key=whole, size_bytes=size, at_once=self._settings.connections)
+        upload.send_by(lambda upload_id: self._lane.send(what, whole, source, progress, upload_id=upload_id))
+
     def _part_bytes(self, size_bytes: int) -> int:
         # Equal parts (R2 wants them), few enough, in whole mebibytes.
         least = -(-size_bytes // _MAX_PARTS)
@@ -165,6 +192,26 @@ class S3Storage(S3Session):
         self._run(self._again(attempt))
 
     # -- reading payload -------------------------------------------------------------------------------------
+
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
+        """See ``Storage.read_into``: one ranged GET over the direct lane, or by the client where it declines."""
+        if any(map(len, targets)):
+            try:
+                self._lane.receive(self._named("reading", key), self._key(key), start, targets)
+            except Declined as exc:
+                self._lane.decline(exc)
+            else:
+                return
+        try:
+            super().read_into(key, start, *targets)
+        except BaseException:
+            self._lane.reconsider()
+            raise
+
+    def close(self) -> None:
+        """See ``Storage.close``."""
+        self._lane.close()
+        super().close()
 
     async def _read_into(self, key: str, start: int, targets: Sequence[memoryview]) -> None:
         what = self._named("reading", key)

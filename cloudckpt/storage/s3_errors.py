@@ -6,12 +6,22 @@ Codes and statuses are those of the S3 API reference, "Error responses", and of 
 from __future__ import annotations
 
 import asyncio
+import html
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 
-__all__ = ["ExpiredCredentialsError", "code_of", "explained", "is_condition_failed", "is_unsupported", "status_of"]
+__all__ = [
+    "AnsweredError",
+    "ExpiredCredentialsError",
+    "code_of",
+    "explained",
+    "is_condition_failed",
+    "is_unsupported",
+    "status_of",
+]
 
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 #: Waiting helps: throttling, and a server in trouble.
@@ -52,6 +62,27 @@ _ADVICE = {
 
 class ExpiredCredentialsError(StorageError):
     """The credentials were good and are not any more; reading them again may help."""
+
+
+class AnsweredError(Exception):
+    """An error that the store answered a request of our own with, in the shape of botocore's."""
+
+    def __init__(self, response: Mapping[str, Any]) -> None:
+        super().__init__(str(response["Error"]))
+        self.response = dict(response)
+
+    @classmethod
+    def of(cls, status: int, headers: Mapping[str, str], body: bytes) -> AnsweredError:
+        """The error in an answer: its code and message from the XML body, if there is one."""
+        found = {tag: _inside(tag, body) for tag in ("Code", "Message", "Region")}
+        if not found["Code"]:
+            found["Code"] = str(status)
+        return cls({"Error": found, "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": dict(headers)}})
+
+
+def _inside(tag: str, body: bytes) -> str:
+    match = re.search(rf"<{tag}>(.*?)</{tag}>".encode(), body, re.DOTALL)
+    return html.unescape(match[1].decode("utf-8", "replace")) if match else ""
 
 
 def _response(exc: BaseException) -> Mapping[str, Any]:

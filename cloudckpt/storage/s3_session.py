@@ -8,15 +8,17 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from cloudckpt.config import Settings
 from cloudckpt.errors import ConfigError, StorageError
 from cloudckpt.storage.base import Conditions
+from cloudckpt.storage.direct import Declined
+from cloudckpt.storage.direct.sigv4 import Credentials
 from cloudckpt.storage.remote import RemoteStorage
-from cloudckpt.storage.s3_errors import (
-    ExpiredCredentialsError,
-    explained,
-)
+from cloudckpt.storage.s3_errors import ExpiredCredentialsError, explained
+from cloudckpt.storage.s3_lane import S3Lane
+from cloudckpt.storage.s3_way import Way, header_names
 
 __all__ = ["S3Session"]
 
@@ -45,9 +47,12 @@ class S3Session(RemoteStorage):
     def __init__(self, bucket: str, prefix: str, options: Mapping[str, object], settings: Settings) -> None:
         super().__init__(bucket, prefix, options, settings)
         self._refuse_mock()
+        self._lane = S3Lane(self, bucket, settings)
         # Whether the server takes a whole-object checksum; servers that do not are remembered.
         self._checksums = True
         self._bulk_delete = True
+        # The last request that was sent to this bucket: what the direct lane finds its way by.
+        self._shown: tuple[str, Mapping[str, Any]] | None = None
 
     # -- the filesystem --------------------------------------------------------------------------------------
 
@@ -91,6 +96,7 @@ class S3Session(RemoteStorage):
         except (TypeError, ValueError) as exc:
             raise ConfigError(f"{self.url}: storage_options that s3fs does not take: {exc}") from exc
         client = await filesystem.get_s3(self._bucket)
+        client.meta.events.register("before-send.s3", self._note_request, unique_id="cloudckpt")
         for method, needed in _NEEDED.items():
             operation = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[method])
             if missing := needed - operation.input_shape.members.keys():
@@ -99,6 +105,74 @@ class S3Session(RemoteStorage):
                     'conditional: pip install --upgrade "cloudckpt[s3]"'
                 )
         return filesystem, client
+
+    def _note_request(self, request: Any, **_: Any) -> None:
+        self._shown = (str(request.url), dict(request.headers))
+
+    def way(self) -> Way | None:
+        """See ``LaneFacts.way``."""
+        return None if self._shown is None else self._run(self._way(*self._shown))
+
+    async def _way(self, url: str, headers: Mapping[str, Any]) -> Way:
+        filesystem, client = await self._client()
+        http = client._endpoint.http_session  # noqa: SLF001 - nothing public tells what was made of all the options
+        verify, proxies = getattr(http, "_verify", None), getattr(http, "_proxy_config", None)
+        if verify is None or proxies is None or client.meta.config.proxies_config:
+            raise Declined("how the session verifies certificates and finds proxies cannot be seen, or is special")
+
+        def added(method: str) -> dict[str, str]:
+            operation = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[method])
+            verb = getattr(client, method)
+            found = filesystem._get_s3_method_kwargs(verb, filesystem.req_kw, Bucket=self._bucket)  # noqa: SLF001
+            return header_names(operation, {name: value for name, value in found.items() if name != "Bucket"})
+
+        shown = {name.lower(): value for name, value in headers.items()}
+        authorization = shown.get("authorization", b"")
+        return Way(
+            url=url,
+            authorization=authorization.decode() if isinstance(authorization, bytes) else str(authorization),
+            is_session_bound="x-amz-s3session-token" in shown,
+            endpoint_path=urlsplit(str(client.meta.endpoint_url)).path,
+            verify=verify,
+            client_certificate=client.meta.config.client_cert,
+            proxies={scheme: str(proxy) for scheme, proxy in (proxies._proxies or {}).items()},  # noqa: SLF001
+            headers={method: added(method) for method in ("put_object", "upload_part", "get_object")},
+        )
+
+    def credentials(self) -> Credentials | None:
+        """See ``LaneFacts.credentials``."""
+
+        async def ask() -> Credentials | None:
+            _, client = await self._client()
+            found = client._request_signer._credentials  # noqa: SLF001 - they are the client's, refreshed by it
+            if found is None:
+                return None
+            frozen = await found.get_frozen_credentials()
+            return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+        found: Credentials | None = self._run(self._resolved(ask))
+        return found
+
+    def renew_credentials(self) -> None:
+        """See ``LaneFacts.renew_credentials``."""
+
+        async def renew() -> None:
+            self._renew()
+
+        self._run(renew())
+
+    def explain(self, exc: BaseException, what: str) -> StorageError:
+        """See ``LaneFacts.explain``."""
+        return self._explained(exc, what)
+
+    @property
+    def sends_checksums(self) -> bool:
+        """See ``LaneFacts.sends_checksums``."""
+        return self._checksums
+
+    @sends_checksums.setter
+    def sends_checksums(self, value: bool) -> None:
+        self._checksums = value
 
     async def _call(self, method: str, what: str, **arguments: Any) -> Any:
         """One request, once, with the options of the filesystem; errors as they come."""
@@ -216,7 +290,11 @@ class S3Session(RemoteStorage):
                 found["identity"] = f"access key {_masked(frozen.access_key)} (from {credentials.method})"
             import s3fs  # noqa: PLC0415 - an extra
 
-            found["lane"] = f"s3fs {s3fs.__version__}, parts of {self._part_bytes(0) // _MEBIBYTE} MiB"
+            found["lane"] = (
+                self._lane.describe()
+                if self._lane.declined is None
+                else f"s3fs {s3fs.__version__}, parts of {self._part_bytes(0) // _MEBIBYTE} MiB: {self._lane.declined}"
+            )
             return found
 
         return dict(self._run(self._resolved(ask)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import crc32c
@@ -14,7 +15,16 @@ from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage.loop import CLEAN_UP_S, Running
 from cloudckpt.storage.remote import crc32c_b64
 
-__all__ = ["MultipartUpload", "Requests"]
+__all__ = ["Carried", "MultipartUpload", "Requests"]
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """One part as the store has it."""
+
+    etag: str
+    crc32c: int
+    size_bytes: int
 
 
 class Requests(Protocol):
@@ -60,19 +70,33 @@ class MultipartUpload:
             StorageError: the store refused, or the parts do not add up to the size.
             BaseException: whatever ``parts`` or ``progress`` raised, as it was.
         """
+        self._whole(lambda: self._send_each(parts, progress))
+
+    def send_by(self, carry: Callable[[str], Sequence[Carried]]) -> None:
+        """As ``send``, where ``carry`` is given the upload's id, sends every part itself and returns them in order."""
+        self._whole(lambda: self._note(carry(self._id)))
+
+    def _note(self, carried: Sequence[Carried]) -> None:
+        self._etags = {number: part.etag for number, part in enumerate(carried, 1)}
+        self._sums = [(part.crc32c, part.size_bytes) for part in carried]
+
+    def _send_each(self, parts: Iterator[bytearray], progress: Callable[[int], None]) -> None:
         sent = 0
+        for number, part in enumerate(parts, 1):
+            sent += len(part)
+            if sent > self._size_bytes:
+                raise self._does_not_add_up(sent)
+            self._start_part(number, part)
+            progress(len(part))
+        if sent != self._size_bytes:
+            raise self._does_not_add_up(sent)
+        for number in [*self._running]:
+            self._collect(number)
+
+    def _whole(self, send: Callable[[], None]) -> None:
         try:
             self._begin()
-            for number, part in enumerate(parts, 1):
-                sent += len(part)
-                if sent > self._size_bytes:
-                    raise self._does_not_add_up(sent)
-                self._start_part(number, part)
-                progress(len(part))
-            if sent != self._size_bytes:
-                raise self._does_not_add_up(sent)
-            for number in [*self._running]:
-                self._collect(number)
+            send()
             self._complete()
         except BaseException:
             self._abort()

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from cloudckpt.testing.history import History, check_recovery
     from cloudckpt.testing.invariants import check_store
     from cloudckpt.testing.scripted import Call, Crash, Fault, ScriptedStorage
+    from cloudckpt.testing.sources import BytesSource
 
 __all__ = [
+    "BytesSource",
     "Call",
     "Crash",
     "FakeGCS",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _PLACES = {
+    "BytesSource": "sources",
     "Call": "scripted",
     "Crash": "scripted",
     "FakeGCS": "fake_gcs",
