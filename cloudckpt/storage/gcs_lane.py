@@ -241,21 +241,19 @@ class GCSLane:
         attempts = self._crew.attempts(stop, self._backoff())
 
         def attempt() -> Answer:
-            if attempts.count > 1 and _sum(part.views) != part.crc32c:
-                raise StorageError(
-                    f"{what}: the bytes in memory changed while they were being sent: a tensor was written to during "
-                    "the save. Nothing of it becomes visible; save again, and let save() return (or wait_staged()) "
-                    "before the state changes"
-                )
+            if attempts.count > 1:
+                _check_memory(what, part)
             answer, _ = self._send(route, what, request, stop)
             if answer.status == 200:
                 return answer
-            if not self._uploads_proven and (reason := refusal(answer)) is not None:
+            # Of an upload in parts the beginning has told.
+            if "?" not in request.target and not self._uploads_proven and (reason := refusal(answer)) is not None:
                 raise reason
             problem = self._facts.explain(answer, what)
             if isinstance(problem, ObjectNotFoundError):
                 raise StorageError(f"{what}: the upload was aborted by somebody else; save again")
-            if answer.code == "BadDigest" and _sum(part.views) == part.crc32c:
+            if answer.code == "BadDigest":
+                _check_memory(what, part)
                 raise StorageError(f"{problem}: damaged on the way", retryable=True)
             if answer.status in _THROTTLED:
                 raise _ThrottledError(str(problem), retryable=True)
@@ -324,8 +322,13 @@ class GCSLane:
             route.wire.close()
 
 
-def _sum(views: Sequence[memoryview]) -> int:
+def _check_memory(what: str, part: Part) -> None:
     value = 0
-    for view in views:
+    for view in part.views:
         value = crc32c.crc32c(view, value)
-    return value
+    if value != part.crc32c:
+        raise StorageError(
+            f"{what}: the bytes in memory changed while they were being sent: a tensor was written to during the save. "
+            "Nothing of it becomes visible; save again, and let save() return (or wait_staged()) before the state "
+            "changes"
+        )

@@ -23,8 +23,11 @@ __all__ = ["NoXmlApi", "Session", "XmlUploads", "refusal"]
 
 _OK = (200, 204)
 _REFUSALS = (400, 403, 404, 405, 501)
-#: A 404 of a store that knows the API, and has something to say.
-_KNOWING = {"NoSuchBucket", "NoSuchKey", "NoSuchUpload", "UserProjectMissing", "KeyTooLong"}
+#: What is wrong with one request, or with what it asks for, at a store that knows the API.
+_KNOWING = {
+    *("NoSuchBucket", "NoSuchKey", "NoSuchUpload", "UserProjectMissing", "KeyTooLong"),
+    *("BadDigest", "InvalidDigest", "IncompleteBody", "RequestTimeout", "ExpiredToken", "InvalidToken"),
+}
 
 
 class NoXmlApi(Declined):
