@@ -29,6 +29,19 @@ _AWS_HOST = re.compile(r"https?://[^/]*\.amazonaws\.com(\.cn)?(:\d+)?(/|$)")
 _NEEDED = {"put_object": {"IfMatch", "IfNoneMatch", "ChecksumCRC32C"}, "complete_multipart_upload": {"ChecksumType"}}
 
 
+class _Shown:
+    """The last request that was sent to the bucket: what the direct lane finds its way by.
+
+    It does not refer to the storage: a client refers to it, and the loop's thread to the client.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[str, Mapping[str, Any]] | None = None
+
+    def note(self, request: Any, **_: Any) -> None:
+        self.last = (str(request.url), dict(request.headers))
+
+
 class S3Session(RemoteStorage):
     """One bucket's client: credentials, endpoint, what is known of the store, and single requests.
 
@@ -51,8 +64,7 @@ class S3Session(RemoteStorage):
         # Whether the server takes a whole-object checksum; servers that do not are remembered.
         self._checksums = True
         self._bulk_delete = True
-        # The last request that was sent to this bucket: what the direct lane finds its way by.
-        self._shown: tuple[str, Mapping[str, Any]] | None = None
+        self._shown = _Shown()
 
     # -- the filesystem --------------------------------------------------------------------------------------
 
@@ -96,7 +108,7 @@ class S3Session(RemoteStorage):
         except (TypeError, ValueError) as exc:
             raise ConfigError(f"{self.url}: storage_options that s3fs does not take: {exc}") from exc
         client = await filesystem.get_s3(self._bucket)
-        client.meta.events.register("before-send.s3", self._note_request, unique_id="cloudckpt")
+        client.meta.events.register("before-send.s3", self._shown.note, unique_id="cloudckpt")
         for method, needed in _NEEDED.items():
             operation = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[method])
             if missing := needed - operation.input_shape.members.keys():
@@ -106,12 +118,9 @@ class S3Session(RemoteStorage):
                 )
         return filesystem, client
 
-    def _note_request(self, request: Any, **_: Any) -> None:
-        self._shown = (str(request.url), dict(request.headers))
-
     def way(self) -> Way | None:
         """See ``LaneFacts.way``."""
-        return None if self._shown is None else self._run(self._way(*self._shown))
+        return None if self._shown.last is None else self._run(self._way(*self._shown.last))
 
     async def _way(self, url: str, headers: Mapping[str, Any]) -> Way:
         filesystem, client = await self._client()

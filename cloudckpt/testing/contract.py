@@ -5,6 +5,7 @@ One class in one file past 350 lines: a backend inherits one name, and gets the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -13,7 +14,8 @@ from typing import Any, ClassVar, TypeVar
 import pytest
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Storage
+from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Part, Storage
+from cloudckpt.testing.sources import BytesSource
 
 __all__ = ["StorageContract"]
 
@@ -286,6 +288,39 @@ class StorageContract:
 
         assert sum(told) == 71_001
         assert min(told) >= 0
+
+    @pytest.mark.parametrize("size", [1, 5_000, 300_001])
+    def test_put_of_a_source(self, storage: Storage, size: int) -> None:
+        """A payload that can be had by range becomes one object too, with progress that adds up."""
+        whole = bytes(n % 251 for n in range(size))
+        told: list[int] = []
+        source = BytesSource(whole[: size // 3], b"", memoryview(whole)[size // 3 :])
+
+        storage.put("folder/object", source, size_bytes=size, progress=told.append)
+
+        assert _body(storage, "folder/object") == whole
+        assert sum(told) == size
+
+    @pytest.mark.parametrize("error", [_BufferError, KeyboardInterrupt])
+    def test_a_source_that_fails_leaves_nothing(self, storage: Storage, error: type[BaseException]) -> None:
+        """What a source raises when it is asked for its last bytes comes out as it was, and nothing is visible."""
+
+        class Failing(BytesSource):
+            @contextlib.contextmanager
+            def hold(self, start: int, length: int) -> Iterator[Part]:
+                if start + length == self.size_bytes:
+                    raise error
+                with super().hold(start, length) as part:
+                    yield part
+
+            def __iter__(self) -> Iterator[memoryview]:
+                yield from [*super().__iter__()][:-1]
+                raise error
+
+        with pytest.raises(error):
+            storage.put("object", Failing(bytes(300_000)), size_bytes=300_000)
+
+        assert _keys(storage) == []
 
     def test_the_same_put_twice_is_harmless(self, storage: Storage, second_storage: Storage) -> None:
         """Repeating a put with the same bytes leaves the same object."""

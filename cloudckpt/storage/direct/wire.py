@@ -308,7 +308,7 @@ class Wire:
 
     def _explained(self, exchange: _Exchange, exc: Exception) -> WireError:
         if exchange.late:
-            return WireError(f"no progress within {self._progress_s:g} s")
+            return WireError(f"no answer within {self._progress_s:g} s (or no further bytes of it)")
         said = str(exc) or type(exc).__name__
         return WireError(f"{type(exc).__name__}: {said}" if type(exc).__name__ not in said else said)
 
