@@ -139,6 +139,10 @@ class GCSStorage(GCSSession):
     ) -> None:
         """See ``Storage.put``: a ``Source`` goes over the direct lane, anything else by the session."""
         if isinstance(buffers, Source) and size_bytes and buffers.size_bytes == size_bytes:
+            if progress is not None and size_bytes <= self._lane.part_bytes(size_bytes):
+                # Once, whoever carries it, and before the object becomes visible: the caller may end it all here.
+                progress(size_bytes)
+                progress = None
             try:
                 self._put_directly(key, buffers, progress or (lambda _: None))
             except Declined as exc:

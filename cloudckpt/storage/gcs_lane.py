@@ -227,14 +227,11 @@ class GCSLane:
             def carry(stop: Stop) -> Carried:
                 stop.check()
                 with source.hold(start, min(step, size - start)) as part:
-                    if upload_id is None:  # before the object becomes visible, as the caller may end it all
-                        progress(part.size_bytes)
                     headers = {**about, "x-goog-hash": f"crc32c={crc32c_b64(part.crc32c)}"}
                     request = Request(method="PUT", target=path + query, headers=headers, views=part.views)
                     answer = self._carry(route, named, request, part, stop)
-                if upload_id is not None:
-                    with told:
-                        progress(part.size_bytes)
+                with told:
+                    progress(part.size_bytes)
                 return Carried(answer.headers.get("etag", ""), part.crc32c, part.size_bytes, answer.told_crc32c)
 
             return carry
