@@ -283,7 +283,7 @@ class S3Lane:
             )
             summed = replace(wanted, headers={**wanted.headers, **checksum})
             try:
-                return self._ask(route, what, summed, stop).headers.get("etag", "")
+                etag = self._ask(route, what, summed, stop).headers.get("etag")
             except StorageError as exc:
                 cause = exc.__cause__
                 if code_of(cause or exc) == "BadDigest" and _sum(part.views) == part.crc32c:
@@ -292,10 +292,14 @@ class S3Lane:
                     self._facts.sends_checksums = False
                     raise StorageError(str(exc), retryable=True) from cause
                 raise
+            if not etag:
+                # An answer that broke off in its headers looks like one without them.
+                raise StorageError(f"{what}: the answer has no ETag", retryable=True)
+            return etag
 
-        etag = attempts.run(attempt, is_throttled=_is_throttled)
+        found = attempts.run(attempt, is_throttled=_is_throttled)
         self._proven = True
-        return etag
+        return found
 
     # -- down ------------------------------------------------------------------------------------------------
 

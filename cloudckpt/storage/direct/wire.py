@@ -297,6 +297,9 @@ class Wire:
                 if broken is not None:
                     raise broken from None
                 raise
+            if exchange.late:
+                # The end that the watcher made may have looked like the end of the headers.
+                raise WireError("too late")
             if broken is not None:
                 keeps = False
                 if answer.status < 400:

@@ -1,0 +1,192 @@
+"""The threads of a lane: side by side, ended together, fewer when the store says so."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from cloudckpt.errors import StorageError
+from cloudckpt.storage.direct import BrokenOff, Crew, Stop, Throttle
+from cloudckpt.storage.retry import Backoff
+
+QUICK = Backoff(deadline_s=5, base_s=0.001, cap_s=0.002)
+
+
+def never(_: StorageError) -> bool:
+    """Whether a refusal is about too much: not here."""
+    return False
+
+
+def test_jobs_run_side_by_side_and_answer_in_order() -> None:
+    """Four jobs that wait for one another all end, and their answers come in the order of the jobs."""
+    crew = Crew(4)
+    together = threading.Barrier(4, timeout=30)
+
+    def job(number: int, _: Stop) -> int:
+        together.wait()
+        return number
+
+    assert crew.each([lambda stop, n=n: job(n, stop) for n in range(4)]) == [0, 1, 2, 3]  # type: ignore[misc]
+    crew.close()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_one_failure_ends_all(error: type[BaseException]) -> None:
+    """When one job fails the others are woken, none goes on, and the first error is told."""
+    crew = Crew(2)
+    asleep = threading.Event()
+    ended = threading.Event()
+
+    def sleeper(stop: Stop) -> None:
+        try:
+            asleep.set()
+            stop.sleep(3600)
+        finally:
+            ended.set()
+
+    def failing(_: Stop) -> None:
+        assert asleep.wait(30)
+        raise error("the first")
+
+    never_run = threading.Event()
+    with pytest.raises(error, match="the first"):
+        crew.each([sleeper, failing, lambda _: never_run.set()])
+    assert ended.is_set()
+    assert not never_run.is_set()
+    assert crew.each([lambda _: 7]) == [7]
+    crew.close()
+
+
+def test_a_request_is_tried_again_while_waiting_may_help() -> None:
+    """A retryable error is tried again, a plain one is raised at once, and the tries are counted."""
+    crew = Crew(1)
+    left = [StorageError("busy", retryable=True), StorageError("busy", retryable=True), StorageError("no")]
+    attempts = crew.attempts(Stop(), QUICK)
+
+    def attempt() -> None:
+        raise left.pop(0)
+
+    with pytest.raises(StorageError, match="no"):
+        attempts.run(attempt, is_throttled=never)
+    assert attempts.count == 3
+
+
+def test_the_deadline_ends_the_tries() -> None:
+    """A store that stays busy is given up when the deadline is over."""
+    now = [0.0]
+    backoff = Backoff(deadline_s=1, base_s=0.001, cap_s=0.001, now=lambda: now[0])
+
+    def attempt() -> None:
+        now[0] += 0.6
+        raise StorageError("busy", retryable=True)
+
+    attempts = Crew(1).attempts(Stop(), backoff)
+    with pytest.raises(StorageError, match="busy"):
+        attempts.run(attempt, is_throttled=never)
+    assert attempts.count == 2
+
+
+def test_a_throttled_store_gets_fewer_requests_and_slowly_more_again() -> None:
+    """The number is halved once a second of refusals, and grows by about one for each round of successes."""
+    now = [0.0]
+    crew = Crew(16, now=lambda: now[0])
+
+    def refused(times: int) -> None:
+        left = [StorageError("SlowDown", retryable=True)] * times
+
+        def attempt() -> None:
+            if left:
+                raise left.pop()
+
+        crew.attempts(Stop(), QUICK).run(attempt, is_throttled=lambda _: True)
+
+    refused(3)
+    assert crew.limit == 8
+    now[0] += 1.5
+    refused(1)
+    assert crew.limit == 4
+    for _ in range(9):
+        refused(0)
+    assert crew.limit in {5, 6}
+    for _ in range(500):
+        refused(0)
+    assert crew.limit == 16
+
+
+def test_no_more_requests_than_the_limit_are_under_way() -> None:
+    """With the limit lowered to two, four threads never have more than two requests open."""
+    crew = Crew(4)
+    crew._gate.limit = 2.0
+    mutex, inside, most = threading.Lock(), [0], [0]
+    pair = threading.Barrier(2, timeout=30)
+
+    def job(stop: Stop) -> None:
+        def attempt() -> None:
+            with mutex:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            pair.wait()
+            with mutex:
+                inside[0] -= 1
+            crew._gate.limit = 2.0
+
+        crew.attempts(stop, QUICK).run(attempt, is_throttled=never)
+
+    crew.each([job] * 8)
+    assert most == [2]
+    crew.close()
+
+
+def test_who_waits_for_the_gate_is_woken_by_the_end() -> None:
+    """A job that waits until it may send ends when the transfer is given up."""
+    crew = Crew(2)
+    crew._gate.limit = 1.0
+    inside = threading.Event()
+
+    def holder(stop: Stop) -> None:
+        def attempt() -> None:
+            inside.set()
+            stop.sleep(3600)
+
+        crew.attempts(stop, QUICK).run(attempt, is_throttled=never)
+
+    def waiter(stop: Stop) -> None:
+        assert inside.wait(30)
+        with stop.calls(lambda: None):
+            threading.Thread(target=stop).start()
+        crew.attempts(stop, QUICK).run(lambda: None, is_throttled=never)
+
+    with pytest.raises(BrokenOff):
+        crew.each([holder, waiter])
+    crew.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    """A crew that has worked in the parent works in a child, and goes on in the parent."""
+    crew = Crew(2)
+    assert crew.each([lambda _: 1, lambda _: 2]) == [1, 2]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if crew.each([lambda _: 3]) == [3] else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert crew.each([lambda _: 4]) == [4]
+    crew.close()
+
+
+def test_the_cap_is_kept_by_all_together() -> None:
+    """Bytes are let through at the rate; a pause that nobody used is not saved up."""
+    now = [100.0]
+    throttle = Throttle(1000.0, now=lambda: now[0])
+    assert throttle.pause(500) == 0
+    assert throttle.pause(500) == pytest.approx(0.5)
+    assert throttle.pause(1) == pytest.approx(1.0)
+    now[0] += 60
+    assert throttle.pause(1000) == 0
+    assert throttle.pause(1) == pytest.approx(1.0)
+    assert Throttle(None).pause(1 << 40) == 0
