@@ -4,6 +4,8 @@ gcsfs gives the session: credentials and their renewal, endpoint or emulator, re
 API are sent over that session directly, because gcsfs turns a lost answer into "the file exists", repeats requests for
 half a minute by itself, and compares neither sizes nor checksums. Its core class is used, not the extended one, which
 asks another API over gRPC about every bucket first.
+
+Past 350 lines, because the verbs of one backend stand together; what an upload does stands in files of its own.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from urllib.parse import quote
 import crc32c
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Unknown, Versioned, scatter
+from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Source, Unknown, Versioned, scatter
+from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.gcs_errors import Answer
+from cloudckpt.storage.gcs_parts import UploadInParts
 from cloudckpt.storage.gcs_session import GCSSession
 from cloudckpt.storage.gcs_upload import ResumableUpload
+from cloudckpt.storage.gcs_xml import Session, XmlUploads
 from cloudckpt.storage.remote import crc32c_b64, each
 
 __all__ = ["GCSStorage"]
@@ -129,6 +134,43 @@ class GCSStorage(GCSSession):
 
     # -- payload ---------------------------------------------------------------------------------------------
 
+    def put(
+        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """See ``Storage.put``: a ``Source`` goes over the direct lane, anything else by the session."""
+        if isinstance(buffers, Source) and size_bytes and buffers.size_bytes == size_bytes:
+            if progress is not None and size_bytes <= self._lane.part_bytes(size_bytes):
+                # Once, whoever carries it, and before the object becomes visible: the caller may end it all here.
+                progress(size_bytes)
+                progress = None
+            try:
+                self._put_directly(key, buffers, progress or (lambda _: None))
+            except Declined as exc:
+                self._lane.decline_uploads(exc)
+            else:
+                return
+        try:
+            super().put(key, buffers, size_bytes=size_bytes, progress=progress)
+        except BaseException:
+            self._lane.reconsider_uploads()
+            raise
+
+    def _put_directly(self, key: str, source: Source, progress: Callable[[int], None]) -> None:
+        self._lane.check_uploads()
+        what, whole, size = self._named("writing", key), self._key(key), source.size_bytes
+        stored = _Stored(self, key, what)
+        if size <= self._lane.part_bytes(size):
+            (carried,) = self._lane.send(what, whole, source, progress, upload_id=None)
+            stored.check(carried.told, size, carried.crc32c)
+            return
+        upload = UploadInParts(self._parts, stored, what=what, key=whole, content_type=_type_of(key))
+        upload.send_by(lambda upload_id: self._lane.send(what, whole, source, progress, upload_id=upload_id))
+
+    @property
+    def _parts(self) -> XmlUploads:
+        session = Session(self._running, self._run, self._again, self._send, self._explained)
+        return XmlUploads(session, self._bucket)
+
     def _part_bytes(self, size_bytes: int) -> int:  # noqa: ARG002 - there is no limit to the number of chunks
         return max(self._settings.part_size_bytes // _CHUNK, 1) * _CHUNK
 
@@ -162,7 +204,7 @@ class GCSStorage(GCSSession):
     async def _compare(self, what: str, key: str, answer: Answer, size_bytes: int, value: int) -> None:
         """Hold what the store says it has against what was sent; take a damaged object away again."""
         found = answer.json
-        if str(found.get("size")) == str(size_bytes) and found.get("crc32c", crc32c_b64(value)) == crc32c_b64(value):
+        if _fits(answer, size_bytes, value):
             return
         generation = str(found.get("generation", ""))
         with contextlib.suppress(StorageError):
@@ -173,6 +215,17 @@ class GCSStorage(GCSSession):
         )
 
     # -- reading payload -------------------------------------------------------------------------------------
+
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
+        """See ``Storage.read_into``: one ranged GET over the direct lane, or by the session where it declines."""
+        if any(map(len, targets)):
+            try:
+                self._lane.receive(self._named("reading", key), self._key(key), start, targets)
+            except Declined as exc:
+                self._lane.decline(exc)
+            else:
+                return
+        super().read_into(key, start, *targets)
 
     async def _read_into(self, key: str, start: int, targets: Sequence[memoryview]) -> None:
         what = self._named("reading", key)
@@ -238,14 +291,21 @@ class GCSStorage(GCSSession):
             )
         )
 
-    def abort_uploads(
-        self,
-        prefix: str,  # noqa: ARG002 - the verb's shape
-        *,
-        spare: Callable[[str], bool] = lambda _: False,  # noqa: ARG002 - the same
-    ) -> int:
-        """See ``Storage.abort_uploads``; sessions cannot be listed. They are not billed and end after a week."""
-        return 0
+    def abort_uploads(self, prefix: str, *, spare: Callable[[str], bool] = lambda _: False) -> int:
+        """See ``Storage.abort_uploads``: those in parts. Resumable ones cannot be listed; they cost nothing."""
+        if self._lane.knows_no_uploads():
+            return 0
+        try:
+            found = self._parts.find(f"listing unfinished uploads in {self.url}", self._prefix + prefix)
+        except Declined as exc:
+            self._lane.decline_uploads(exc)
+            return 0
+        return self._parts.abort_each([upload for upload in found if not spare(upload[0][len(self._prefix) :])])
+
+    def close(self) -> None:
+        """See ``Storage.close``."""
+        self._lane.close()
+        super().close()
 
 
 def _total(answer: Answer) -> int:
@@ -264,6 +324,36 @@ def _check_sum(answer: Answer, what: str) -> None:
 
 def _type_of(key: str) -> str:
     return "application/json" if key.endswith(".json") else "application/octet-stream"
+
+
+def _fits(answer: Answer, size_bytes: int, value: int) -> bool:
+    found, ours = answer.json, crc32c_b64(value)
+    return str(found.get("size")) == str(size_bytes) and found.get("crc32c", ours) == ours
+
+
+class _Stored:
+    """The object that an upload over the lane has become."""
+
+    def __init__(self, storage: GCSStorage, key: str, what: str) -> None:
+        self._storage = storage
+        self._key = key
+        self._what = what
+
+    def look(self) -> Answer:
+        storage = self._storage
+        found: Answer = storage._run(  # noqa: SLF001 - another view of the same storage
+            storage._again(lambda: storage._ask(self._what, "GET", storage._object(self._key)))  # noqa: SLF001
+        )
+        return found
+
+    @staticmethod
+    def fits(found: Answer, size_bytes: int, crc: int) -> bool:
+        return _fits(found, size_bytes, crc)
+
+    def check(self, told: str, size_bytes: int, crc: int) -> None:
+        if told != crc32c_b64(crc):  # the store did not say, or says something else: the object itself tells
+            storage = self._storage
+            storage._run(storage._compare(self._what, self._key, self.look(), size_bytes, crc))  # noqa: SLF001
 
 
 # Another view of the same object, beside it: an upload knows nothing of buckets and credentials.

@@ -1,11 +1,13 @@
 """What Google Cloud Storage answers, sorted into what a caller can do about it.
 
-Statuses and reasons are those of "HTTP status and error codes for JSON" in the Cloud Storage documentation.
+Statuses and reasons are those of "HTTP status and error codes for JSON", and "… for XML", in the Cloud Storage
+documentation.
 """
 
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import re
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ _LOGIN = (
     "run `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service "
     "account"
 )
+_ERROR = re.compile(rb"\s*(<\?xml[^>]*>)?\s*<Error>")
 _RETRYABLE = {408, 409, 429, 500, 502, 503, 504}
 
 
@@ -47,12 +50,35 @@ class Answer:
         return found if isinstance(found, dict) else {}
 
     @property
+    def code(self) -> str:
+        """The XML API's name for an error; empty where the answer is none of its."""
+        return _inside("Code", self.body) if _ERROR.match(self.body) else ""
+
+    @property
+    def told_crc32c(self) -> str:
+        """The CRC-32C of the object, as a header tells it; empty if none does."""
+        headers = self.headers
+        said = headers.getall("x-goog-hash", []) if hasattr(headers, "getall") else [headers.get("x-goog-hash", "")]
+        for part in ",".join(said).split(","):
+            name, _, value = part.strip().partition("=")
+            if name == "crc32c":
+                return value
+        return ""
+
+    @property
     def message(self) -> str:
         """What the store said in words."""
+        if self.code:
+            return f"{self.code}: {_inside('Message', self.body)}"
         error = self.json.get("error")
         if isinstance(error, dict):
             return str(error.get("message", ""))
         return str(error or self.body[:300].decode(errors="replace")).strip()
+
+
+def _inside(tag: str, body: bytes) -> str:
+    found = re.search(rf"<{tag}>(.*?)</{tag}>".encode(), body, re.DOTALL)
+    return html.unescape(found[1].decode(errors="replace")) if found else ""
 
 
 def explained(answer: Answer, what: str, *, bucket: str) -> StorageError:  # noqa: PLR0911 - a table of statuses

@@ -14,6 +14,8 @@ from cloudckpt.config import Settings
 from cloudckpt.errors import ConfigError, StorageError
 from cloudckpt.storage.base import Buffer, Conditions
 from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, has_secret, without_answer
+from cloudckpt.storage.gcs_lane import GCSLane
+from cloudckpt.storage.gcs_way import Way, way_of
 from cloudckpt.storage.remote import RemoteStorage
 
 __all__ = ["GCSSession"]
@@ -51,6 +53,7 @@ class GCSSession(RemoteStorage):
         super().__init__(bucket, prefix, options, settings)
         self._spacing_s = spacing_s
         self._last_write: dict[str, float] = {}
+        self._lane = GCSLane(self, bucket, settings)
 
     # -- the filesystem --------------------------------------------------------------------------------------
 
@@ -88,8 +91,11 @@ class GCSSession(RemoteStorage):
         headers: Mapping[str, str] | None = None,
         data: Buffer | None = None,
         reads_bytes: int = 0,
+        query: str = "",
     ) -> Answer:
         """One request, once; every answer is given back, whatever its status.
+
+        A request of the XML API has a ``query`` of its own spelling, and says in a header who pays.
 
         Raises:
             StorageError: there was no answer.
@@ -99,11 +105,16 @@ class GCSSession(RemoteStorage):
             filesystem = await self._fs()
             await filesystem._set_session()  # noqa: SLF001 - the coroutine behind its synchronous twin
             full = url if url.startswith("http") else f"{filesystem._location}{url}"  # noqa: SLF001
+            asked = filesystem._get_params(dict(params or {}))  # noqa: SLF001 - adds userProject
+            said = filesystem._get_headers(dict(headers or {}))  # noqa: SLF001 - adds a fresh token
+            if query:
+                full, payer, asked = f"{full}?{query}", asked.get("userProject"), {}
+                said |= {"x-goog-user-project": payer} if payer else {}
             async with filesystem.session.request(
                 method,
                 _encoded(full),
-                params=filesystem._get_params(dict(params or {})),  # noqa: SLF001 - adds userProject
-                headers=filesystem._get_headers(dict(headers or {})),  # noqa: SLF001 - adds a fresh token
+                params=asked,
+                headers=said,
                 # As a file: aiohttp sends it piece by piece, and warns of large bytes.
                 data=None if data is None else io.BytesIO(data),
                 allow_redirects=False,
@@ -116,16 +127,62 @@ class GCSSession(RemoteStorage):
         except ConfigError:
             raise
         except Exception as exc:  # noqa: BLE001 - chained below, unless it shows a secret
-            problem = without_answer(exc, what)
-            if isinstance(problem, UnauthorizedError):
-                self._renew()
-                problem.retryable = problem.retryable and not self._gave_up_on_credentials()
-            raise problem from (None if has_secret(exc) else exc)
+            raise self._without_answer(exc, what) from (None if has_secret(exc) else exc)
         if found.status == 401:
             self._renew()
         elif found.status < 400:
             self._refused_at = None
         return found
+
+    # -- what the direct lane asks for -----------------------------------------------------------------------
+
+    def way(self) -> Way:
+        """See ``LaneFacts.way``."""
+
+        async def ask() -> Way:
+            filesystem = await self._connected()
+            await filesystem._set_session()  # noqa: SLF001 - the coroutine behind its synchronous twin
+            return way_of(filesystem)
+
+        return self._run(ask())
+
+    def permission(self) -> Mapping[str, str]:
+        """See ``LaneFacts.permission``."""
+
+        async def ask() -> Mapping[str, str]:
+            try:
+                return dict((await self._fs())._get_headers({}))  # noqa: SLF001 - adds a fresh token
+            except ConfigError:
+                raise
+            except Exception as exc:  # noqa: BLE001 - the same as for a request
+                raise self._without_answer(exc, f"connecting to {self.url}") from (None if has_secret(exc) else exc)
+
+        return self._run(self._in_time(f"connecting to {self.url}", ask()))
+
+    def renew_permission(self) -> None:
+        """See ``LaneFacts.renew_permission``."""
+
+        async def renew() -> None:
+            self._renew()
+
+        self._run(renew())
+
+    def permission_was_taken(self) -> None:
+        """See ``LaneFacts.permission_was_taken``."""
+        self._refused_at = None
+
+    def explain(self, answer: Answer, what: str) -> StorageError:
+        """See ``LaneFacts.explain``."""
+        return self._explained(answer, what)
+
+    # -- answers ---------------------------------------------------------------------------------------------
+
+    def _without_answer(self, exc: Exception, what: str) -> StorageError:
+        problem = without_answer(exc, what)
+        if isinstance(problem, UnauthorizedError):
+            self._renew()
+            problem.retryable = problem.retryable and not self._gave_up_on_credentials()
+        return problem
 
     def _explained(self, answer: Answer, what: str) -> StorageError:
         problem = explained(answer, what, bucket=self._bucket)
@@ -196,7 +253,10 @@ class GCSSession(RemoteStorage):
             return {
                 "endpoint": str(filesystem._location),  # noqa: SLF001
                 "identity": "anonymous" if credentials is None else str(name),
-                "lane": f"gcsfs {gcsfs.__version__}, resumable uploads in chunks of {part} MiB",
+                "lane": self._lane.describe(
+                    str(filesystem._location),  # noqa: SLF001
+                    f"gcsfs {gcsfs.__version__}, resumable uploads in chunks of {part} MiB",
+                ),
             }
 
         return self._run(ask())

@@ -209,6 +209,7 @@ class FaultProxy:
     def _serve(self) -> None:
         try:
             self._loop.run_until_complete(self._main())
+            self._loop.run_until_complete(_ended())
         finally:
             self._ready.set()
             self._loop.close()
@@ -338,6 +339,16 @@ class FaultProxy:
         if incoming.transport is not None:
             incoming.transport.abort()
         return asyncio.CancelledError()
+
+
+async def _ended() -> None:
+    """A client that broke off leaves its handler behind, which the server has forgotten: let it end."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    for _ in range(_TURNS_TO_ACCEPT):  # what closes, closes in the turns after
+        await asyncio.sleep(0)
 
 
 #: What aiohttp's client would add by itself.

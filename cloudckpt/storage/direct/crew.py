@@ -161,7 +161,8 @@ class Crew:
         pool, stop = self._threads(), Stop()
         running: list[Future[_T]] = []
         try:
-            running = [pool.submit(job, stop) for job in jobs]
+            for job in jobs:  # one by one, so that an interrupt among them knows those that run already
+                running.append(pool.submit(job, stop))  # noqa: PERF401
             left = set(running)
             while left:
                 done, left = wait(left, return_when=FIRST_COMPLETED)

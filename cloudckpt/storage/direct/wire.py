@@ -141,7 +141,10 @@ class _Exchange:
     def receive(self, targets: Sequence[memoryview], moved: Callable[[int], None]) -> tuple[Answer, bool]:
         """The answer, and whether the connection can be used again."""
         response = self.connection.getresponse()
-        headers = {name.lower(): value for name, value in response.getheaders()}
+        headers: dict[str, str] = {}
+        for name, value in response.headers.items():
+            known = headers.get(name.lower())
+            headers[name.lower()] = value if known is None else f"{known}, {value}"
         # A whole object that was asked for by its whole range may come as a plain 200.
         length = int(headers.get("content-length", -1))
         filled, body = 0, b""
