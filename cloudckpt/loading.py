@@ -155,8 +155,8 @@ class _Target:
         """Where this checkpoint's tensors go. What cannot be restored is refused here, before any byte moves.
 
         Raises:
-            StateMismatchError: the state does not fit, or has tensors that cannot be written.
-            CorruptCheckpointError: this one stands in for a damaged one, and would leave some of that in the state.
+            StateMismatchError: the state does not fit, or has tensors that cannot be written; or this one stands in for
+                a damaged one, and would leave some of that in the state.
         """
         where = outline.checkpoint.url
         self.problems = check_fits(self.state, values, strict=self.strict, where=where)
@@ -169,10 +169,10 @@ class _Target:
         # An optimizer gets a whole new state; everything else keeps what it is not given.
         written = {region_of(use.target): use for use in uses if use.target is not None}
         if left := [path for region, path in self.overwritten.items() if region not in written]:
-            raise CorruptCheckpointError(
-                f"{where} has nothing for {', '.join(left[:10])}, which were overwritten from a damaged checkpoint "
-                "before it: restoring it would leave a mixture of both",
-                checkpoint_id=outline.checkpoint.id,
+            # No damage: nothing is wrong with this checkpoint, and other objects can be restored from it.
+            raise StateMismatchError(
+                f"{where} has nothing for {', '.join(left[:10])}, overwritten from a damaged checkpoint that was tried "
+                "before: restoring it would leave a mixture of both"
             )
         for use in uses:
             region = region_of(use.target) if use.target is not None and use.place in self.homes.targets else None

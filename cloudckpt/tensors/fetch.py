@@ -113,8 +113,12 @@ class _Chunk:
     missing: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.view = byte_view(self.home) if self.home.device.type == "cpu" else None
+        self.view = byte_view(self.home) if _on_host(self.home) else None
         self.missing = self.sealed.length
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 class _Reading:

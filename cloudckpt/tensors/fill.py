@@ -83,7 +83,7 @@ def _check_named(own: Mapping[str, object], stored: Any, here: str, problems: li
     other = [
         f"{name} ({_kind(own[name])} here, {_kind(stored[name])} in the checkpoint)"
         for name in own
-        if name in stored and isinstance(own[name], torch.Tensor) and _shape(own[name]) != _shape(stored[name])
+        if name in stored and isinstance(own[name], torch.Tensor) and not _same_shape(own[name], stored[name])
     ]
     for what, names in (("missing in the checkpoint", missing), ("unexpected", unexpected), ("mis-shaped", other)):
         if names:
@@ -99,8 +99,11 @@ def _check_optimizer(target: torch.optim.Optimizer, stored: Any, here: str, prob
         problems.append(f"{here}: the optimizer has groups of {own} parameters, the checkpoint of {counts}")
 
 
-def _shape(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+def _same_shape(own: object, stored: object) -> bool:
+    if not isinstance(own, torch.Tensor) or not isinstance(stored, torch.Tensor):
+        return isinstance(own, torch.Tensor) == isinstance(stored, torch.Tensor)
+    # A lazy module's parameters have no shape yet: they take the stored one's.
+    return torch.nn.parameter.is_lazy(own) or own.shape == stored.shape
 
 
 def _kind(value: object) -> str:
@@ -174,4 +177,4 @@ def _fitting(module: torch.nn.Module, stored: Any) -> dict[str, Any]:
     own = module.state_dict()
     if not isinstance(stored, Mapping):
         return {}
-    return {name: value for name, value in stored.items() if name in own and _shape(own[name]) == _shape(value)}
+    return {name: value for name, value in stored.items() if name in own and _same_shape(own[name], value)}
