@@ -68,7 +68,7 @@ SMALL = Settings(max_read_bytes=1000, io_threads=3, read_gap_bytes=64)
 
 def test_every_byte_is_downloaded_once() -> None:
     """A whole load reads exactly the data of its payload objects, in pieces of at most max_read_bytes."""
-    state = {"a": {f"w{n}": torch.randn(n * 10) for n in range(1, 20)}, "b": torch.randn(3000), "n": 1}
+    state: dict[str, Any] = {"a": {f"w{n}": torch.randn(n * 10) for n in range(1, 20)}, "b": torch.randn(3000), "n": 1}
     storage = saved(state)
     back = cloudckpt.open(storage, settings=SMALL).load()
     assert all(torch.equal(back["a"][name], tensor) for name, tensor in state["a"].items())
@@ -310,7 +310,7 @@ def by_ferry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("settings", [Settings(), SMALL], ids=["default", "small"])
 def test_what_goes_by_way_of_buffers_arrives_whole(settings: Settings) -> None:
     """Pieces, gaps and chunks that are cut in two all arrive, in few buffers used again and again."""
-    state = {"m": {f"w{n}": torch.randn(n * 30 + 1) for n in range(20)}, "a": np.arange(50)}
+    state: dict[str, Any] = {"m": {f"w{n}": torch.randn(n * 30 + 1) for n in range(20)}, "a": np.arange(50)}
     storage = saved(state)
     back = cloudckpt.open(storage, settings=settings).load()
     assert all(torch.equal(back["m"][name], tensor) for name, tensor in state["m"].items())

@@ -125,9 +125,19 @@ def test_an_optimizers_state_is_read_into_or_made() -> None:
 
 def test_tensors_in_containers_are_read_into() -> None:
     """At the top, in dicts and in lists; scalars and tensors that require gradients too."""
-    value = {"t": torch.randn(3), "l": [torch.randn(2, 2), 1], "s": torch.tensor(4), "p": torch.randn(2)}
+    value: dict[str, Any] = {
+        "t": torch.randn(3),
+        "l": [torch.randn(2, 2), 1],
+        "s": torch.tensor(4),
+        "p": torch.randn(2),
+    }
     storage = saved({"x": value, "top": torch.ones(5)})
-    target = {"t": torch.zeros(3), "l": [torch.zeros(2, 2), 0], "s": torch.tensor(0), "p": nn.Parameter(torch.zeros(2))}
+    target: dict[str, Any] = {
+        "t": torch.zeros(3),
+        "l": [torch.zeros(2, 2), 0],
+        "s": torch.tensor(0),
+        "p": nn.Parameter(torch.zeros(2)),
+    }
     top = torch.zeros(5)
     restored(storage, {"x": target, "top": top})
     tensors = [target["t"], target["l"][0], target["s"], target["p"], top]
@@ -169,7 +179,8 @@ class Prefixing(nn.Module):
         super().__init__()
         self.plain = nn.Linear(3, 3)
         self.turned = nn.Linear(3, 3)
-        self.turned.register_load_state_dict_pre_hook(self._turn)
+        hooked: Any = self.turned
+        hooked.register_load_state_dict_pre_hook(self._turn)
 
     @staticmethod
     def _turn(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
@@ -346,9 +357,9 @@ def test_memory_that_two_components_share_is_written_in_order() -> None:
 
 def test_without_strict_what_does_not_fit_is_left_as_it_is() -> None:
     """Tensors of another shape, and the state of an optimizer with other groups, are not touched by any read."""
-    model = net()
+    model: Any = net()
     storage = saved({"model": model, "optimizer": stepped(model, torch.optim.SGD), "t": torch.ones(3)})
-    other = net(bias=False)
+    other: Any = net(bias=False)
     optimizer = torch.optim.SGD(
         [{"params": list(other.parameters())[:2]}, {"params": list(other.parameters())[2:]}], momentum=0.5
     )
