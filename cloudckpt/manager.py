@@ -44,12 +44,11 @@ from cloudckpt.events import (
     SaveSkipped,
     Warned,
 )
-from cloudckpt.loading import Loaded, LoadRequest, load_chosen
+from cloudckpt.loading import Loaded, LoadRequest, restore_chosen
 from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
 from cloudckpt.saving import Saver, SaveRequest, plan_payloads
 from cloudckpt.storage import GenericFsspecStorage, LocalStorage, ManifestStore, Storage, open_storage
-from cloudckpt.tensors.fill import check_fits, fill
 from cloudckpt.tensors.staging import Arena
 from cloudckpt.view import placed
 from cloudckpt.vocabulary import unknown_keyword
@@ -330,8 +329,11 @@ class CheckpointManager(Run):
     ) -> Checkpoint | None:
         """Fill the objects of ``state`` in place from a checkpoint; None if the run has never committed any.
 
-        Everything is read and proven before anything changes. Only proven damage makes it try an earlier
-        checkpoint; a fault of the network is raised.
+        Names, shapes and dtypes are compared before any byte moves. Then the bytes are read straight into the tensors
+        of ``state`` where these can take them, and proven on the way: no second copy in memory. Only proven damage
+        makes it try an earlier checkpoint; a fault of the network is raised. An error that comes while bytes are being
+        read leaves the tensors partly overwritten, and says so; ``Settings(read_in_place=False)`` reads and proves
+        everything before it touches them.
 
         Args:
             state: what ``save()`` was given, as fresh objects. Plain values are replaced in the mapping.
@@ -340,7 +342,8 @@ class CheckpointManager(Run):
             components: restore only these top-level keys of the state.
 
         Raises:
-            StateMismatchError: the state does not fit; lists the names. Nothing was changed.
+            StateMismatchError: the state does not fit, or has tensors without memory of their own; lists the names.
+                Nothing was changed.
             CheckpointNotFoundError: checkpoints exist, and none matches.
             CorruptCheckpointError: the named checkpoint is damaged, or none is left that is not.
             ConflictError: another job holds the run and ``takeover="refuse"``, or two jobs fight over it.
@@ -362,11 +365,15 @@ class CheckpointManager(Run):
             self._listener(NothingToResume(url=self.url))
             return None
         request = LoadRequest(selector=selector, allow_pickle=self._allow_pickle, optional=tuple(chosen_state))
-        loaded = load_chosen(self._store, manifest, request, on_damage=self._record_damage)
-        present = loaded.values
-        for problem in check_fits(chosen_state, present, strict=strict, where=loaded.checkpoint.url):
-            self._listener(Warned(message=f"restore(strict=False): {problem}"))
-        fill(chosen_state, present, strict=strict)
+        loaded = restore_chosen(
+            self._store,
+            manifest,
+            request,
+            chosen_state,
+            strict=strict,
+            on_damage=self._record_damage,
+            on_problem=lambda problem: self._listener(Warned(message=f"restore(strict=False): {problem}")),
+        )
         if components is not None and isinstance(state, dict):
             state.update(chosen_state)
         self._protect(loaded, held)
@@ -374,7 +381,7 @@ class CheckpointManager(Run):
             Resumed(
                 checkpoint=loaded.checkpoint,
                 seconds=time.monotonic() - began,
-                components=tuple(name for name in chosen_state if name in present),
+                components=tuple(name for name in chosen_state if name in loaded.values),
                 not_restored=tuple(
                     name for name in loaded.index.structure if name not in chosen_state and components is None
                 ),

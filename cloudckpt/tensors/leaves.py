@@ -135,7 +135,7 @@ class ArrayLeaf:
 
     Args:
         store: as for ``TensorLeaf``.
-        fetch: as for ``TensorLeaf``.
+        fetch: gives the bytes of a name, in memory that is the array's own from now on and may be filled later.
     """
 
     store: Callable[[torch.Tensor, Path], str]
@@ -153,7 +153,7 @@ class ArrayLeaf:
     def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
         """See ``Handler.decode``."""
         raw = self.fetch(payload["tensor"]).numpy()
-        return raw.view(_plain(payload["dtype"], path)).reshape(payload["shape"]).copy()
+        return raw.view(_plain(payload["dtype"], path)).reshape(payload["shape"])
 
 
 def _plain(name: str, path: Path) -> np.dtype[Any]:

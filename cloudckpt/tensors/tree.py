@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,9 @@ def flatten(state: Mapping[str, object], *, allow_pickle: bool = False) -> FlatS
     pickled: list[bool] = []
     for name, value in state.items():
         component = _Component(name)
-        codec = _codec(component.store, _no_tensor, allow_pickle=allow_pickle, note=lambda: pickled.append(True))
+        codec = _codec(
+            component.store, _no_tensor, _no_tensor, allow_pickle=allow_pickle, note=lambda: pickled.append(True)
+        )
         own: object = value.state_dict() if has_state(value) else value  # type: ignore[attr-defined]  # has_state
         flat.structure[name] = codec.encode(own, (name,))
         flat.tensors[name] = component.tensors
@@ -113,9 +116,19 @@ def flatten(state: Mapping[str, object], *, allow_pickle: bool = False) -> FlatS
 
 
 def unflatten(
-    structure: Mapping[str, Any], fetch: Callable[[str, str], torch.Tensor], *, allow_pickle: bool = False
+    structure: Mapping[str, Any],
+    tensor: Callable[[str, str], torch.Tensor],
+    array: Callable[[str, str], torch.Tensor],
+    *,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
-    """The state's values again; ``fetch(component, name)`` gives each tensor.
+    """The state's values again.
+
+    Args:
+        structure: component -> JSON node, as ``flatten`` made it.
+        tensor: gives the tensor of a component and a name. Nothing looks into it here.
+        array: the same for an array's bytes: memory of its own, which may be filled later.
+        allow_pickle: load pickled leaves, which runs code from the checkpoint.
 
     Raises:
         FormatError: the structure is malformed.
@@ -123,23 +136,21 @@ def unflatten(
     """
     values: dict[str, Any] = {}
     for name, node in structure.items():
-
-        def fetch_here(tensor: str, component: str = name) -> torch.Tensor:
-            return fetch(component, tensor)
-
-        values[name] = _codec(_no_store, fetch_here, allow_pickle=allow_pickle).decode(node, (name,))
+        codec = _codec(_no_store, partial(tensor, name), partial(array, name), allow_pickle=allow_pickle)
+        values[name] = codec.decode(node, (name,))
     return values
 
 
 def _codec(
     store: Callable[[torch.Tensor, Path], str],
-    fetch: Callable[[str], torch.Tensor],
+    tensor: Callable[[str], torch.Tensor],
+    array: Callable[[str], torch.Tensor],
     *,
     allow_pickle: bool,
     note: Callable[[], None] = lambda: None,
 ) -> Codec:
     plain: list[Handler] = [TorchLeaf(), ScalarLeaf(), EnumLeaf()]
-    handlers: list[Handler] = [TensorLeaf(store, fetch), ArrayLeaf(store, fetch), StatefulLeaf(), *plain]
+    handlers: list[Handler] = [TensorLeaf(store, tensor), ArrayLeaf(store, array), StatefulLeaf(), *plain]
     return Codec([*handlers, PickleLeaf(allow_pickle, note, Codec(plain))])
 
 
