@@ -10,6 +10,13 @@ from cloudckpt.errors import ConfigError
 __all__ = ["Settings"]
 
 
+#: The settings that are words.
+_WORDS = {
+    "on_busy": ("wait", "skip"),
+    "stage": ("copy", "overlap"),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Numbers that most runs never touch.
@@ -31,6 +38,10 @@ class Settings:
             need more than 9,000 of them.
         parts_in_flight: how many parts of one object are under way at once. Memory: this many parts, twice.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
+        stage: how ``save()`` takes the state into host memory before it returns: "copy" (blocks for one copy) or
+            "overlap" (a GPU copies beside the next step). ``save(block=True)`` sends tensors from where they are.
+        staging_limit_bytes: the most host memory that staging may take; a larger state is sent from where it is, and
+            ``save()`` blocks until it is uploaded. None: what the host has.
     """
 
     on_busy: str = "wait"
@@ -46,14 +57,25 @@ class Settings:
     part_size_bytes: int = 16 * 1024 * 1024
     parts_in_flight: int = 4
     max_fallbacks: int = 10
+    stage: str = "copy"
+    staging_limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        problems = [] if self.on_busy in {"wait", "skip"} else [f'on_busy={self.on_busy!r}: write "wait" or "skip"']
+        problems = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "on_busy":
+            words = _WORDS.get(field.name)
+            if words is not None:
+                if value not in words:
+                    problems.append(f"{field.name}={value!r}: write {' or '.join(map(_quoted, words))}")
+                continue
+            if value is None and field.default is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
                 problems.append(f"{field.name}={value!r}: write a positive number")
         if problems:
             raise ConfigError("these settings cannot be used: " + "; ".join(problems))
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"'
