@@ -100,11 +100,13 @@ class Arena:
         limit_bytes: it never grows past this.
         available: how much memory can still be touched, in bytes; None if nobody knows.
         tell: told, once, that memory could not be pinned.
+        segment_bytes: how large a segment is, but the last one; whole pages.
     """
 
     limit_bytes: int | None = None
     available: Callable[[], int | None] = available_bytes
     tell: Callable[[str], None] = lambda _: None
+    segment_bytes: int = SEGMENT_BYTES
     _segments: list[Segment] = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _worker: threading.Thread | None = None
@@ -163,11 +165,13 @@ class Arena:
                 f"staging needs {format_bytes(wanted - have + untouched)} more host memory, and the host has "
                 f"{format_bytes(free)} to give"
             )
+        before = have
         while have < wanted:
-            size = min(SEGMENT_BYTES, wanted - have)
+            size = min(self.segment_bytes, wanted - have)
             try:
                 self._segments.append(_allocate(size, have))
             except (OSError, ValueError, MemoryError) as exc:
+                self._shrink(before)
                 raise MemoryError(
                     f"staging needs {format_bytes(wanted)} of host memory, and no more than {format_bytes(have)} could "
                     "be had"
@@ -175,7 +179,7 @@ class Arena:
             have += size
 
     def _shrink(self, size_bytes: int) -> None:
-        while self._segments and self._segments[-1].start >= max(size_bytes, 1):
+        while self._segments and self._segments[-1].start >= size_bytes:
             last = self._segments[-1]
             while last.pages is _Pages.BUSY:
                 self._changed.wait()

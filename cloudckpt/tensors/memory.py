@@ -22,6 +22,8 @@ __all__ = [
     "typed_view",
 ]
 
+_NAMES: dict[torch.dtype, str] = {}
+
 _DTYPES: dict[str, torch.dtype] = {
     str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)
 }
@@ -32,7 +34,10 @@ _SAME_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``bfloat16`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
+    found = _NAMES.get(dtype)
+    if found is None:
+        found = _NAMES[dtype] = str(dtype).removeprefix("torch.")
+    return found
 
 
 def dtype_named(name: str) -> torch.dtype:

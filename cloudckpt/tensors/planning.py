@@ -6,8 +6,10 @@ the text of its index are made at the first save; later ones compare names, dtyp
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -105,7 +107,10 @@ class Planner:
             TypeError: something in it cannot be stored; names its path.
             ConfigError: the state is empty, or a component's name cannot be used.
         """
-        flat = flatten(state, allow_pickle=allow_pickle)
+        with _no_collections():
+            return self._plan(flatten(state, allow_pickle=allow_pickle))
+
+    def _plan(self, flat: FlatState) -> Plan:
         pieces = plan_save(flat.tensors) if _any_sharded(flat) else None
         if pieces is None:
             data = {component: [*named.values()] for component, named in flat.tensors.items()}
@@ -142,6 +147,18 @@ class Planner:
             tensors=(),
         )
         return _Outline(empty, order)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without Python's cycle collector: it would walk the many small objects made here, which all stay, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _any_sharded(flat: FlatState) -> bool:

@@ -184,15 +184,13 @@ class TensorSource(PayloadSource):
         number, at = bisect_right(bounds, start) - 1, start
         joined = start
         while at < stop:
-            end = min(bounds[number + 1], stop)
-            if number == 0 or (
-                bounds[number + 1] - bounds[number] >= _SMALL_BYTES and lies_flat(tensors[number - 1])
-            ):
+            close = bounds[number + 1]
+            if number == 0 or (close - bounds[number] >= _SMALL_BYTES and lies_flat(tensors[number - 1])):
                 if at > joined:
                     runs.append((joined, at, False))
-                runs.append((at, end, True))
-                joined = end
-            at = end
+                joined = close if close < stop else stop
+                runs.append((at, joined, True))
+            at = close
             number += 1
         if stop > joined:
             runs.append((joined, stop, False))
@@ -211,12 +209,16 @@ class TensorSource(PayloadSource):
         number = bisect_right(bounds, start) - 1
         devices = set()
         while start < stop:
-            base, end = bounds[number], min(bounds[number + 1], stop)
+            base, end = bounds[number], bounds[number + 1]
+            if end > stop:
+                end = stop
             tensor = tensors[number - 1]
-            if end > start and lies_flat(tensor):
+            if end == start:
+                pass
+            elif lies_flat(tensor):
                 copy = copy_small if end - start < _SMALL_BYTES else copy_large
                 copy(address + shift + start, tensor.data_ptr() + start - base, end - start)
-            elif end > start:
+            else:
                 size = tensor.dtype.itemsize
                 first, last = (start - base) // size, -(-(end - base) // size)
                 begin = shift + base + first * size

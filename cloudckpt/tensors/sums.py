@@ -27,7 +27,7 @@ class Sums:
     def __init__(self, bounds: Sequence[int]) -> None:
         self._bounds = bounds
         self._mutex = threading.Lock()
-        self._whole: dict[int, int] = {}
+        self._whole: list[int | None] = [None] * (len(bounds) - 1)
         # Pieces that parts cut: (number, start) -> (stop, sum). And the parts: start -> {stop: sum}.
         self._cut: dict[tuple[int, int], tuple[int, int]] = {}
         self._parts: dict[int, dict[int, int]] = {}
@@ -43,28 +43,33 @@ class Sums:
             return self._parts.setdefault(start, {}).setdefault(stop, total)
 
     def _sum(self, start: int, views: Sequence[memoryview]) -> int:
+        # A hundred thousand small tensors pass through this loop; it is written for that.
         bounds, whole = self._bounds, self._whole
-        at, total = start, 0
         number = bisect_right(bounds, start) - 1
+        begin, at, total, base = bounds[number], start, 0, start
         for view in views:
-            base, end = at, at + view.nbytes
+            end = base + view.nbytes
             while at < end:
-                stop = min(bounds[number + 1], end)
+                close = bounds[number + 1]
+                stop = close if close < end else end
                 piece = view[at - base : stop - base]
                 value = crc32c(piece)
-                if stop - at < _SHORT_BYTES:
-                    total = crc32c(piece, total)
+                total = crc32c(piece, total) if stop - at < _SHORT_BYTES else combine(total, value, stop - at)
+                if stop == close:
+                    if at == begin:
+                        whole[number] = value
+                    else:
+                        self._note_cut(number, at, stop, value)
+                    number, begin = number + 1, close
                 else:
-                    total = combine(total, value, stop - at)
-                if at == bounds[number] and stop == bounds[number + 1]:
-                    whole.setdefault(number, value)
-                elif stop > at:
-                    with self._mutex:
-                        self._cut.setdefault((number, at), (stop, value))
-                if stop == bounds[number + 1]:
-                    number += 1
+                    self._note_cut(number, at, stop, value)
                 at = stop
+            base = end
         return total
+
+    def _note_cut(self, number: int, start: int, stop: int, value: int) -> None:
+        with self._mutex:
+            self._cut.setdefault((number, start), (stop, value))
 
     def finish(self, again: Callable[[int, int], None]) -> tuple[int, list[int]]:
         """The sum of the whole object, and of each of its pieces.
@@ -72,7 +77,9 @@ class Sums:
         Args:
             again: called with (start, length) of what no part has covered; has it summed.
         """
-        pieces = [self._piece(number, again) for number in range(len(self._bounds) - 1)]
+        pieces = [
+            self._piece(number, again) if found is None else found for number, found in enumerate(self._whole)
+        ]
         joined = self._joined()
         if joined is None:
             lengths = (b - a for a, b in zip(self._bounds, self._bounds[1:], strict=False))
@@ -81,7 +88,7 @@ class Sums:
 
     def _piece(self, number: int, again: Callable[[int, int], None]) -> int:
         start, stop = self._bounds[number], self._bounds[number + 1]
-        found = self._whole.get(number) if stop > start else 0
+        found = self._whole[number] if stop > start else 0
         if found is not None:
             return found
         at, sums = start, []
@@ -91,11 +98,7 @@ class Sums:
         if at == stop:
             return combine_all(sums)
         again(start, stop - start)
-        return self._whole[number] if number in self._whole else self._piece_by_views(number)
-
-    def _piece_by_views(self, number: int) -> int:
-        # Summed as one part, though its bytes lie in several views.
-        return self._parts[self._bounds[number]][self._bounds[number + 1]]
+        return self._parts[start][stop]
 
     def _joined(self) -> int | None:
         """The whole object's sum from the parts, if they lie end to end."""
