@@ -186,7 +186,12 @@ class CheckpointManager(Run):
                 listener=self._listener,
             )
             self._saver = Saver(
-                self._store, self._claim, self._coordinator, self._planner, self._arena, self._listener
+                self._store,
+                self._claim,
+                self._coordinator,
+                self._listener,
+                planner=self._planner,
+                arena=self._arena,
             )
             self._finalizer = weakref.finalize(self, _warn_unclosed, self.url)
             self._finalizer.atexit = False
@@ -299,7 +304,7 @@ class CheckpointManager(Run):
             self._listener(Warned(message=message))
 
     def prepare(self, state: Mapping[str, object]) -> None:
-        """Begin to make the host memory for saves of this state, so that the first save blocks no longer than later ones.
+        """Begin to make the host memory for saves of this state: the first save then blocks no longer than later ones.
 
         Returns at once; ``wait()`` waits until it is made, and a save that comes earlier waits for no more than it
         needs. What an optimizer will hold after its first step is counted in. Nothing is announced or written.

@@ -121,9 +121,10 @@ class Saver:
         store: ManifestStore,
         claim: Claim,
         coordinator: Coordinator,
+        listener: Listener,
+        *,
         planner: Planner,
         arena: Arena,
-        listener: Listener,
     ) -> None:
         self._store = store
         self._claim = claim
@@ -230,7 +231,7 @@ class Saver:
     def _stage(self, plan: Plan) -> Staging:
         if self._store.settings.stage == "overlap" and not self._told_overlap:
             self._told_overlap = True
-            self._listener(Warned(message='stage="overlap" is not built into this version: saves copy before they return'))
+            self._listener(Warned(message='stage="overlap" is not in this version: saves copy before they return'))
         return stage(plan.payloads, self._arena)
 
     def _tensor_sources(self, plan: Plan) -> list[PayloadSource]:

@@ -146,7 +146,7 @@ def make(place: Path) -> None:
             takeover="last_wins",
             listener=silent,
         )
-    saver = Saver(store, claim, SingleProcess(), Planner(0, 1), Arena(), silent)
+    saver = Saver(store, claim, SingleProcess(), silent, planner=Planner(0, 1), arena=Arena())
 
     def save(wanted: SaveRequest) -> None:
         saver.start(wanted, 0.0).wait()

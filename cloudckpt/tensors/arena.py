@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import torch
 
@@ -229,7 +230,7 @@ class Arena:
 
     def _pin(self, segment: Segment) -> None:
         try:
-            code = int(torch.cuda.cudart().cudaHostRegister(segment.address, segment.size_bytes, 0))
+            code = int(_cuda().cudaHostRegister(segment.address, segment.size_bytes, 0))
         except RuntimeError as exc:
             code, reason = -1, str(exc)
         else:
@@ -283,7 +284,11 @@ class Arena:
         return tuple(segment.view[at : at + size] for segment, at, size in self.pieces(start, length))
 
 
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # CUDA's own runtime; torch gives it no types
+
+
 def _unpin(segment: Segment) -> None:
     if segment.pinned:
         segment.pinned = False
-        torch.cuda.cudart().cudaHostUnregister(segment.address)
+        _cuda().cudaHostUnregister(segment.address)

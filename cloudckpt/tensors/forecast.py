@@ -1,4 +1,4 @@
-"""How much a state will grow at the first optimizer step: what the arena is made for before there is anything to copy."""
+"""How much a state will grow at the first optimizer step, so that its memory is made before."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class Planner:
         else:
             data = {component: [tensor for _, tensor in boxes] for component, boxes in pieces.items()}
         key = [
-            (component, [*flat.tensors[component]], flat.aliases[component], [(t.dtype, t.shape, t.device) for t in own])
+            (component, [*flat.tensors[component]], [*flat.aliases[component].items()], [*map(_kind, own)])
             for component, own in data.items()
         ]
         boxes = None if pieces is None else {c: [box for box, _ in own] for c, own in pieces.items()}
@@ -128,9 +128,7 @@ class Planner:
         payloads = tuple(outline.with_data(data[outline.empty.component]) for outline in outlines)
         return Plan(flat=flat, payloads=payloads, text=text)
 
-    def _draw(
-        self, flat: FlatState, boxes: Mapping[str, Sequence[Box]]
-    ) -> tuple[tuple[_Outline, ...], TensorsText]:
+    def _draw(self, flat: FlatState, boxes: Mapping[str, Sequence[Box]]) -> tuple[tuple[_Outline, ...], TensorsText]:
         outlines = tuple(self._outline(component, own) for component, own in boxes.items() if own)
         return outlines, _text(flat, [outline.empty for outline in outlines])
 
@@ -151,7 +149,7 @@ class Planner:
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """Without Python's cycle collector: it would walk the many small objects made here, which all stay, again and again."""
+    """Without Python's cycle collector, which would walk the many small objects made here, all of them to stay."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -159,6 +157,10 @@ def _no_collections() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, torch.device]:
+    return tensor.dtype, tensor.shape, tensor.device
 
 
 def _any_sharded(flat: FlatState) -> bool:

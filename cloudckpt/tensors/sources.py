@@ -188,7 +188,7 @@ class TensorSource(PayloadSource):
             if number == 0 or (close - bounds[number] >= _SMALL_BYTES and lies_flat(tensors[number - 1])):
                 if at > joined:
                     runs.append((joined, at, False))
-                joined = close if close < stop else stop
+                joined = min(stop, close)
                 runs.append((at, joined, True))
             at = close
             number += 1
@@ -210,8 +210,7 @@ class TensorSource(PayloadSource):
         devices = set()
         while start < stop:
             base, end = bounds[number], bounds[number + 1]
-            if end > stop:
-                end = stop
+            end = min(end, stop)
             tensor = tensors[number - 1]
             if end == start:
                 pass
@@ -242,9 +241,9 @@ class TensorSource(PayloadSource):
             return
         changed = next(n for n, (a, b) in enumerate(zip(now, self._versions, strict=True)) if a != b)
         raise SaveError(
-            f"{self.payload.component}.{self.payload.boxes[changed].name} changed while it was being saved. save(block="
-            "True), and a save that finds no memory to stage in, send tensors from where they are: change nothing until "
-            "the call returns. Nothing of it became visible"
+            f"{self.payload.component}.{self.payload.boxes[changed].name} changed while it was being saved. "
+            "save(block=True), and a save that finds no memory to stage in, send tensors from where they are: change "
+            "nothing until the call returns. Nothing of this save became visible"
         )
 
     def seal(self) -> tuple[PayloadObject, list[int]]:

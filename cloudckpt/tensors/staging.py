@@ -94,18 +94,15 @@ def _collect(payload: Payload, start: int, arena: Arena, jobs: list[_Job], devic
             if flat:
                 jobs.append((segment, segment.address + at - segment.start, source + done, size))
             else:
-                _copy_elements(tensor, arena, segment, at - segment.start, done, size)
+                # Elements never lie across segments: both begin on multiples of the element size.
+                arena.claim(segment)
+                begin, item = at - segment.start, tensor.dtype.itemsize
+                target = segment.memory[begin : begin + size].view(tensor.dtype)
+                first, last = done // item, (done + size) // item
+                copy_elements(target, tensor.detach(), first, last, non_blocking=tensor.is_cuda)
                 if tensor.is_cuda:
                     devices.add(tensor.device)
             at, done, left = at + size, done + size, left - size
-
-
-def _copy_elements(tensor: torch.Tensor, arena: Arena, segment: Segment, at: int, done: int, size: int) -> None:
-    # Elements never lie across segments: both begin on multiples of the element size.
-    arena.claim(segment)
-    item = tensor.dtype.itemsize
-    target = segment.memory[at : at + size].view(tensor.dtype)
-    copy_elements(target, tensor.detach(), done // item, (done + size) // item, non_blocking=tensor.is_cuda)
 
 
 def _run(jobs: Sequence[_Job], arena: Arena) -> None:

@@ -264,6 +264,10 @@ with CheckpointManager(sys.argv[1]) as ckpts:
 def test_beyond_the_arena_a_save_takes_little_memory_whatever_its_size(how: str, tmp_path: Path) -> None:
     """350 MiB saved to disk, large tensors, small and strided ones: the peak is within 64 MiB and two parts a thread."""
     out = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path / "run"), how], capture_output=True, text=True, check=True, timeout=280
+        [sys.executable, "-c", PEAK, str(tmp_path / "run"), how],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=280,
     )
     assert int(out.stdout) <= 64 + 2 * 4 * 8, out.stdout

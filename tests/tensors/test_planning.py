@@ -86,7 +86,9 @@ def test_tensors_that_know_their_shards_are_left_to_dcp() -> None:
     assert [is_sharded(kind) for kind in (torch.Tensor, torch.nn.Parameter, Shard)] == [False, False, True]
 
 
-@pytest.mark.parametrize("name", ["plain", 'quoted " and \\', '"crc32c": "00000000"', "ümlaut", "lone \ud800 surrogate", "\\"])
+@pytest.mark.parametrize(
+    "name", ["plain", 'quoted " and \\', '"crc32c": "00000000"', "ümlaut", "lone \ud800 surrogate", "\\"]
+)
 def test_the_index_from_the_plan_is_byte_for_byte_the_index(name: str) -> None:
     """What is written with the plan's text is what is written from the decoded index, whatever the names."""
     storage = MemoryStorage()

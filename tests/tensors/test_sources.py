@@ -22,7 +22,11 @@ from cloudckpt.tensors.staging import stage
 
 KIB = 1024
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SHELLS = [d for name in ("float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn_x2", "bits16", "uint16") if (d := getattr(torch, name, None))]
+SHELLS = [
+    d
+    for name in ("float8_e5m2", "float8_e8m0fnu", "float4_e2m1fn_x2", "bits16", "uint16")
+    if (d := getattr(torch, name, None))
+]
 
 
 def odd_state() -> dict[str, torch.Tensor]:
@@ -228,7 +232,7 @@ def test_a_buffer_that_cannot_be_had_is_an_error_with_its_size() -> None:
         assert buffer.numel() >= 10
 
 
-@pytest.mark.parametrize("dtype", [d for d in BITS.values()])
+@pytest.mark.parametrize("dtype", list(BITS.values()))
 def test_no_more_than_the_range_is_copied_of_a_strided_tensor(dtype: torch.dtype) -> None:
     """Every range of a tensor whose dimensions are all mixed up is the range of its contiguous copy."""
     tensor = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).to(dtype).permute(2, 0, 3, 1)
