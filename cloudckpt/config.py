@@ -57,6 +57,10 @@ class Settings:
         staging_limit_bytes: the most host memory that staging may take; a larger state is sent from where it is, and
             ``save()`` blocks until it is uploaded. None: what the host has.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
+        stage: how ``save()`` takes the state into host memory before it returns: "copy" (blocks for one copy) or
+            "overlap" (a GPU copies beside the next step). ``save(block=True)`` sends tensors from where they are.
+        staging_limit_bytes: the most host memory that staging may take; a larger state is sent from where it is, and
+            ``save()`` blocks until it is uploaded. None: what the host has.
     """
 
     on_busy: str = "wait"
@@ -79,8 +83,11 @@ class Settings:
     stage: str = "copy"
     staging_limit_bytes: int | None = None
     max_fallbacks: int = 10
+    stage: str = "copy"
+    staging_limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
+<<<<<<< HEAD
         found = (self._problem(field.name, field.default) for field in fields(self))
         if problems := [problem for problem in found if problem is not None]:
             raise ConfigError("these settings cannot be used: " + "; ".join(problems))
@@ -96,6 +103,23 @@ class Settings:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return None if is_number and math.isfinite(value) and value > 0 else f"{name}={value!r}: write a positive number"
 
+=======
+        problems = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            words = _WORDS.get(field.name)
+            if words is not None:
+                if value not in words:
+                    problems.append(f"{field.name}={value!r}: write {' or '.join(map(_quoted, words))}")
+                continue
+            if value is None and field.default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                problems.append(f"{field.name}={value!r}: write a positive number")
+        if problems:
+            raise ConfigError("these settings cannot be used: " + "; ".join(problems))
+
+>>>>>>> wt-stage
 
 def _quoted(word: str) -> str:
     return f'"{word}"'

@@ -7,6 +7,7 @@ their other names as aliases.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,24 +57,38 @@ class _Component:
     name: str
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    seen: dict[_Identity, str] = field(default_factory=dict)
+    seen: dict[int, list[str]] = field(default_factory=dict)
 
     def store(self, tensor: torch.Tensor, path: Path) -> str:
-        name = self._free_name(".".join(map(str, path[1:])) or self.name)
-        first = self.seen.setdefault(_identity(tensor), name) if tensor.numel() else name
-        if first == name:
+        wanted = path[1] if len(path) == 2 else ".".join(map(str, path[1:])) or self.name
+        name = self._free_name(wanted if type(wanted) is str else str(wanted))
+        first = self._tied_to(tensor, name) if tensor.numel() else None
+        if first is None:
             self.tensors[name] = tensor
         else:
             self.aliases[name] = first
         return name
 
+    def _tied_to(self, tensor: torch.Tensor, name: str) -> str | None:
+        """The name of the same memory seen the same way. The address tells nearly all tensors apart, and is cheap."""
+        address = tensor.data_ptr()
+        others = self.seen.get(address) if address else None
+        if others is None:
+            self.seen[address] = [name]
+            return None
+        identity = _identity(tensor)
+        for other in others:
+            if _identity(self.tensors[other]) == identity:
+                return other
+        others.append(name)
+        return None
+
     def _free_name(self, wanted: str) -> str:
         # {"a": {"b": t}, "a.b": u} spells the same name twice; the structure refers to each by the name it got.
-        name, number = wanted, 0
-        while name in self.tensors or name in self.aliases:
-            number += 1
-            name = f"{wanted}~{number}"
-        return name
+        if wanted not in self.tensors and wanted not in self.aliases:
+            return wanted
+        numbered = (f"{wanted}~{number}" for number in itertools.count(1))
+        return next(name for name in numbered if name not in self.tensors and name not in self.aliases)
 
 
 def _identity(tensor: torch.Tensor) -> _Identity:
@@ -150,8 +165,8 @@ def _codec(
     note: Callable[[], None] = lambda: None,
 ) -> Codec:
     plain: list[Handler] = [TorchLeaf(), ScalarLeaf(), EnumLeaf()]
-    handlers: list[Handler] = [TensorLeaf(store, tensor), ArrayLeaf(store, array), StatefulLeaf(), *plain]
-    return Codec([*handlers, PickleLeaf(allow_pickle, note, Codec(plain))])
+    handlers: list[Handler] = [ArrayLeaf(store, array), StatefulLeaf(), *plain]
+    return Codec([*handlers, PickleLeaf(allow_pickle, note, Codec(plain))], leaves=[TensorLeaf(store, tensor)])
 
 
 def _no_tensor(name: str) -> torch.Tensor:
