@@ -57,10 +57,6 @@ class Settings:
         staging_limit_bytes: the most host memory that staging may take; a larger state is sent from where it is, and
             ``save()`` blocks until it is uploaded. None: what the host has.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
-        stage: how ``save()`` takes the state into host memory before it returns: "copy" (blocks for one copy) or
-            "overlap" (a GPU copies beside the next step). ``save(block=True)`` sends tensors from where they are.
-        staging_limit_bytes: the most host memory that staging may take; a larger state is sent from where it is, and
-            ``save()`` blocks until it is uploaded. None: what the host has.
     """
 
     on_busy: str = "wait"
@@ -83,11 +79,8 @@ class Settings:
     stage: str = "copy"
     staging_limit_bytes: int | None = None
     max_fallbacks: int = 10
-    stage: str = "copy"
-    staging_limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
-<<<<<<< HEAD
         found = (self._problem(field.name, field.default) for field in fields(self))
         if problems := [problem for problem in found if problem is not None]:
             raise ConfigError("these settings cannot be used: " + "; ".join(problems))
@@ -95,31 +88,16 @@ class Settings:
     def _problem(self, name: str, default: object) -> str | None:
         value = getattr(self, name)
         if name in _WORDS:
-            return None if value in _WORDS[name] else f"{name}={value!r}: write {' or '.join(map(_quoted, _WORDS[name]))}"
+            asked = " or ".join(map(_quoted, _WORDS[name]))
+            return None if value in _WORDS[name] else f"{name}={value!r}: write {asked}"
         if isinstance(default, bool):
             return None if isinstance(value, bool) else f"{name}={value!r}: write True or False"
         if default is None and value is None:
             return None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return None if is_number and math.isfinite(value) and value > 0 else f"{name}={value!r}: write a positive number"
+        is_fine = is_number and math.isfinite(value) and value > 0
+        return None if is_fine else f"{name}={value!r}: write a positive number"
 
-=======
-        problems = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            words = _WORDS.get(field.name)
-            if words is not None:
-                if value not in words:
-                    problems.append(f"{field.name}={value!r}: write {' or '.join(map(_quoted, words))}")
-                continue
-            if value is None and field.default is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-                problems.append(f"{field.name}={value!r}: write a positive number")
-        if problems:
-            raise ConfigError("these settings cannot be used: " + "; ".join(problems))
-
->>>>>>> wt-stage
 
 def _quoted(word: str) -> str:
     return f'"{word}"'
