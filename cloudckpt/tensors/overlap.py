@@ -100,6 +100,7 @@ class Snapshot:
         self._lock = threading.Lock()
         self._on_host = threading.Event()
         self._over = threading.Event()
+        self._ended = False
         self._changed: list[str] = []
         self._failure: BaseException | None = None
 
@@ -153,7 +154,7 @@ class Snapshot:
         if capturing:
             # Waiting for an event from outside would break the capture, and a replay calls no hook.
             with self._lock:
-                if not self._over.is_set() and self._failure is None:
+                if not self._ended and self._failure is None:
                     self._failure = SaveError(
                         f"{type(optimizer).__name__}.step was captured in a CUDA graph while the state was being "
                         'copied, and replays announce nothing: save with stage="copy"'
@@ -164,7 +165,7 @@ class Snapshot:
             torch.cuda.current_stream(device).wait_event(event)
         with self._lock:
             self._look()
-            if self._over.is_set() or not self._events:
+            if self._ended or not self._events:
                 self._watched = []
             else:
                 # Those of other optimizers may still be written to by whoever does not wait.
@@ -194,15 +195,16 @@ class Snapshot:
             self._copies = []
             for watched in self._watched:
                 watched.source = None
-            self._over.set()
+            self._ended = True
         _drop_settled()
+        self._over.set()
 
     # -- inside ----------------------------------------------------------------------------------------------
 
     @property
     def settled(self) -> bool:
         """Whether no step needs to tell it anything."""
-        return self._over.is_set() and not self._watched
+        return self._ended and not self._watched
 
     def _join(self, timeout_s: float | None) -> None:
         if not self._over.wait(timeout_s):
@@ -380,10 +382,13 @@ def _before_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str
     capturing = is_capturing()
     if capturing:
         captured_steps.add(optimizer)
-    for reference in _live:
+    live = _live
+    for reference in live:
         snapshot = reference()
         if snapshot is not None and not snapshot.settled:
             snapshot.before_step(optimizer, capturing=capturing)
+    if live:
+        _drop_settled()
 
 
 def _follow(snapshot: Snapshot) -> None:
@@ -405,4 +410,5 @@ def _forget_in_child() -> None:
     _live, _registry = (), threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -20,7 +20,8 @@ def storages(tensor: torch.Tensor) -> list[int]:
         return []
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        return [key for name in names for key in storages(getattr(tensor, name))]
+        parts = [getattr(tensor, name) for name in names]
+        return [key for part in parts if isinstance(part, torch.Tensor) for key in storages(part)]
     return [tensor.untyped_storage()._cdata]  # noqa: SLF001 - unlike data_ptr(), also of empty ones
 
 
