@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from cloudckpt.errors import SaveError
 from cloudckpt.tensors.memory import copy_bits
@@ -145,9 +145,20 @@ def _exact(tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
         raise AssertionError("a change was not seen")
 
 
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    assert isinstance(tensor, DTensor)
+    local: torch.Tensor = DTensor.to_local(tensor)
+    return local.detach()
+
+
 def parallel(path: str, rank: int) -> None:
     """DistributedDataParallel, and a DTensor with its local parts, among two processes."""
-    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(path, 2),  # type: ignore[attr-defined]  # its stub forgets it
+        rank=rank,
+        world_size=2,
+    )
     model = nn.parallel.DistributedDataParallel(nn.Linear(SHAPE[1], SHAPE[0]))
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer)
@@ -166,7 +177,7 @@ def parallel(path: str, rank: int) -> None:
             sharded.step()
 
         go_on()
-        local = {"weight": weight.detach().to_local(), "exp_avg": sharded.state[weight]["exp_avg"].to_local()}
+        local = {"weight": _local(weight), "exp_avg": _local(sharded.state[weight]["exp_avg"])}
         _exact(local, sharded, go_on)
     dist.destroy_process_group()
 
