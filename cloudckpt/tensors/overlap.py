@@ -81,6 +81,7 @@ class _Plan:
 
     now: list[Copying] = field(default_factory=list)
     on_stream: list[Copying] = field(default_factory=list)
+    through_device: list[Copying] = field(default_factory=list)
     in_thread: list[Copying] = field(default_factory=list)
 
 
@@ -92,11 +93,16 @@ class Snapshot:
     """
 
     def __init__(
-        self, copies: Sequence[Copying], watched: list[_Watched], events: Mapping[torch.device, torch.cuda.Event]
+        self,
+        copies: Sequence[Copying],
+        watched: list[_Watched],
+        gates: Mapping[torch.device, torch.cuda.Event],
+        ends: Mapping[torch.device, torch.cuda.Event],
     ) -> None:
         self._copies = list(copies)
         self._watched = watched
-        self._events = dict(events)
+        self._gates = dict(gates)
+        self._ends = dict(ends)
         self._lock = threading.Lock()
         self._on_host = threading.Event()
         self._over = threading.Event()
@@ -154,18 +160,18 @@ class Snapshot:
         if capturing:
             # Waiting for an event from outside would break the capture, and a replay calls no hook.
             with self._lock:
-                if not self._ended and self._failure is None:
+                if not self._ended and self._watched and self._failure is None:
                     self._failure = SaveError(
                         f"{type(optimizer).__name__}.step was captured in a CUDA graph while the state was being "
                         'copied, and replays announce nothing: save with stage="copy"'
                     )
             return
         self._on_host.wait()
-        for device, event in self._events.items():
+        for device, event in self._gates.items():
             torch.cuda.current_stream(device).wait_event(event)
         with self._lock:
             self._look()
-            if self._ended or not self._events:
+            if self._ended or not self._gates:
                 self._watched = []
             else:
                 # Those of other optimizers may still be written to by whoever does not wait.
@@ -183,7 +189,7 @@ class Snapshot:
         except BaseException as exc:  # noqa: BLE001 - told to whoever waits; the step must not hang
             failures.append(exc)
         self._on_host.set()
-        for event in self._events.values():
+        for event in self._ends.values():
             try:
                 event.synchronize()
             except BaseException as exc:  # noqa: BLE001 - the same
@@ -265,6 +271,7 @@ def begin(
     optimizers: Sequence[Optimizer],
     *,
     copy: Callable[[Copying], None] | None = None,
+    borrow_bytes: int = 0,
 ) -> Snapshot:
     """Start to copy. What no optimizer covers (buffers, EMA, RNG, small host tensors) is copied on return.
 
@@ -275,6 +282,9 @@ def begin(
         copies: what to copy, and where to.
         optimizers: torch optimizers found in the state.
         copy: makes one copy of a host tensor, in whichever thread; a bit for bit copy by default.
+        borrow_bytes: CUDA memory that may be used while the copy lasts. So much of the state is first copied within
+            the device, far faster than to the host, and no step waits for it. 0: a step that comes before the copy
+            is over waits for the rest of it.
 
     Raises:
         Exception: whatever a copy that is made at once raises. Nothing is under way then.
@@ -282,15 +292,22 @@ def begin(
     watch()
     make = copy or _plain_copy
     owners = covered(optimizers)
-    plan = _plan(copies, owners)
+    plan = _plan(copies, owners, borrow_bytes)
     devices = {c.source.device for c in copies if c.source.is_cuda and c.source.numel()}
     for device in devices:
         _side_stream(device).wait_stream(torch.cuda.current_stream(device))
     try:
         _enqueue([c for c in plan.now if c.source.is_cuda])
         first = _record({c.source.device for c in plan.now if c.source.is_cuda})
+        twins = _twins(plan.through_device)
+        made = {twin.path for twin in twins}
+        plan.on_stream += [c for c in plan.through_device if c.path not in made]
         _enqueue(plan.on_stream)
-        events = _record({c.source.device for c in plan.on_stream})
+        gates = _record({c.source.device for c in plan.on_stream})
+        for device in {twin.source.device for twin in twins}:
+            _side_stream(device).wait_stream(torch.cuda.current_stream(device))
+        _enqueue(twins)
+        ends = gates | _record({c.source.device for c in twins})
         for copying in plan.now:
             if not copying.source.is_cuda:
                 make(copying)
@@ -300,10 +317,10 @@ def begin(
         for device in devices:
             _side_stream(device).synchronize()
         raise
-    later = [*plan.on_stream, *plan.in_thread]
-    snapshot = Snapshot(later, [_watched(c, owners) for c in later], events)
+    read_later = [*plan.on_stream, *plan.in_thread]
+    snapshot = Snapshot([*read_later, *twins], [_watched(c, owners) for c in read_later], gates, ends)
     _follow(snapshot)
-    if not later:
+    if not read_later and not twins:
         snapshot.carry(make, ())
         return snapshot
     # No daemon: a process that exits waits for the copy, instead of taking the memory away under it.
@@ -316,7 +333,7 @@ def begin(
     return snapshot
 
 
-def _plan(copies: Sequence[Copying], owners: Mapping[int, Any]) -> _Plan:
+def _plan(copies: Sequence[Copying], owners: Mapping[int, Any], borrow_bytes: int) -> _Plan:
     plan = _Plan()
     for copying in copies:
         source = copying.source
@@ -329,6 +346,10 @@ def _plan(copies: Sequence[Copying], owners: Mapping[int, Any]) -> _Plan:
             (plan.on_stream if copying.target.is_pinned() else plan.in_thread).append(copying)
         else:
             (plan.now if source.nbytes <= AT_ONCE_BYTES else plan.in_thread).append(copying)
+    # The last ones: the first are on the host soon enough, and the next step comes upon the rest.
+    while plan.on_stream and plan.on_stream[-1].source.nbytes <= borrow_bytes:
+        borrow_bytes -= plan.on_stream[-1].source.nbytes
+        plan.through_device.append(plan.on_stream.pop())
     return plan
 
 
@@ -355,6 +376,23 @@ def _copy_here(copy: Callable[[Copying], None], copying: Copying) -> None:
         return
     with torch.cuda.stream(_side_stream(copying.source.device)):
         copy_bits(copying.target, copying.source)
+
+
+def _twins(copies: Sequence[Copying]) -> list[Copying]:
+    """The same copies from memory that nobody else knows, filled on the stream that training runs on.
+
+    As many as there is memory for: a save never takes from training what it cannot give.
+    """
+    twins: list[Copying] = []
+    for copying in copies:
+        source = copying.source
+        try:
+            twin = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+        except torch.OutOfMemoryError:
+            break
+        copy_bits(twin, source)
+        twins.append(Copying(path=copying.path, source=twin, target=copying.target))
+    return twins
 
 
 def _enqueue(copies: Sequence[Copying]) -> None:

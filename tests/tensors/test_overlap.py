@@ -83,7 +83,9 @@ class Trainer:
         found = flatten({"model": self.model, **named, **more}).tensors
         return {f"{component}.{name}": t for component, tensors in found.items() for name, t in tensors.items()}
 
-    def begin(self, state: Mapping[str, torch.Tensor], *, pin: bool = True) -> tuple[Snapshot, list[Copying]]:
+    def begin(
+        self, state: Mapping[str, torch.Tensor], *, pin: bool = True, borrow_bytes: int = 0
+    ) -> tuple[Snapshot, list[Copying]]:
         """Begin to copy, and hold it."""
         self.go.clear()
         self.stepped.clear()
@@ -91,7 +93,7 @@ class Trainer:
         if self.device == "cuda":
             with torch.cuda.stream(overlap._side_stream(torch.device("cuda", 0))):
                 torch.cuda._sleep(400_000_000)  # type: ignore[no-untyped-call]  # about 0.2 s of the side stream alone
-        return begin(copies, self.optimizers, copy=self._held), copies
+        return begin(copies, self.optimizers, copy=self._held, borrow_bytes=borrow_bytes), copies
 
     def _held(self, copying: Copying) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -679,6 +681,25 @@ def test_memory_that_is_not_pinned(trainer: Make) -> None:
     snapshot, copies = it.begin(state, pin=False)
     it.step()
     snapshot.wait()
+    assert staged(copies) == before
+
+
+@needs_cuda
+@pytest.mark.parametrize("borrow_bytes", [300_000, 1 << 60])
+@pytest.mark.parametrize("kind", ["AdamW, foreach", "AdamW, fused"])
+def test_borrowed_device_memory(trainer: Make, kind: str, borrow_bytes: int) -> None:
+    """What is first copied within the device is exact whatever is written next, also where nobody can see it."""
+    it = trainer("cuda", OPTIMIZERS[kind])
+    state = it.state()
+    before = digests(state)
+    snapshot, copies = it.begin(state, borrow_bytes=borrow_bytes)
+    if borrow_bytes > 300_000:
+        it.last.weight.data.mul_(2)
+    it.step()
+    it.step()
+    assert not snapshot.done()
+    snapshot.wait()
+    snapshot.confirm()
     assert staged(copies) == before
 
 
