@@ -300,8 +300,7 @@ def begin(
         _enqueue([c for c in plan.now if c.source.is_cuda])
         first = _record({c.source.device for c in plan.now if c.source.is_cuda})
         twins = _twins(plan.through_device)
-        made = {twin.path for twin in twins}
-        plan.on_stream += [c for c in plan.through_device if c.path not in made]
+        plan.on_stream += plan.through_device[len(twins) :]
         _enqueue(plan.on_stream)
         gates = _record({c.source.device for c in plan.on_stream})
         for device in {twin.source.device for twin in twins}:
