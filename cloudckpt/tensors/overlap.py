@@ -64,7 +64,7 @@ class _Watched:
     path: str
     source: torch.Tensor | None
     version: int
-    storages: frozenset[int]
+    storages: Sequence[int]
     owners: list[tuple[weakref.ref[torch.Tensor], int]]
     on_host: bool
 
@@ -293,6 +293,7 @@ def begin(
     make = copy or _plain_copy
     owners = covered(optimizers)
     plan = _plan(copies, owners, borrow_bytes)
+    counters = {id(c): _watched(c, owners) for c in (*plan.on_stream, *plan.through_device, *plan.in_thread)}
     devices = {c.source.device for c in copies if c.source.is_cuda and c.source.numel()}
     for device in devices:
         _side_stream(device).wait_stream(torch.cuda.current_stream(device))
@@ -317,7 +318,7 @@ def begin(
             _side_stream(device).synchronize()
         raise
     read_later = [*plan.on_stream, *plan.in_thread]
-    snapshot = Snapshot([*read_later, *twins], [_watched(c, owners) for c in read_later], gates, ends)
+    snapshot = Snapshot([*read_later, *twins], [counters[id(c)] for c in read_later], gates, ends)
     _follow(snapshot)
     if not read_later and not twins:
         snapshot.carry(make, ())
@@ -353,15 +354,10 @@ def _plan(copies: Sequence[Copying], owners: Mapping[int, Any], borrow_bytes: in
 
 
 def _watched(copying: Copying, owners: Mapping[int, Sequence[torch.Tensor]]) -> _Watched:
-    own = frozenset(storages(copying.source))
-    return _Watched(
-        path=copying.path,
-        source=copying.source,
-        version=copying.source._version,  # noqa: SLF001 - its only name
-        storages=own,
-        owners=[(weakref.ref(o), o._version) for key in own for o in owners.get(key, ())],  # noqa: SLF001
-        on_host=not copying.source.is_cuda,
-    )
+    source = copying.source
+    own = storages(source)
+    held = [(weakref.ref(o), o._version) for key in own for o in owners.get(key, ())]  # noqa: SLF001 - its only name
+    return _Watched(copying.path, source, source._version, own, held, not source.is_cuda)  # noqa: SLF001
 
 
 def _plain_copy(copying: Copying) -> None:

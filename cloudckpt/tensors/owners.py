@@ -10,6 +10,9 @@ from torch.optim.optimizer import Optimizer
 
 __all__ = ["captured_steps", "covered", "is_capturing", "storages", "why_not"]
 
+#: By far the most tensors are one of these, and made of one piece of memory.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
 #: Optimizers whose step was seen to be captured in a CUDA graph: a replay calls no hook and moves no counter.
 captured_steps: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -18,7 +21,7 @@ def storages(tensor: torch.Tensor) -> list[int]:
     """Names of the memory behind a tensor; of its parts, if it is made of several (DTensor and its kind)."""
     if tensor.layout != torch.strided:
         return []
-    if hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         parts = [getattr(tensor, name) for name in names]
         return [key for part in parts if isinstance(part, torch.Tensor) for key in storages(part)]
