@@ -20,6 +20,7 @@ steps; a step comes every 0.24 s and the copy takes longer, so without borrowed 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import hashlib
@@ -103,6 +104,7 @@ class Bench:
         self.size_bytes = sum(t.nbytes for t in self.state.values())
         self.gib = self.size_bytes / GIB
         self.a = torch.randn(options.matmul, options.matmul, device=self.device, dtype=torch.bfloat16)
+        self.registered = False
         self.hashers = ThreadPoolExecutor(os.cpu_count())
 
     def sync(self) -> None:
@@ -134,16 +136,20 @@ class Bench:
     def make_arena(self) -> None:
         """Segments side by side, each pinned by itself in a thread, beside training."""
         count = -(-self.size_bytes // SEGMENT_BYTES)
-        self.memory = mmap.mmap(-1, count * SEGMENT_BYTES)
+        self.memory = anonymous(count * SEGMENT_BYTES)
         advise_huge(self.memory)
         self.arena = torch.frombuffer(self.memory, dtype=torch.uint8)
         times: list[float] = []
+        errors: list[str] = []
         quiet = statistics.median(self.timed(self.step) for _ in range(7))
         out("step", s=quiet, n=7, products_s=statistics.median(self.timed(self.products) for _ in range(5)))
 
         def register_all() -> None:
             start = self.arena.data_ptr()
-            times.extend(registered(start + n * SEGMENT_BYTES, touch=True, cuda=self.cuda) for n in range(count))
+            try:
+                times.extend(registered(start + n * SEGMENT_BYTES, touch=True, cuda=self.cuda) for n in range(count))
+            except RuntimeError as exc:
+                errors.append(str(exc))
 
         thread = threading.Thread(target=register_all)
         began = time.perf_counter()
@@ -152,6 +158,11 @@ class Bench:
         while thread.is_alive():
             beside.append(self.timed(self.step))
         thread.join()
+        if errors:
+            out("register", beside_training=True, error=errors[0])
+            self.arena = torch.empty(count * SEGMENT_BYTES, dtype=torch.uint8, pin_memory=self.cuda)
+            return
+        self.registered = self.cuda
         out(
             "register",
             memory="huge pages advised, touched",
@@ -270,11 +281,10 @@ class Bench:
 
     def drop_arena(self) -> None:
         """Give the memory back."""
-        if self.cuda:
-            torch.cuda.synchronize()
+        self.sync()
+        if self.registered:
             for start in range(0, len(self.memory), SEGMENT_BYTES):
                 cudart().cudaHostUnregister(self.arena.data_ptr() + start)
-            torch.cuda.empty_cache()
         del self.arena, self.memory
         gc.collect()
 
@@ -344,10 +354,16 @@ def cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own
 
 
+def anonymous(size_bytes: int) -> mmap.mmap:
+    """Memory of the kind that the arena is made of."""
+    return mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def advise_huge(memory: mmap.mmap) -> None:
     """Ask for huge pages, where the system has them."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def registered(address: int, *, touch: bool, cuda: bool = True) -> float:
@@ -366,7 +382,7 @@ def register() -> None:
     """What it costs to pin a segment of each kind of memory, with nothing beside it."""
     torch.empty(1, device="cuda")
     for name, huge, touch in (("untouched", False, False), ("touched", False, True), ("huge, touched", True, True)):
-        memory = mmap.mmap(-1, 4 * SEGMENT_BYTES)
+        memory = anonymous(4 * SEGMENT_BYTES)
         if huge:
             advise_huge(memory)
         address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
@@ -378,7 +394,7 @@ def register() -> None:
 
 def crossing() -> None:
     """One copy over the border of two segments, and the same in two. In a process of its own: it may break CUDA."""
-    memory = mmap.mmap(-1, 2 * SEGMENT_BYTES)
+    memory = anonymous(2 * SEGMENT_BYTES)
     arena = torch.frombuffer(memory, dtype=torch.uint8)
     torch.empty(1, device="cuda")
     for n in range(2):

@@ -294,28 +294,27 @@ def begin(
     owners = covered(optimizers)
     plan = _plan(copies, owners, borrow_bytes)
     counters = {id(c): _watched(c, owners) for c in (*plan.on_stream, *plan.through_device, *plan.in_thread)}
-    devices = {c.source.device for c in copies if c.source.is_cuda and c.source.numel()}
-    for device in devices:
-        _side_stream(device).wait_stream(torch.cuda.current_stream(device))
+    here = {c.source.device: torch.cuda.current_stream(c.source.device) for c in copies if c.source.is_cuda}
+    aside = {device: _side_stream(device) for device in here}
     try:
-        _enqueue([c for c in plan.now if c.source.is_cuda])
-        first = _record({c.source.device for c in plan.now if c.source.is_cuda})
+        for device, side in aside.items():
+            side.wait_stream(here[device])
+        first = _enqueue([c for c in plan.now if c.source.is_cuda], here)
         twins = _twins(plan.through_device)
         plan.on_stream += plan.through_device[len(twins) :]
-        _enqueue(plan.on_stream)
-        gates = _record({c.source.device for c in plan.on_stream})
+        gates = _enqueue(plan.on_stream, aside)
         for device in {twin.source.device for twin in twins}:
-            _side_stream(device).wait_stream(torch.cuda.current_stream(device))
-        _enqueue(twins)
-        ends = gates | _record({c.source.device for c in twins})
+            aside[device].wait_stream(here[device])
+        ends = gates | _enqueue(twins, aside)
         for copying in plan.now:
             if not copying.source.is_cuda:
                 make(copying)
         for event in first.values():
             event.synchronize()
     except BaseException:
-        for device in devices:
-            _side_stream(device).synchronize()
+        for device, side in aside.items():
+            here[device].synchronize()
+            side.synchronize()
         raise
     read_later = [*plan.on_stream, *plan.in_thread]
     snapshot = Snapshot([*read_later, *twins], [counters[id(c)] for c in read_later], gates, ends)
@@ -390,19 +389,19 @@ def _twins(copies: Sequence[Copying]) -> list[Copying]:
     return twins
 
 
-def _enqueue(copies: Sequence[Copying]) -> None:
+def _enqueue(
+    copies: Sequence[Copying], streams: Mapping[torch.device, torch.cuda.Stream]
+) -> dict[torch.device, torch.cuda.Event]:
+    """Queue copies on these streams; the event on each of them that says they are done."""
+    events: dict[torch.device, torch.cuda.Event] = {}
     with ExitStack() as stack:
         for device in {c.source.device for c in copies}:
-            stack.enter_context(torch.cuda.stream(_side_stream(device)))
+            stack.enter_context(torch.cuda.stream(streams[device]))
+            events[device] = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's own
         for copying in copies:
             copy_bits(copying.target, copying.source, non_blocking=True)
-
-
-def _record(devices: set[torch.device]) -> dict[torch.device, torch.cuda.Event]:
-    events = {}
-    for device in devices:
-        events[device] = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's own
-        events[device].record(_side_stream(device))
+        for device, event in events.items():
+            event.record(streams[device])
     return events
 
 

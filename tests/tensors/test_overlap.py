@@ -732,9 +732,13 @@ def test_a_step_captured_in_a_graph(trainer: Make) -> None:
     it.backward()
     torch.cuda.synchronize()
     snapshot, _ = it.begin(it.state())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Not torch.cuda.graph(...), which waits for the device, and so for the copy, before it begins.
+        graph.capture_begin(capture_error_mode="thread_local")
         optimizer.step()
+        graph.capture_end()
     with pytest.raises(SaveError, match=r"SGD\.step was captured in a CUDA graph"):
         snapshot.wait()
     graph.replay()
