@@ -165,7 +165,6 @@ class _Target:
             raise StateMismatchError(f"{where} cannot be restored into this state; nothing was changed:{listed}")
         self.homes = choose_homes(uses, outline, in_place=self.in_place)
         note_changed(self.homes)  # now, since from here on it may happen at any moment
-        # An optimizer gets a whole new state; everything else keeps what it is not given.
         written = {use.region for use in uses}
         if left := [path for region, path in self.overwritten.items() if region not in written]:
             # No damage: nothing is wrong with this checkpoint, and other objects can be restored from it.
@@ -174,7 +173,7 @@ class _Target:
                 "before: restoring it would leave a mixture of both"
             )
         for use in uses:
-            if use.region is not None and use.place in self.homes.targets and not use.kept:
+            if use.region is not None and use.place in self.homes.targets:
                 self.overwritten[use.region] = use.path
         return self.homes
 

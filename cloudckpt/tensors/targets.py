@@ -31,6 +31,9 @@ __all__ = [
     "unwritable",
 ]
 
+#: The place of a tensor that its object will hold no longer, whatever is stored.
+LET_GO: Place = ("\0", "")
+
 #: Tensors of these types are their memory, and nothing else.
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
@@ -49,7 +52,7 @@ class Use:
     """One tensor of the loaded values, and what becomes of it.
 
     Attributes:
-        place: where its bytes are stored.
+        place: where its bytes are stored, or ``LET_GO``.
         stored: the tensor itself, which has a shape and a dtype so far.
         target: the caller's tensor that it goes into or replaces; None if there is none.
         path: the place in the state, for messages.
@@ -145,33 +148,37 @@ def _special_prefixes(module: torch.nn.Module) -> Iterator[str]:
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer, stored: Any, here: str, outline: Outline) -> Iterator[Use]:
-    """Its state: the tensors become the optimizer's own, on the device of their parameter."""
+    """Its state: the tensors become the optimizer's own, on the device of their parameter, in place of all it had."""
     if not same_groups(optimizer, stored) or not isinstance(stored.get("state"), Mapping):
         return  # no optimizer's state, or another one's: that is for others to say
     ids = [number for group in stored["param_groups"] for number in group["params"]]
     parameters = dict(zip(ids, chain.from_iterable(g["params"] for g in optimizer.param_groups), strict=True))
     of_parameters = [(n, parameters[n], named) for n, named in stored["state"].items() if n in parameters]
     direct = _loads_plainly(optimizer)
+    held = [named for named in optimizer.state.values() if isinstance(named, Mapping)]
+    for tensor in (t for named in held for t in named.values() if isinstance(t, torch.Tensor)):
+        yield Use(
+            place=LET_GO, stored=tensor, target=tensor, path=here, kept=True, direct=False, region=_region_of(tensor)
+        )
     for number, parameter, named in of_parameters:
-        own: Any = optimizer.state.get(parameter, {})
+        own: Any = optimizer.state.get(parameter)
         for name, value in named.items() if isinstance(named, Mapping) else ():
             place = outline.place_of(value) if isinstance(value, torch.Tensor) else None
             if place is None:
                 continue
             # A step count stays where it is, unless the optimizer runs on the device: that is for it to know.
             device = torch.device("cpu") if name == "step" else parameter.device
-            target = own.get(name)
-            if not isinstance(target, torch.Tensor) or (target.shape, target.device) != (value.shape, device):
-                target = None
+            found = own.get(name) if isinstance(own, Mapping) else None
+            fits = isinstance(found, torch.Tensor) and (found.shape, found.device) == (value.shape, device)
             yield Use(
                 place=place,
                 stored=value,
-                target=target,
+                target=found if fits else None,
                 path=f"{here}.state[{number!r}].{name}",
                 kept=True,
                 device=device,
                 direct=direct,
-                region=_region_of(target) if target is not None else None,
+                region=_region_of(found) if fits else None,
             )
 
 
@@ -259,7 +266,7 @@ def _region_of(tensor: torch.Tensor) -> Region | None:
 
 def _on_shared_memory(uses: Iterable[Use]) -> set[Place]:
     """The places whose targets have any memory in common with the target of another place."""
-    regions = sorted((use.region, use.place) for use in uses if use.region is not None)
+    regions = sorted((u.region, u.place) for u in uses if u.region is not None and u.place != LET_GO)
     shared: set[Place] = set()
     furthest, owner = Region("", 0, 0), ("", "")
     for region, place in regions:
