@@ -169,16 +169,18 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, stored: Any, here: str, outl
             # A step count stays where it is, unless the optimizer runs on the device: that is for it to know.
             device = torch.device("cpu") if name == "step" else parameter.device
             found = own.get(name) if isinstance(own, Mapping) else None
-            fits = isinstance(found, torch.Tensor) and (found.shape, found.device) == (value.shape, device)
+            target = None
+            if isinstance(found, torch.Tensor) and (found.shape, found.device) == (value.shape, device):
+                target = found
             yield Use(
                 place=place,
                 stored=value,
-                target=found if fits else None,
+                target=target,
                 path=f"{here}.state[{number!r}].{name}",
                 kept=True,
                 device=device,
                 direct=direct,
-                region=_region_of(found) if fits else None,
+                region=_region_of(target) if target is not None else None,
             )
 
 
