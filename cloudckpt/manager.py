@@ -51,6 +51,7 @@ from cloudckpt.saving import Saver, SaveRequest
 from cloudckpt.storage import GenericFsspecStorage, LocalStorage, ManifestStore, Storage, open_storage
 from cloudckpt.tensors.arena import Arena, positions
 from cloudckpt.tensors.forecast import optimizer_growth_bytes
+from cloudckpt.tensors.overlap import watch
 from cloudckpt.tensors.planning import Planner
 from cloudckpt.view import placed
 from cloudckpt.vocabulary import unknown_keyword
@@ -152,6 +153,8 @@ class CheckpointManager(Run):
         self._change_policy = change_policy
         self._takeover = takeover
         self._coordinator: Coordinator = SingleProcess()
+        if store.settings.stage == "overlap":
+            watch()  # early: steps that are compiled or captured from here on are seen
         self._planner = Planner(self._coordinator.rank, self._coordinator.world_size)
         self._arena = Arena(store.settings.staging_limit_bytes, tell=lambda text: listener(Warned(message=text)))
         self._saver: Saver | None = None

@@ -37,6 +37,7 @@ class PendingSave:
         self._seen = False
         self._keeps_state = False
         self._on_interrupt: Callable[[], None] | None = None
+        self._give_back: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         return f"<PendingSave {self._checkpoint.name}: {self.progress.phase}>"
@@ -85,9 +86,16 @@ class PendingSave:
         wait([self._outcome])
 
     def wait_staged(self) -> None:
-        """Wait until the state may be changed again. Already so when ``save()`` returned."""
+        """Wait until the state may be changed in whatever way.
+
+        Already so when ``save()`` returned, but with ``Settings(stage="overlap")``: then forward, backward and the
+        optimizer's own step need no call, and everything else that writes to weights or optimizer state does.
+        """
         try:
-            self._staged.wait()
+            if self._give_back is not None:
+                self._give_back()
+            else:
+                self._staged.wait()
         except BaseException:
             act = self._on_interrupt
             if act is not None and not self._staged.is_set():
@@ -111,6 +119,10 @@ class PendingSave:
         """``save()`` must not return before the state is sent; what to do if it is interrupted and does."""
         self._on_interrupt = on_interrupt
         self._keeps_state = True
+
+    def lend_state(self, give_back: Callable[[], None]) -> None:
+        """The state may still be copied when ``save()`` returns; what ``wait_staged`` waits for."""
+        self._give_back = give_back
 
     def wait_for_state(self) -> None:
         """Wait until ``save()`` may return."""

@@ -11,6 +11,7 @@ settles it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import threading
@@ -47,6 +48,7 @@ from cloudckpt.sealed import summed
 from cloudckpt.storage import ManifestStore
 from cloudckpt.sweeping import delete_bytes
 from cloudckpt.tensors.arena import Arena, positions
+from cloudckpt.tensors.beside import stage_beside, why_not_beside
 from cloudckpt.tensors.forecast import optimizer_growth_bytes
 from cloudckpt.tensors.planning import Plan, Planner
 from cloudckpt.tensors.sources import ArenaSource, Buffers, PayloadSource, TensorSource
@@ -98,6 +100,11 @@ class _Job:
     def names(self) -> list[str]:
         return [payload.name for payload in self.plan.payloads]
 
+    def give_back(self) -> None:
+        # What went wrong with the copy is told as the save's failure, once.
+        with contextlib.suppress(SaveError):
+            self.staging.give_back()
+
     def stop(self, reason: str) -> None:
         for source in self.sources:
             source.stop(reason)
@@ -141,7 +148,7 @@ class Saver:
         self._names: dict[str, list[str]] = {}
         self._gone: set[str] = set()
         self._told_streaming = False
-        self._told_overlap = False
+        self._told_overlap: set[str] = set()
         self.fenced = False
         # What an earlier process retired and did not delete.
         self._pool.submit(self._clean_up, claim.manifest)
@@ -195,7 +202,7 @@ class Saver:
             self._pool.submit(self._run, job)
             submitted = True
             if not direct:
-                job.staging = self._stage(plan)
+                job.staging = self._stage(request.state, plan)
         except BaseException as exc:
             job.stage_failed = exc
             pending.mark_seen()
@@ -207,7 +214,9 @@ class Saver:
             job.staged.set()
             if job.stage_failed is not None or (not direct and isinstance(job.staging, Staged)):
                 pending.mark_staged()
-        if direct:
+        if not direct:
+            pending.lend_state(job.give_back)
+        else:
             # Whoever is interrupted has the state back at once: what was not sent by then is never sent.
             pending.keep_state(lambda: job.stop("the call that saves was interrupted"))
         return pending
@@ -229,10 +238,16 @@ class Saver:
             return None
         return [ArenaSource(p, self._arena, start) for p, start in zip(plan.payloads, starts, strict=True)]
 
-    def _stage(self, plan: Plan) -> Staging:
-        if self._store.settings.stage == "overlap" and not self._told_overlap:
-            self._told_overlap = True
-            self._listener(Warned(message='stage="overlap" is not in this version: saves copy before they return'))
+    def _stage(self, state: Mapping[str, object], plan: Plan) -> Staging:
+        if self._store.settings.stage == "overlap":
+            reason = why_not_beside(state, plan.payloads)
+            if reason is None:
+                return stage_beside(state, plan.payloads, self._arena)
+            if reason not in self._told_overlap:
+                self._told_overlap.add(reason)
+                self._listener(
+                    Warned(message=f'stage="overlap" is not used, save() copies before it returns: {reason}')
+                )
         return stage(plan.payloads, self._arena)
 
     def _tensor_sources(self, plan: Plan) -> list[PayloadSource]:
@@ -254,6 +269,10 @@ class Saver:
         try:
             committed = self._save(job, entry)
         except BaseException as exc:  # noqa: BLE001 - handed to whoever waits; a crash included
+            # The next save uses the same memory: what still copies into it must have ended.
+            job.staged.wait()
+            with contextlib.suppress(SaveError):
+                job.staging.wait_staged()
             job.pending.mark_staged()
             error = self._failed(job, entry, exc)
             self._listener(SaveFailed(url=entry.url, step=entry.step, error=error))
@@ -297,6 +316,7 @@ class Saver:
         if job.direct:
             job.blocked = time.monotonic() - job.started
             job.pending.mark_staged()
+        job.staging.confirm()
         job.pending.enter("seal")
         sealed = self._seal(job, announced)
         job.pending.enter("commit")

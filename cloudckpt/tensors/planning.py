@@ -23,7 +23,7 @@ from cloudckpt.tensors.dcp import Box, is_sharded, plan_save
 from cloudckpt.tensors.memory import dtype_name
 from cloudckpt.tensors.tree import FlatState, flatten
 
-__all__ = ["Payload", "Plan", "Planner"]
+__all__ = ["Payload", "Plan", "Planner", "no_collections"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,7 +107,7 @@ class Planner:
             TypeError: something in it cannot be stored; names its path.
             ConfigError: the state is empty, or a component's name cannot be used.
         """
-        with _no_collections():
+        with no_collections():
             return self._plan(flatten(state, allow_pickle=allow_pickle))
 
     def _plan(self, flat: FlatState) -> Plan:
@@ -148,7 +148,7 @@ class Planner:
 
 
 @contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Without Python's cycle collector, which would walk the many small objects made here, all of them to stay."""
     was_on = gc.isenabled()
     gc.disable()

@@ -18,7 +18,7 @@ from cloudckpt.tensors.host import copy_large, copy_small, cpus
 from cloudckpt.tensors.memory import copy_elements, lies_flat
 from cloudckpt.tensors.planning import Payload
 
-__all__ = ["Staged", "Staging", "stage"]
+__all__ = ["Staged", "Staging", "put_header", "stage"]
 
 #: Below this much for each, a second thread is not worth its start.
 _THREAD_BYTES = 16 * 1024 * 1024
@@ -43,11 +43,33 @@ class Staging(Protocol):
         """
         ...
 
+    def confirm(self) -> None:
+        """Look once more, before the save is sealed, whether anything was written to under the copy.
+
+        Raises:
+            SaveError: the same.
+        """
+        ...
+
+    def give_back(self) -> None:
+        """Wait until the state may be changed in whatever way. For the thread that trains.
+
+        Raises:
+            SaveError: the same.
+        """
+        ...
+
 
 class Staged:
     """A copy that was finished when ``stage`` returned."""
 
     def wait_staged(self) -> None:
+        """Nothing to wait for."""
+
+    def confirm(self) -> None:
+        """Nothing can have changed."""
+
+    def give_back(self) -> None:
         """Nothing to wait for."""
 
 
@@ -60,7 +82,7 @@ def stage(payloads: Sequence[Payload], arena: Arena) -> Staging:
     jobs: list[_Job] = []
     devices: set[torch.device] = set()
     for payload, start in zip(payloads, starts, strict=True):
-        _put_header(arena, start, payload.layout.header)
+        put_header(arena, start, payload.layout.header)
         _collect(payload, start, arena, jobs, devices)
     _run(jobs, arena)
     for device in devices:
@@ -68,7 +90,8 @@ def stage(payloads: Sequence[Payload], arena: Arena) -> Staging:
     return Staged()
 
 
-def _put_header(arena: Arena, start: int, header: bytes) -> None:
+def put_header(arena: Arena, start: int, header: bytes) -> None:
+    """Copy the header of a payload object to where the object begins in the arena."""
     done = 0
     for segment, at, size in arena.pieces(start, len(header)):
         arena.claim(segment)
