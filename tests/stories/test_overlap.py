@@ -155,7 +155,7 @@ def test_what_cannot_overlap_is_copied_at_once_and_says_so(storage: Storage, sta
     """Without an optimizer, or with one whose steps cannot be seen, save() copies before it returns, told once."""
     trainer = Trainer()
     if state == "patched step":
-        trainer.optimizer.step = lambda: None  # type: ignore[method-assign,assignment]
+        trainer.optimizer.step = lambda: None  # type: ignore[method-assign,assignment,misc]
     given = {"model": trainer.model} if state == "no optimizer" else trainer.state
     told: list[str] = []
     listener = lambda event: told.append(event.message) if isinstance(event, Warned) else None  # noqa: E731
