@@ -10,6 +10,13 @@ from cloudckpt.errors import ConfigError
 __all__ = ["Settings"]
 
 
+#: The settings that are words.
+_WORDS = {
+    "on_busy": ("wait", "skip"),
+    "stage": ("copy", "overlap"),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Numbers that most runs never touch.
@@ -24,16 +31,31 @@ class Settings:
         retry_cap_s: upper bound of any pause between tries.
         copy_every_revisions: how often an immutable copy of the manifest is written for ``repair``.
         read_gap_bytes: ranged reads closer than this are merged: reading past a gap is cheaper than a request.
-        max_read_bytes: larger ranged reads are split, so that several run at once.
-        io_threads: how many payload reads run at once.
-        request_timeout_s: seconds one request to an object store may take, over everything the client does.
-        part_size_bytes: payload is sent to object stores in parts of this size; larger ones where an object would
-            need more than 9,000 of them.
-        parts_in_flight: how many parts of one object are under way at once. Memory: this many parts, twice.
+        max_read_bytes: larger ranged reads are split, so that several run at once. 16 MiB keep 16 connections busy from
+            256 MiB on, and cost a near store nothing.
+        io_threads: how many payload reads run at once. 16 connections of 85 MB/s each, what a far store gives one, fill
+            a 10 Gbit/s line.
+        read_in_place: whether ``restore()`` reads straight into the tensors it was given: no second copy in memory and
+            no second pass, but a restore that fails half-way leaves them partly overwritten, and says so. False: read
+            everything into fresh memory, prove it, and only then touch the tensors.
+        request_timeout_s: seconds one request to an object store may take, over everything the client does; on the
+            direct lane, seconds without an answer or further bytes of it.
+        part_size_bytes: payload is sent to object stores in parts of at least this size; larger ones where an object
+            is so large that they cost less, or that it would need more than 9,000 of them.
+        parts_in_flight: how many parts of one object the filesystem's own client has under way at once. Memory: this
+            many parts, twice.
         direct_lane: whether payload may leave the filesystem's client aside and go over our own connections.
         connections: how many requests of payload are under way at once on the direct lane. A store gives each
             connection 85 to 90 MB a second or so; the lane lowers the number where the store says that it is too much.
-        max_bandwidth: bytes a second that uploads may take; None for no cap.
+        max_bandwidth: bytes a second that uploads over the direct lane may take; None for no cap.
+        direct_io: write payload to local disk past the page cache where file system and memory allow: less CPU, and
+            no dirty pages that crowd the training's own out. False where a benchmark of the disk says so
+            (``benchmarks/disk.py``), or where checkpoints are read back at once.
+        stage: how ``save()`` takes the state into host memory before it returns: "copy" (blocks for one copy) or
+            "overlap" (the copy goes on beside the next forward and backward, and the optimizer's step waits for it).
+            ``save(block=True)`` sends tensors from where they are.
+        staging_limit_bytes: the most host memory that staging may take; a larger state is sent from where it is, and
+            ``save()`` blocks until it is uploaded. None: what the host has.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
     """
 
@@ -44,27 +66,38 @@ class Settings:
     retry_cap_s: float = 5.0
     copy_every_revisions: int = 20
     read_gap_bytes: int = 256 * 1024
-    max_read_bytes: int = 64 * 1024 * 1024
-    io_threads: int = 4
+    max_read_bytes: int = 16 * 1024 * 1024
+    io_threads: int = 16
+    read_in_place: bool = True
     request_timeout_s: float = 60.0
     part_size_bytes: int = 16 * 1024 * 1024
     parts_in_flight: int = 4
     direct_lane: bool = True
     connections: int = 16
     max_bandwidth: float | None = None
+    direct_io: bool = True
+    stage: str = "copy"
+    staging_limit_bytes: int | None = None
     max_fallbacks: int = 10
 
     def __post_init__(self) -> None:
-        problems = [] if self.on_busy in {"wait", "skip"} else [f'on_busy={self.on_busy!r}: write "wait" or "skip"']
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "on_busy" or (field.default is None and value is None):
-                continue
-            if isinstance(field.default, bool):
-                if not isinstance(value, bool):
-                    problems.append(f"{field.name}={value!r}: write True or False")
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-                problems.append(f"{field.name}={value!r}: write a positive number")
-        if problems:
+        found = (self._problem(field.name, field.default) for field in fields(self))
+        if problems := [problem for problem in found if problem is not None]:
             raise ConfigError("these settings cannot be used: " + "; ".join(problems))
+
+    def _problem(self, name: str, default: object) -> str | None:
+        value = getattr(self, name)
+        if name in _WORDS:
+            asked = " or ".join(map(_quoted, _WORDS[name]))
+            return None if value in _WORDS[name] else f"{name}={value!r}: write {asked}"
+        if isinstance(default, bool):
+            return None if isinstance(value, bool) else f"{name}={value!r}: write True or False"
+        if default is None and value is None:
+            return None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_fine = is_number and math.isfinite(value) and value > 0
+        return None if is_fine else f"{name}={value!r}: write a positive number"
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"'

@@ -44,13 +44,14 @@ from cloudckpt.events import (
     SaveSkipped,
     Warned,
 )
-from cloudckpt.loading import Loaded, LoadRequest, load_chosen
+from cloudckpt.loading import Loaded, LoadRequest, restore_chosen
 from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
-from cloudckpt.saving import Saver, SaveRequest, plan_payloads
+from cloudckpt.saving import Saver, SaveRequest
 from cloudckpt.storage import GenericFsspecStorage, LocalStorage, ManifestStore, Storage, open_storage
-from cloudckpt.tensors.fill import check_fits, fill
-from cloudckpt.tensors.staging import Arena
+from cloudckpt.tensors.arena import Arena, positions
+from cloudckpt.tensors.forecast import optimizer_growth_bytes
+from cloudckpt.tensors.planning import Planner
 from cloudckpt.view import placed
 from cloudckpt.vocabulary import unknown_keyword
 
@@ -151,7 +152,8 @@ class CheckpointManager(Run):
         self._change_policy = change_policy
         self._takeover = takeover
         self._coordinator: Coordinator = SingleProcess()
-        self._arena = Arena()
+        self._planner = Planner(self._coordinator.rank, self._coordinator.world_size)
+        self._arena = Arena(store.settings.staging_limit_bytes, tell=lambda text: listener(Warned(message=text)))
         self._saver: Saver | None = None
         self._claim: claiming.Claim | None = None
         self._closed = False
@@ -182,7 +184,14 @@ class CheckpointManager(Run):
                 takeover=self._takeover,
                 listener=self._listener,
             )
-            self._saver = Saver(self._store, self._claim, self._coordinator, self._arena, self._listener)
+            self._saver = Saver(
+                self._store,
+                self._claim,
+                self._coordinator,
+                self._listener,
+                planner=self._planner,
+                arena=self._arena,
+            )
             self._finalizer = weakref.finalize(self, _warn_unclosed, self.url)
             self._finalizer.atexit = False
         return self._saver, self._claim
@@ -208,7 +217,8 @@ class CheckpointManager(Run):
             metrics: what was measured at this step; decides what is best.
             tags: labels; ``tag:NAME`` selects the newest that carries one.
             pin: exempt it from every rule.
-            block: return only once it is committed.
+            block: return only once it is committed. The tensors are sent from where they are, without a copy: nothing,
+                in no thread, may change them meanwhile. A change that torch counts fails the save and names the tensor.
 
         Returns:
             the save on its way. If nobody waits for it, what goes wrong is raised by the next call or ``close()``.
@@ -227,6 +237,7 @@ class CheckpointManager(Run):
             metrics=checked_metrics(metrics),
             tags=checked_labels(tags, "a tag"),
             pin=bool(pin),
+            block=bool(block),
             allow_pickle=self._allow_pickle,
         )
         began = time.monotonic()
@@ -238,9 +249,10 @@ class CheckpointManager(Run):
             if self._coordinator.vote(ballot) is Verdict.SKIP and busy is not None:
                 self._listener(SaveSkipped(step=request.step, busy_with=busy.checkpoint.name))
                 return busy
-            self.wait()
+            self._wait_for_save()
             self._warn_about_metrics(request)
             pending = saver.start(request, began)
+        pending.wait_for_state()
         if block:
             pending.wait()
         return pending
@@ -291,27 +303,45 @@ class CheckpointManager(Run):
             self._listener(Warned(message=message))
 
     def prepare(self, state: Mapping[str, object]) -> None:
-        """Make the host memory for saves of this state now, so that the first save blocks no longer than later ones.
+        """Begin to make the host memory for saves of this state: the first save then blocks no longer than later ones.
 
-        Nothing is announced or written. A state that grows afterwards (an optimizer before its first step) is
-        staged into further memory when it is saved.
+        Returns at once; ``wait()`` waits until it is made, and a save that comes earlier waits for no more than it
+        needs. What an optimizer will hold after its first step is counted in. Nothing is announced or written.
+        ``restore(state)`` does this by itself.
 
         Raises:
             TypeError: something in the state cannot be stored; names its path.
-            MemoryError: the host has no room to stage it.
         """
-        self.wait()
-        _, payloads = plan_payloads(state, self._coordinator, allow_pickle=self._allow_pickle)
-        self._arena.fit(payloads)
-        self._arena.fault_in()
+        with self._one_at_a_time("prepare"):
+            self._wait_for_save()
+            self._prepare(state, 0)
+
+    def _prepare(self, state: Mapping[str, object], at_least_bytes: int) -> None:
+        plan = self._planner.plan(state, allow_pickle=self._allow_pickle)
+        _, now_bytes = positions([payload.size_bytes for payload in plan.payloads])
+        size_bytes = max(now_bytes + optimizer_growth_bytes(state), at_least_bytes)
+        on_gpu = any(tensor.is_cuda for payload in plan.payloads for tensor in payload.tensors)
+        try:
+            self._arena.prepare(size_bytes, pinned=on_gpu)
+        except MemoryError as exc:
+            self._warn_once("memory", f"{exc}. Saves will send the tensors from where they are, and block until then")
+
+    def _prepare_quietly(self, state: Mapping[str, object], at_least_bytes: int = 0) -> None:
+        # What cannot be stored is the save's to refuse: whoever restores may never save.
+        with self._one_at_a_time("restore"), contextlib.suppress(TypeError, ConfigError):
+            self._prepare(state, at_least_bytes)
 
     def wait(self) -> None:
-        """Wait for the save in flight, and raise what it or an earlier one failed with.
+        """Wait for the save in flight, and raise what it or an earlier one failed with. Waits for ``prepare`` as well.
 
         Raises:
             SaveError: it did not become visible.
             ConflictError: a newer writer owns the run.
         """
+        self._wait_for_save()
+        self._arena.wait_prepared()
+
+    def _wait_for_save(self) -> None:
         if self._saver is not None:
             if (in_flight := self._saver.busy_with) is not None:
                 in_flight.wait_quietly()
@@ -330,8 +360,11 @@ class CheckpointManager(Run):
     ) -> Checkpoint | None:
         """Fill the objects of ``state`` in place from a checkpoint; None if the run has never committed any.
 
-        Everything is read and proven before anything changes. Only proven damage makes it try an earlier
-        checkpoint; a fault of the network is raised.
+        Names, shapes and dtypes are compared before any byte moves. Then the bytes are read straight into the tensors
+        of ``state`` where these can take them, and proven on the way: no second copy in memory. Only proven damage
+        makes it try an earlier checkpoint; a fault of the network is raised. An error that comes while bytes are being
+        read leaves the tensors partly overwritten, and says so; ``Settings(read_in_place=False)`` reads and proves
+        everything before it touches them.
 
         Args:
             state: what ``save()`` was given, as fresh objects. Plain values are replaced in the mapping.
@@ -340,7 +373,8 @@ class CheckpointManager(Run):
             components: restore only these top-level keys of the state.
 
         Raises:
-            StateMismatchError: the state does not fit; lists the names. Nothing was changed.
+            StateMismatchError: the state does not fit, or has tensors without memory of their own; lists the names.
+                Nothing was changed.
             CheckpointNotFoundError: checkpoints exist, and none matches.
             CorruptCheckpointError: the named checkpoint is damaged, or none is left that is not.
             ConflictError: another job holds the run and ``takeover="refuse"``, or two jobs fight over it.
@@ -355,26 +389,33 @@ class CheckpointManager(Run):
         with self._one_at_a_time("restore"):
             claimed_before = self._claim is not None
             _, held = self._writer()
-            self.wait()
+            self._wait_for_save()
         # A claim has just read it. Later, others may have reported metrics, tagged or marked since.
         manifest = (self._store.read() if claimed_before else self._store.last_seen) or held.manifest
         if manifest.commits == 0 and not manifest.committed and not selector.named:
+            self._prepare_quietly(state)
             self._listener(NothingToResume(url=self.url))
             return None
         request = LoadRequest(selector=selector, allow_pickle=self._allow_pickle, optional=tuple(chosen_state))
-        loaded = load_chosen(self._store, manifest, request, on_damage=self._record_damage)
-        present = loaded.values
-        for problem in check_fits(chosen_state, present, strict=strict, where=loaded.checkpoint.url):
-            self._listener(Warned(message=f"restore(strict=False): {problem}"))
-        fill(chosen_state, present, strict=strict)
+        loaded = restore_chosen(
+            self._store,
+            manifest,
+            request,
+            chosen_state,
+            strict=strict,
+            on_damage=self._record_damage,
+            on_problem=lambda problem: self._listener(Warned(message=f"restore(strict=False): {problem}")),
+        )
         if components is not None and isinstance(state, dict):
             state.update(chosen_state)
         self._protect(loaded, held)
+        _, saved_bytes = positions([item.size_bytes for item in loaded.index.objects])
+        self._prepare_quietly(state, saved_bytes if components is None else 0)
         self._listener(
             Resumed(
                 checkpoint=loaded.checkpoint,
                 seconds=time.monotonic() - began,
-                components=tuple(name for name in chosen_state if name in present),
+                components=tuple(name for name in chosen_state if name in loaded.values),
                 not_restored=tuple(
                     name for name in loaded.index.structure if name not in chosen_state and components is None
                 ),
@@ -514,6 +555,7 @@ class CheckpointManager(Run):
             self._finalizer.detach()
         saver = self._saver
         if saver is None:
+            self._arena.close()
             self._store.storage.close()
             return
         try:
@@ -536,6 +578,7 @@ class CheckpointManager(Run):
                 raise settling
         finally:
             saver.shut_down()
+            self._arena.close()
             self._store.storage.close()
 
 

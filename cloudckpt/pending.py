@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class PendingSave:
         self._announced = threading.Event()
         self._outcome: Future[Checkpoint] = Future()
         self._seen = False
+        self._on_interrupt: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         return f"<PendingSave {self._checkpoint.name}: {self.progress.phase}>"
@@ -83,7 +85,12 @@ class PendingSave:
 
     def wait_staged(self) -> None:
         """Wait until the state may be changed again. Already so when ``save()`` returned."""
-        self._staged.wait()
+        try:
+            self._staged.wait()
+        except BaseException:
+            if self._on_interrupt is not None and not self._staged.is_set():
+                self._on_interrupt()
+            raise
 
     def wait_announced(self) -> None:
         """Wait until the manifest names the save, or it has ended."""
@@ -97,6 +104,15 @@ class PendingSave:
         if self._seen or not self._outcome.done():
             return None
         return self._outcome.exception()
+
+    def keep_state(self, on_interrupt: Callable[[], None]) -> None:
+        """``save()`` must not return before the state is sent; what to do if it is interrupted and does."""
+        self._on_interrupt = on_interrupt
+
+    def wait_for_state(self) -> None:
+        """Wait until ``save()`` may return."""
+        if self._on_interrupt is not None:
+            self.wait_staged()
 
     def mark_announced(self) -> None:
         """The manifest names the save."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,14 +11,14 @@ import torch
 from cloudckpt.config import Settings
 from cloudckpt.core.model import Checkpoint
 from cloudckpt.core.selection import parse_selector
-from cloudckpt.errors import CorruptCheckpointError
+from cloudckpt.errors import ConfigError, CorruptCheckpointError
 from cloudckpt.events import FellBack, Listener, Listeners, LoggingListener
 from cloudckpt.loading import LoadRequest, load_chosen
 from cloudckpt.storage import ManifestStore, Storage, open_storage
 from cloudckpt.view import RunView
 from cloudckpt.vocabulary import unknown_keyword
 
-__all__ = ["Run", "moved", "open_run"]
+__all__ = ["Run", "open_run"]
 
 
 class Run(RunView):
@@ -37,6 +36,8 @@ class Run(RunView):
         components: Collection[str] | None = None,
         names: Collection[str] | None = None,
         device: str | torch.device | None = "cpu",
+        mmap: bool = False,
+        verify: bool = True,
         **unknown: object,
     ) -> dict[str, Any]:
         """The checkpoint's values as plain tensors and Python values, by component.
@@ -45,49 +46,57 @@ class Run(RunView):
             select: ``latest``, ``best``, a step, ``tag:NAME`` or a save id.
             components: only these top-level keys.
             names: only these tensors, by their names inside the components; gives ``{component: {name: tensor}}``.
-            device: where the tensors go; None leaves them on the CPU.
+            device: where the tensors go; None leaves them on the CPU. On a GPU they are read through pinned memory,
+                each piece copied while the next ones are read. "meta" gives shapes and dtypes, and reads no payload.
+            mmap: for a run on a local disk: tensors over the files themselves, copy-on-write, so that nothing takes
+                memory before it is touched, and writing to them changes no file. What does not begin on a 64-byte
+                boundary of its file is read as usual.
+            verify: False leaves out the checksums of mapped tensors, which make ``mmap=True`` read all pages once.
 
         Raises:
             CheckpointNotFoundError: nothing matches.
             CorruptCheckpointError: it is damaged, and no earlier one may stand in.
-            ConfigError: no such component or name, or a pickled leaf without ``allow_pickle=True``.
+            ConfigError: no such component or name, a pickled leaf without ``allow_pickle=True``, a device that does not
+                exist, or ``mmap`` of a run that is not on a local disk.
             StorageError: the store refused.
         """
         for word in unknown:
-            raise unknown_keyword("load", word, ["select", "components", "names", "device"])
+            raise unknown_keyword("load", word, ["select", "components", "names", "device", "mmap", "verify"])
         request = LoadRequest(
-            selector=parse_selector(select), components=components, names=names, allow_pickle=self._allow_pickle
+            selector=parse_selector(select),
+            components=components,
+            names=names,
+            allow_pickle=self._allow_pickle,
+            device=_checked_device(device, mmap=mmap),
+            mmap=mmap,
+            verify=verify,
         )
-        loaded = load_chosen(self._store, self.manifest(), request, on_damage=self._on_damage)
-        return {name: moved(value, device) for name, value in loaded.values.items()}
+        if not verify and not mmap:
+            raise ConfigError("verify=False goes with mmap=True: where bytes are read, their checksums cost nothing")
+        return load_chosen(self._store, self.manifest(), request, on_damage=self._on_damage).values
 
     def _on_damage(self, checkpoint: Checkpoint, error: CorruptCheckpointError) -> None:
         self._listener(FellBack(checkpoint=checkpoint, reason=str(error)))
 
 
-def moved(value: Any, device: str | torch.device | None) -> Any:
-    """The value with every tensor in it on ``device``, tied ones still tied; containers are changed in place."""
-    if device is None or torch.device(device).type == "cpu":
-        return value
-    return _moved(value, torch.device(device), {})
+def _checked_device(device: str | torch.device | None, *, mmap: bool) -> torch.device | None:
+    """The device, if it is another than the host.
 
-
-def _moved(value: Any, device: torch.device, seen: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
-    if isinstance(value, torch.Tensor):
-        # The tensor itself is remembered beside its copy, so that its id stays its own.
-        _, copy = seen.setdefault(id(value), seen.get(id(value)) or (value, value.to(device)))
-        return copy
-    if isinstance(value, dict):
-        for key in value:
-            value[key] = _moved(value[key], device, seen)
-        return value
-    if isinstance(value, list | deque):
-        for n, item in enumerate(value):
-            value[n] = _moved(item, device, seen)
-        return value
-    if type(value) is tuple:
-        return tuple(_moved(item, device, seen) for item in value)
-    return value
+    Raises:
+        ConfigError: it does not exist here, or memory of it cannot be mapped.
+    """
+    try:
+        found = torch.device(device or "cpu")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as exc:
+        # Without CUDA torch answers with an assertion, and with the first line of a long text.
+        reason = str(exc).partition("\n")[0]
+        raise ConfigError(f"device={str(device)!r} cannot be used here: {reason}") from exc
+    if found.type == "cpu":
+        return None
+    if mmap:
+        raise ConfigError(f"mmap=True gives tensors on the CPU: leave out device={str(device)!r}, or mmap=True")
+    return found
 
 
 def open_run(

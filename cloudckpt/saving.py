@@ -2,7 +2,9 @@
 
 The manifest is updated before the upload: no payload byte leaves until the announce is *known* to have landed.
 Staging runs in the caller's thread, at the same time as the announce; everything after it runs in the
-background. A save that fails costs nothing but itself: the next announce settles it.
+background. A save that blocks anyway, or that finds no memory to stage in, sends the tensors from where they are, and
+the caller gets the state back once they are sent. A save that fails costs nothing but itself: the next announce
+settles it.
 
 (Past 350 lines: the story is one, and told in one place.)
 """
@@ -14,8 +16,8 @@ import platform
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,7 +28,7 @@ from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
 from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, encode_index
 from cloudckpt.core.manifest import Abandon, RollForward, Settlement
-from cloudckpt.core.model import Checkpoint, Index, Manifest, State, TensorEntry
+from cloudckpt.core.model import Checkpoint, Index, Manifest, PayloadObject, State
 from cloudckpt.core.retention import metric_value
 from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import CommitUnknownError, ConflictError, FencedError, SaveError, StorageError
@@ -44,15 +46,22 @@ from cloudckpt.pending import PendingSave
 from cloudckpt.sealed import summed
 from cloudckpt.storage import ManifestStore
 from cloudckpt.sweeping import delete_bytes
-from cloudckpt.tensors.dcp import plan_save
-from cloudckpt.tensors.staging import Arena, Payload, lay_out, seal_payload, slices, stage
-from cloudckpt.tensors.tree import FlatState, flatten
+from cloudckpt.tensors.arena import Arena, positions
+from cloudckpt.tensors.planning import Plan, Planner
+from cloudckpt.tensors.sources import ArenaSource, Buffers, PayloadSource, TensorSource
+from cloudckpt.tensors.staging import Staged, Staging, stage
 from cloudckpt.view import placed
 
-__all__ = ["SaveRequest", "Saver", "plan_payloads"]
+__all__ = ["SaveRequest", "Saver"]
 
 #: A store's own message can be as long as it likes, and the manifest keeps the reason.
 _REASON_LENGTH = 500
+
+#: Payload objects of this size are put side by side; smaller ones in order, where a second connection gains nothing.
+_LARGE_BYTES = 8 * 1024 * 1024
+
+#: More objects than this at once gain nothing: each is sent in several parts at a time.
+_OBJECTS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +73,7 @@ class SaveRequest:
     metrics: Mapping[str, float]
     tags: tuple[str, ...]
     pin: bool
+    block: bool
     allow_pickle: bool
 
 
@@ -71,32 +81,25 @@ class SaveRequest:
 class _Job:
     """One save's own things, handed from phase to phase."""
 
-    request: SaveRequest
-    flat: FlatState
-    payloads: list[Payload]
+    plan: Plan
+    sources: list[PayloadSource]
     pending: PendingSave
     started: float
+    direct: bool
     blocked: float = 0.0
+    staging: Staging = field(default_factory=Staged)
     staged: threading.Event = field(default_factory=threading.Event)
     stage_failed: BaseException | None = None
+    objects: list[PayloadObject] = field(default_factory=list)
+    sums: list[int] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
-        return [payload.name for payload in self.payloads]
+        return [payload.name for payload in self.plan.payloads]
 
-
-def plan_payloads(
-    state: Mapping[str, object], coordinator: Coordinator, *, allow_pickle: bool
-) -> tuple[FlatState, list[Payload]]:
-    """Take a state apart and lay out what this rank writes of it. No bytes move.
-
-    Raises:
-        TypeError: something in it cannot be stored; names its path.
-        ConfigError: the state is empty, or a component's name cannot be used.
-    """
-    flat = flatten(state, allow_pickle=allow_pickle)
-    boxes = plan_save(flat.tensors)
-    return flat, lay_out(boxes, rank=coordinator.rank, world_size=coordinator.world_size)
+    def stop(self, reason: str) -> None:
+        for source in self.sources:
+            source.stop(reason)
 
 
 def _too_large(entry: Checkpoint, index: Index, size_bytes: int) -> str:
@@ -114,11 +117,19 @@ class Saver:
     """Makes the saves of one writer, one at a time, in one background thread."""
 
     def __init__(
-        self, store: ManifestStore, claim: Claim, coordinator: Coordinator, arena: Arena, listener: Listener
+        self,
+        store: ManifestStore,
+        claim: Claim,
+        coordinator: Coordinator,
+        listener: Listener,
+        *,
+        planner: Planner,
+        arena: Arena,
     ) -> None:
         self._store = store
         self._claim = claim
         self._coordinator = coordinator
+        self._planner = planner
         self._arena = arena
         self._listener = listener
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-save")
@@ -128,6 +139,8 @@ class Saver:
         # Names of payload objects of saves of ours, so that deleting them needs no request to find out.
         self._names: dict[str, list[str]] = {}
         self._gone: set[str] = set()
+        self._told_streaming = False
+        self._told_overlap = False
         self.fenced = False
         # What an earlier process retired and did not delete.
         self._pool.submit(self._clean_up, claim.manifest)
@@ -146,18 +159,16 @@ class Saver:
             self._current.wait()
 
     def start(self, request: SaveRequest, began: float) -> PendingSave:
-        """Plan, announce in the background, stage; returns when the state may change again.
+        """Plan, announce in the background, stage. The state may change after the save's ``wait_staged``.
 
         Args:
             began: when the caller's call began, by ``time.monotonic``: what it is blocked counts from there.
 
         Raises:
             TypeError: the state holds something that cannot be stored; nothing was announced.
-            MemoryError: the host has no room to stage it; nothing was announced.
         """
-        flat, payloads = plan_payloads(request.state, self._coordinator, allow_pickle=request.allow_pickle)
-        self._arena.fit(payloads)
-        total = sum(payload.layout.size_bytes for payload in payloads)
+        plan = self._planner.plan(request.state, allow_pickle=request.allow_pickle)
+        sources = None if request.block else self._arena_sources(plan)
         entry = Checkpoint(
             id=self._store.token(8),
             step=request.step,
@@ -166,22 +177,24 @@ class Saver:
             writer_epoch=self._claim.writer_epoch,
             announced_at=self._store.clock(),
             metrics=request.metrics,
-            size_bytes=total,
-            object_count=len(payloads) + 1,
+            size_bytes=plan.size_bytes,
+            object_count=len(plan.payloads) + 1,
             world_size=self._coordinator.world_size,
             tags=request.tags,
             pinned=request.pin,
             root=self._store.storage.url,
         )
-        pending = PendingSave(entry, total)
-        job = _Job(request, flat, payloads, pending, began)
+        pending = PendingSave(entry, plan.size_bytes)
+        direct = sources is None
+        job = _Job(plan, sources if sources is not None else self._tensor_sources(plan), pending, began, direct)
         self._current = pending
         self._names[entry.id] = job.names
         submitted = False
         try:
             self._pool.submit(self._run, job)
             submitted = True
-            stage(payloads, self._arena)
+            if not direct:
+                job.staging = self._stage(plan)
         except BaseException as exc:
             job.stage_failed = exc
             pending.mark_seen()
@@ -191,8 +204,43 @@ class Saver:
         finally:
             job.blocked = time.monotonic() - began
             job.staged.set()
-            pending.mark_staged()
+            if job.stage_failed is not None or (not direct and isinstance(job.staging, Staged)):
+                pending.mark_staged()
+        if direct:
+            # Whoever is interrupted has the state back at once: what was not sent by then is never sent.
+            pending.keep_state(lambda: job.stop("the call that saves was interrupted"))
         return pending
+
+    def _arena_sources(self, plan: Plan) -> list[PayloadSource] | None:
+        """The payload objects as they will lie in the arena; None where there is no memory for it."""
+        starts, size_bytes = positions([payload.size_bytes for payload in plan.payloads])
+        try:
+            self._arena.fit(size_bytes)
+        except MemoryError as exc:
+            if not self._told_streaming:
+                self._told_streaming = True
+                self._listener(
+                    Warned(
+                        message=f"{exc}. Saves send the tensors from where they are instead, and save() returns only "
+                        "once they are uploaded"
+                    )
+                )
+            return None
+        return [ArenaSource(p, self._arena, start) for p, start in zip(plan.payloads, starts, strict=True)]
+
+    def _stage(self, plan: Plan) -> Staging:
+        if self._store.settings.stage == "overlap" and not self._told_overlap:
+            self._told_overlap = True
+            self._listener(Warned(message='stage="overlap" is not in this version: saves copy before they return'))
+        return stage(plan.payloads, self._arena)
+
+    def _tensor_sources(self, plan: Plan) -> list[PayloadSource]:
+        devices = {tensor.device for payload in plan.payloads for tensor in payload.tensors if tensor.is_cuda}
+        for device in devices:
+            # The threads that send look at the tensors from streams of their own.
+            torch.cuda.synchronize(device)
+        buffers = Buffers(2 * self._store.settings.parts_in_flight, pinned=bool(devices))
+        return [TensorSource(payload, buffers) for payload in plan.payloads]
 
     def shut_down(self) -> None:
         """Wait for the background to end."""
@@ -205,6 +253,7 @@ class Saver:
         try:
             committed = self._save(job, entry)
         except BaseException as exc:  # noqa: BLE001 - handed to whoever waits; a crash included
+            job.pending.mark_staged()
             error = self._failed(job, entry, exc)
             self._listener(SaveFailed(url=entry.url, step=entry.step, error=error))
             job.pending.end(error)
@@ -239,8 +288,14 @@ class Saver:
         job.staged.wait()
         if job.stage_failed is not None:
             raise job.stage_failed
+        job.staging.wait_staged()
+        if not job.direct:
+            job.pending.mark_staged()
         job.pending.enter("upload")
         self._upload(job, announced)
+        if job.direct:
+            job.blocked = time.monotonic() - job.started
+            job.pending.mark_staged()
         job.pending.enter("seal")
         sealed = self._seal(job, announced)
         job.pending.enter("commit")
@@ -269,17 +324,36 @@ class Saver:
         return found
 
     def _upload(self, job: _Job, entry: Checkpoint) -> None:
-        for payload in job.payloads:
-            self._store.storage.put(
-                keys.payload_key(entry.step, entry.id, payload.name),
-                slices(payload, self._arena),
-                size_bytes=payload.layout.size_bytes,
-                progress=job.pending.advance,
-            )
+        large = [source for source in job.sources if source.size_bytes >= _LARGE_BYTES]
+        side_by_side = large if len(large) > 1 else []
+        for source in job.sources:
+            if source not in side_by_side:
+                self._put(job, entry, source)
+        if side_by_side:
+            with ThreadPoolExecutor(_OBJECTS_AT_ONCE, thread_name_prefix="cloudckpt-put") as pool:
+                running = [pool.submit(self._put, job, entry, source) for source in side_by_side]
+                done, _ = wait(running, return_when=FIRST_EXCEPTION)
+                failure = next((error for put in done if (error := put.exception()) is not None), None)
+                if failure is not None:
+                    job.stop(f"another object failed: {failure}")
+                    raise failure
+        for source in job.sources:
+            # Here and not when the index is written: the caller may have the state back before.
+            sealed, sums = source.seal()
+            job.objects.append(sealed)
+            job.sums += sums
+
+    def _put(self, job: _Job, entry: Checkpoint, source: PayloadSource) -> None:
+        self._store.storage.put(
+            keys.payload_key(entry.step, entry.id, source.payload.name),
+            source,
+            size_bytes=source.size_bytes,
+            progress=job.pending.advance,
+        )
 
     def _seal(self, job: _Job, entry: Checkpoint) -> RollForward:
         index = self._index(job, entry)
-        body = encode_index(index)
+        body = encode_index(index, tensors=job.plan.text.filled(job.sums))
         if len(body) > INDEX_LIMIT_BYTES:
             raise SaveError(_too_large(entry, index, len(body)))
         key = keys.index_key(entry.step, entry.id)
@@ -291,20 +365,6 @@ class Saver:
         manifest = self._store.last_seen
         if manifest is None:
             raise SaveError(f"{entry.url}: sealed before it was announced")
-        objects = []
-        tensors: dict[str, dict[str, TensorEntry]] = {component: {} for component in job.flat.structure}
-        for payload in job.payloads:
-            sealed, chunks = seal_payload(payload, self._arena)
-            objects.append(sealed)
-            for box, chunk in chunks:
-                named = tensors[payload.component]
-                before = named.get(box.name)
-                dtype = str(box.tensor.dtype).removeprefix("torch.")
-                known = before or TensorEntry(dtype=dtype, shape=box.shape)
-                named[box.name] = replace(known, chunks=(*known.chunks, chunk))
-        for component, aliases in job.flat.aliases.items():
-            for name, first in aliases.items():
-                tensors[component][name] = replace(tensors[component][first], chunks=(), alias_of=first)
         return Index(
             run_id=manifest.run_id,
             id=entry.id,
@@ -323,10 +383,10 @@ class Saver:
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
-            objects=tuple(objects),
-            tensors=tensors,
-            structure=job.flat.structure,
-            pickled=job.flat.pickled,
+            objects=tuple(job.objects),
+            tensors={},  # as text, from the plan
+            structure=job.plan.flat.structure,
+            pickled=job.plan.flat.pickled,
         )
 
     def _commit(self, entry: Checkpoint, sealed: RollForward) -> Checkpoint:

@@ -30,7 +30,8 @@ from cloudckpt.events import Listeners
 from cloudckpt.saving import Saver, SaveRequest
 from cloudckpt.storage import LocalStorage, ManifestStore
 from cloudckpt.storage.base import Buffer
-from cloudckpt.tensors.staging import Arena
+from cloudckpt.tensors.arena import Arena
+from cloudckpt.tensors.planning import Planner
 
 PLACE = Path(__file__).resolve().parent.parent / "tests" / "format" / "golden" / f"v{FORMAT}"
 
@@ -118,7 +119,7 @@ def request(
 ) -> SaveRequest:
     """One save of the run."""
     metrics = {} if loss is None else {"val_loss": loss}
-    return SaveRequest(step=step, state=value, metrics=metrics, tags=tags, pin=pin, allow_pickle=False)
+    return SaveRequest(step=step, state=value, metrics=metrics, tags=tags, pin=pin, block=False, allow_pickle=False)
 
 
 def make(place: Path) -> None:
@@ -145,7 +146,7 @@ def make(place: Path) -> None:
             takeover="last_wins",
             listener=silent,
         )
-    saver = Saver(store, claim, SingleProcess(), Arena(), silent)
+    saver = Saver(store, claim, SingleProcess(), silent, planner=Planner(0, 1), arena=Arena())
 
     def save(wanted: SaveRequest) -> None:
         saver.start(wanted, 0.0).wait()

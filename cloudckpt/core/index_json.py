@@ -8,17 +8,18 @@ even before any manifest has recorded its digest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cloudckpt.core import keys
 from cloudckpt.core.checksum import format_crc32c, parse_crc32c
 from cloudckpt.core.manifest_json import policy_from_json, policy_to_json
-from cloudckpt.core.model import Chunk, Index, PayloadObject, TensorEntry
+from cloudckpt.core.model import Chunk, Index, PayloadObject, TensorEntry, Tensors
 from cloudckpt.core.wire import Reader, canonical, metrics_to_json, parse_document
 from cloudckpt.errors import FormatError
 
-__all__ = ["INDEX_LIMIT_BYTES", "decode_index", "encode_index", "index_digest"]
+__all__ = ["INDEX_LIMIT_BYTES", "TensorsText", "decode_index", "encode_index", "index_digest"]
 
 #: An index with 1,000,000 tensors has about 300 MiB; anything past this limit is not one of ours.
 INDEX_LIMIT_BYTES = 512 * 1024 * 1024
@@ -31,10 +32,49 @@ def index_digest(body: bytes) -> str:
     return f"sha256:{hashlib.sha256(body).hexdigest()}"
 
 
-def encode_index(index: Index) -> bytes:
-    """The index's bytes."""
-    body = canonical(_to_json(index), readable=False)
+#: What stands before the eight digits of a chunk's sum. Nothing else can look like it: a quotation mark inside of a
+#: JSON string has a backslash before it, and the other ``crc32c`` fields are not below ``tensors``.
+_SUM = '"crc32c": "'
+
+
+class TensorsText:
+    """The index's ``tensors`` as text that lacks nothing but the sums: all else stays from save to save.
+
+    Args:
+        tensors: the entries. Each chunk has its number, from 0, for a sum.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._first, *rest = _dumped(_tensors_to_json(tensors)).split(_SUM)
+        self._numbers = [int(text[:8], 16) for text in rest]
+        self._between = [text[8:] for text in rest]
+
+    def filled(self, sums: Sequence[int]) -> str:
+        """The text with ``sums[n]`` as the sum of chunk ``n``."""
+        pairs = zip(self._numbers, self._between, strict=True)
+        return self._first + "".join([f"{_SUM}{sums[number]:08x}{text}" for number, text in pairs])
+
+
+def encode_index(index: Index, *, tensors: str | None = None) -> bytes:
+    """The index's bytes.
+
+    Args:
+        tensors: ``index.tensors`` as text, where the caller has it.
+    """
+    if tensors is None:
+        body = canonical(_to_json(index), readable=False)
+    else:
+        head, tail = _dumped(_head_to_json(index)), _dumped(_tail_to_json(index))
+        text = f'{head[:-1]}, "tensors": {tensors}, {tail[1:]}'
+        try:
+            body = text.encode("utf-8") + b"\n"
+        except UnicodeEncodeError:  # a lone surrogate somewhere
+            body = canonical(json.loads(text), readable=False)
     return body.removesuffix(_END) + _digest_field(index_digest(body))
+
+
+def _dumped(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _digest_field(digest: str) -> bytes:
@@ -105,6 +145,10 @@ def _inside(chunk: Chunk, tensor: TensorEntry) -> bool:
 
 
 def _to_json(index: Index) -> dict[str, Any]:
+    return {**_head_to_json(index), "tensors": _tensors_to_json(index.tensors), **_tail_to_json(index)}
+
+
+def _head_to_json(index: Index) -> dict[str, Any]:
     return {
         "format": index.format,
         "requires": list(index.requires),
@@ -125,13 +169,17 @@ def _to_json(index: Index) -> dict[str, Any]:
         "objects": [
             {"name": o.name, "size_bytes": o.size_bytes, "crc32c": format_crc32c(o.crc32c)} for o in index.objects
         ],
-        "tensors": {
-            component: {name: _tensor_to_json(tensor) for name, tensor in tensors.items()}
-            for component, tensors in index.tensors.items()
-        },
-        "structure": dict(index.structure),
-        **index.extra,
     }
+
+
+def _tensors_to_json(tensors: Tensors) -> dict[str, Any]:
+    return {
+        component: {name: _tensor_to_json(tensor) for name, tensor in own.items()} for component, own in tensors.items()
+    }
+
+
+def _tail_to_json(index: Index) -> dict[str, Any]:
+    return {"structure": dict(index.structure), **index.extra}
 
 
 def _tensor_to_json(tensor: TensorEntry) -> dict[str, Any]:

@@ -82,11 +82,13 @@ class Codec:
 
     Args:
         handlers: asked in order, before the built-in types.
+        leaves: handlers of values with nothing inside, which never ask the codec in turn. Asked before all others.
     """
 
-    def __init__(self, handlers: Sequence[Handler] = ()) -> None:
+    def __init__(self, handlers: Sequence[Handler] = (), *, leaves: Sequence[Handler] = ()) -> None:
         self._handlers = tuple(handlers)
-        self._by_tag = {handler.tag: handler for handler in self._handlers}
+        self._leaves = tuple((f"${leaf.tag}", leaf.encode) for leaf in leaves)
+        self._by_tag = {handler.tag: handler for handler in (*leaves, *handlers)}
         self._open: set[int] = set()
 
     # -- encoding --------------------------------------------------------------------------------------------
@@ -97,6 +99,10 @@ class Codec:
         Raises:
             TypeError: something in it cannot be stored; names the path, the type and the ways out.
         """
+        for tag, encode_leaf in self._leaves:
+            payload = encode_leaf(value, path, self)
+            if payload is not SKIP:
+                return {tag: payload}
         # Asked before the handlers, so that an object whose state is itself ends here as well.
         if id(value) in self._open:
             raise TypeError(f"{render_path(path)}: this {type(value).__name__} contains itself and cannot be stored")
@@ -126,7 +132,7 @@ class Codec:
         return [[self.encode(k, (*path, k)), self.encode(v, (*path, k))] for k, v in mapping.items()]
 
     def _dict(self, value: dict[Any, Any], path: Path) -> Json:
-        if all(type(key) is str and not key.startswith("$") and not _SURROGATE_PAIR.search(key) for key in value):
+        if all(map(_is_plain_key, value)):
             return {key: self.encode(item, (*path, key)) for key, item in value.items()}
         return {"$dict": self._pairs(value, path)}
 
@@ -244,6 +250,10 @@ class Codec:
         return slice(start, stop, step)
 
 
+def _is_plain_key(key: object) -> bool:
+    return type(key) is str and key[:1] != "$" and (key.isascii() or not _SURROGATE_PAIR.search(key))
+
+
 def _check_fields(payload: Json, needed: set[str], known: set[str] | None = None) -> None:
     if not needed <= payload.keys() <= (known or needed):
         raise ValueError(f"fields {sorted(payload)}")
@@ -263,7 +273,7 @@ def _int(value: int) -> Json:
 
 
 def _str(value: str) -> Json:
-    if not _SURROGATE_PAIR.search(value):
+    if value.isascii() or not _SURROGATE_PAIR.search(value):
         return value
     return {"$str": _b64(value.encode("utf-8", "surrogatepass"))}
 

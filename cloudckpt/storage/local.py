@@ -1,9 +1,7 @@
 """Objects as files under a folder, durable and atomic across processes.
 
-A file is written beside its final place, fsynced, renamed with ``os.replace``, and its folder is fsynced. With
-any of these left out, power cuts lost or tore acknowledged files on ext4, xfs and btrfs alike. Conditions
-are checked under a lock file in the root; everybody who writes a manifest takes it. Files get the modes that
-the user's umask gives.
+How one file becomes durable is told in ``local_write``, how payload gets to the disk and back in ``local_lane``.
+Conditions are checked under a lock file in the root; everybody who writes a manifest takes it.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from io import FileIO
 from pathlib import Path
 
 import filelock
@@ -23,74 +20,27 @@ import filelock
 from cloudckpt.core import keys as grammar
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Buffer, Conditions, Landed, Listed, Lost, Outcome, Unknown, Versioned
+from cloudckpt.storage.local_calls import read_at
+from cloudckpt.storage.local_errors import GONE, explained, mapped, reading
+from cloudckpt.storage.local_write import make_folder, write_durably
 
 __all__ = ["LocalStorage"]
-
-#: errno -> (what to say, whether waiting helps): the one place that knows what the operating system means.
-_ERRORS: dict[int, tuple[str, bool]] = {
-    errno.EACCES: ("permission denied: check the owner and mode of the folder", False),
-    errno.EPERM: ("operation not permitted: check the owner and mode of the folder", False),
-    errno.EROFS: ("the file system is read-only", False),
-    errno.ENOSPC: ("no space left on the device: free some, then save again", False),
-    errno.EDQUOT: ("the disk quota is used up: free some, then save again", False),
-    errno.ENOTDIR: ("a part of the path is a file, not a folder", False),
-    errno.EEXIST: ("there is a file where a folder should be", False),
-    errno.EISDIR: ("there is a folder where a file should be", False),
-    errno.ENAMETOOLONG: ("the name is too long for this file system", False),
-    errno.ESTALE: ("the network file system lost the file (stale handle)", True),
-    errno.EIO: ("the disk reported an input/output error", True),
-    errno.EAGAIN: ("the resource is busy", True),
-    errno.EBUSY: ("the resource is busy", True),
-    errno.EINTR: ("interrupted", True),
-    errno.ETIMEDOUT: ("timed out", True),
-    errno.EMFILE: ("too many open files", True),
-    errno.ENFILE: ("too many open files", True),
-}
-#: What a system call says where there is no object of this name: a part of its path is missing, or is a file.
-_GONE = {errno.ENOENT, errno.ENOTDIR}
-
-#: A delete removes a folder it has emptied, between another thread's making it and writing into it, at most
-#: once for each delete under way; more tries than this means that something else is wrong.
-_FOLDER_TRIES = 20
 
 #: How long to wait for another process that holds the lock; it holds it for one small durable write.
 _LOCK_TIMEOUT_S = 60.0
 _LOCK_POLL_S = 0.002
 
 
-def _explained(exc: OSError, place: Path | str) -> StorageError:
-    what, retryable = _ERRORS.get(exc.errno or 0, (exc.strerror or str(exc), False))
-    return StorageError(f"{place}: {what}", retryable=retryable)
-
-
-@contextlib.contextmanager
-def _mapped(place: Path | str) -> Iterator[None]:
-    """Every ``OSError`` of the body as a ``StorageError``."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as exc:
-        raise _explained(exc, place) from exc
-
-
-@contextlib.contextmanager
-def _reading(place: Path | str) -> Iterator[None]:
-    """As ``_mapped``, for verbs to which a missing file is an answer."""
-    with _mapped(place):
-        try:
-            yield
-        except OSError as exc:
-            # A folder of this name is no object either; object stores say "no such key" to it.
-            if exc.errno in {*_GONE, errno.EISDIR}:
-                raise ObjectNotFoundError(f"{place} does not exist") from exc
-            raise
-
-
 class LocalStorage:
-    """A storage in one folder of a local or network file system."""
+    """A storage in one folder of a local or network file system.
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    Args:
+        root: the folder; the first write makes it.
+        direct_io: write payload past the page cache (``O_DIRECT``) where file system and memory allow.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, direct_io: bool = True) -> None:
+        self._direct_io = direct_io
         self.conditions = Conditions.HONOURED  # by the lock
         self._root = Path(os.path.abspath(os.path.expanduser(root)))  # noqa: PTH100, PTH111 - resolve() would follow links
         # Threads of this process queue here; polling the file would let them starve one another.
@@ -133,7 +83,7 @@ class LocalStorage:
     def read(self, key: str, *, limit_bytes: int) -> Versioned:
         """See ``Storage.read``; the version is the content's SHA-256, since every manifest differs."""
         path = self._path(key)
-        with _reading(path), path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit_bytes:
                 raise StorageError(f"{path} has {size} bytes, more than the {limit_bytes} expected")
@@ -153,13 +103,13 @@ class LocalStorage:
         try:
             if expecting is not None and not self._root.exists():
                 return Lost(f"{self._root} does not exist")  # and is not made again to hold a lock file
-            _make_folder(self._root)
+            make_folder(self._root)
             with self._threads, self._locked():
                 found = _version_at(path)
                 if found != expecting:
                     return Lost(f"{path} is at version {found}")
                 # Under the lock there is one writer, so one name serves all and a crash leaves at most one.
-                _write_durably(self._path(grammar.SWAP), [body], path)
+                write_durably(self._path(grammar.SWAP), [body], path)
         except filelock.Timeout as exc:
             late = f"{path}: another process held the lock for {_LOCK_TIMEOUT_S:g} s: {exc}"
             return Unknown(StorageError(late, retryable=True))
@@ -167,7 +117,7 @@ class LocalStorage:
             return Unknown(exc)
         except OSError as exc:
             # The rename may have happened before the folder's fsync failed: nobody knows.
-            return Unknown(_explained(exc, path))
+            return Unknown(explained(exc, path))
         return Landed(_version(body))
 
     @contextlib.contextmanager
@@ -186,26 +136,26 @@ class LocalStorage:
         """See ``Storage.put``."""
         path = self._path(key)
         temporary = self._path(grammar.temporary_key(key))
-        _write_durably(temporary, buffers, path, size_bytes=size_bytes, progress=progress)
+        write_durably(
+            temporary, buffers, path, size_bytes=size_bytes, progress=progress or _ignore, direct_io=self._direct_io
+        )
 
     def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``."""
         path = self._path(key)
-        end = start + sum(map(len, targets))
-        with _reading(path), path.open("rb", buffering=0) as file:
+        end = start + sum(target.nbytes for target in targets)
+        with reading(path), path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(start)
-            for target in targets if size >= end else ():
-                if _fill(file, target) < len(target):  # cut short since its size was asked
-                    size = file.tell()
-                    break
+            if size >= end:
+                # Cut short since its size was asked, it has what came.
+                size = start + read_at(file.fileno(), start, targets)
             if size < end:
                 raise ObjectNotFoundError(f"{path} has {size} bytes; bytes {start}..{end} do not exist")
 
     def size(self, key: str) -> int:
         """See ``Storage.size``."""
         path = self._path(key)
-        with _reading(path):
+        with reading(path):
             found = path.stat()
             if stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, "a folder", str(path))
@@ -222,7 +172,7 @@ class LocalStorage:
             if limit is not None and given >= limit:
                 return
             try:
-                with _reading(path):
+                with reading(path):
                     size = path.lstat().st_size
             except ObjectNotFoundError:
                 continue  # deleted since the folder was read
@@ -231,10 +181,10 @@ class LocalStorage:
 
     def _files(self, folder: Path, prefix: str) -> Iterator[Path]:
         try:
-            with _mapped(folder), os.scandir(folder) as found:
+            with mapped(folder), os.scandir(folder) as found:
                 entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
         except StorageError as exc:
-            gone = isinstance(exc.__cause__, OSError) and exc.__cause__.errno in _GONE
+            gone = isinstance(exc.__cause__, OSError) and exc.__cause__.errno in GONE
             # A root that is a file is no empty run; a folder below it can vanish, or be a file's name.
             if gone and not (folder == self._root and os.path.lexists(folder)):
                 return
@@ -258,8 +208,8 @@ class LocalStorage:
                 failed[key] = exc
                 continue
             except OSError as exc:
-                if exc.errno not in _GONE:
-                    failed[key] = _explained(exc, path)
+                if exc.errno not in GONE:
+                    failed[key] = explained(exc, path)
                     continue
             folders.add(path.parent)
         for folder in folders - {self._root}:
@@ -281,6 +231,10 @@ class LocalStorage:
         """See ``Storage.close``."""
 
 
+def _ignore(_: int) -> None:
+    """Nobody asked for progress."""
+
+
 def _version(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
@@ -294,83 +248,3 @@ def _version_at(path: Path) -> str | None:
 
 def _may_hold(folder: str, prefix: str) -> bool:
     return folder.startswith(prefix) or prefix.startswith(folder)
-
-
-def _write_durably(
-    temporary: Path,
-    buffers: Iterable[Buffer],
-    path: Path,
-    *,
-    size_bytes: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> None:
-    with _mapped(path):
-        descriptor = _open_new(temporary, path.parent)
-    try:
-        with open(descriptor, "wb", buffering=0) as file:  # noqa: PTH123 - a descriptor, not a path
-            written = _write_all(file, buffers, path, progress)
-            if size_bytes is not None and written != size_bytes:
-                raise StorageError(f"{path}: {written} bytes came, {size_bytes} were announced")
-            with _mapped(path):
-                os.fsync(file.fileno())
-        with _mapped(path):
-            os.replace(temporary, path)  # noqa: PTH105 - the call whose atomicity this module stands on, by its own name
-    except BaseException:
-        # Whatever ended it, a full disk above all, must not keep the bytes.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    with _mapped(path):
-        _fsync_folder(path.parent)
-
-
-def _write_all(file: FileIO, buffers: Iterable[Buffer], path: Path, progress: Callable[[int], None] | None) -> int:
-    written = 0
-    # The caller's iterator runs outside of _mapped: what it raises is about the caller's own files.
-    for buffer in buffers:
-        view = memoryview(buffer)
-        # A view with a zero in its shape cannot be cast, and has nothing to write.
-        view = view.cast("B") if view.nbytes else memoryview(b"")
-        while view:
-            with _mapped(path):
-                count = file.write(view)
-            written += count
-            view = view[count:]
-            if progress is not None:
-                progress(count)
-    return written
-
-
-def _fill(file: FileIO, target: memoryview) -> int:
-    done = 0
-    while done < len(target) and (count := file.readinto(target[done:])):
-        done += count
-    return done
-
-
-def _open_new(temporary: Path, folder: Path) -> int:
-    # 0o666 less the umask is what the user's own files get; tempfile's 0o600 would lock colleagues out.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-    for _ in range(_FOLDER_TRIES):
-        with contextlib.suppress(FileNotFoundError):
-            _make_folder(folder)
-            return os.open(temporary, flags, 0o666)
-    raise StorageError(f"{folder} is removed each time it is made", retryable=True)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it; each new one is made durable in the folder that holds it."""
-    missing = [place for place in (folder, *folder.parents) if not place.is_dir()]
-    for place in reversed(missing):
-        place.mkdir(exist_ok=True)
-        _fsync_folder(place.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no handle of a folder to flush
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

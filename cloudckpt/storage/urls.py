@@ -66,13 +66,17 @@ def open_storage(
         raise ConfigError(f"{_shown(text)!r}: chained URLs cannot be written atomically: give the plain URL")
     match = _SCHEME.match(text)
     if match is None:
-        return LocalStorage(_checked_path(text))
+        return _local(_checked_path(text), settings)
     scheme, rest = match[1].lower(), text[match.end() :]
     if scheme in {"file", "local"}:
-        return LocalStorage(str(LocalFileSystem._strip_protocol(text)))  # noqa: SLF001 - fsspec's own spelling of a path
+        return _local(str(LocalFileSystem._strip_protocol(text)), settings)  # noqa: SLF001 - fsspec's own spelling of a path
     if scheme == "memory":
         return MemoryStorage.named("memory://" + rest.strip("/"))
     return _remote(text, scheme, rest, dict(storage_options or {}), settings or Settings())
+
+
+def _local(path: str, settings: Settings | None) -> LocalStorage:
+    return LocalStorage(path, direct_io=(settings or Settings()).direct_io)
 
 
 def _remote(text: str, scheme: str, rest: str, options: dict[str, object], settings: Settings) -> Storage:

@@ -2,7 +2,8 @@
 
 One process plans like many: each makes a local plan, all plans together make the global one (which drops what
 several ranks would write twice), and each finishes its own. Only the planners are used; bytes never pass
-through DCP.
+through DCP. It is asked only where a state holds sharded tensors: of a tensor that one process has whole there is
+nothing to decide, and its planners take 80 microseconds to say so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from cloudckpt.core.model import TensorEntry
 from cloudckpt.tensors.memory import dtype_named, same_bits_dtype
 
-__all__ = ["Box", "Copy", "plan_copies", "plan_save"]
+__all__ = ["Box", "Copy", "is_sharded", "plan_copies", "plan_save"]
 
 
 #: The dtypes besides floating-point and complex ones whose width ``torch.iinfo`` knows.
@@ -37,21 +38,23 @@ _KNOWN = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """A box of one tensor that this rank writes. ``tensor`` is the box's own data.
+    """A box of one tensor that this rank writes.
 
     Attributes:
         component: the component it belongs to.
         name: the tensor's name.
+        dtype: the tensor's dtype.
         offsets: where the box begins in the whole tensor, elements per dimension.
+        lengths: the box's own shape.
         shape: the whole tensor's shape.
-        tensor: the data, of the box's own shape.
     """
 
     component: str
     name: str
+    dtype: torch.dtype
     offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
     shape: tuple[int, ...]
-    tensor: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +67,19 @@ class Copy:
     lengths: tuple[int, ...]
 
 
-def plan_save(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[Box]:
-    """Which boxes this process writes, in a deterministic order."""
+def is_sharded(kind: type) -> bool:
+    """Whether tensors of this type say themselves which boxes of a larger tensor they hold."""
+    return hasattr(kind, "__create_write_items__") or any(base.__name__ == "ShardedTensor" for base in kind.__mro__)
+
+
+def plan_save(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list[tuple[Box, torch.Tensor]]]:
+    """Which boxes this process writes and the data of each, by component, in a deterministic order."""
     names = {f"{n}": (component, name) for n, (component, name) in enumerate(_all_names(tensors))}
     state = {fqn: _plannable(tensors[component][name]) for fqn, (component, name) in names.items()}
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(state, storage_meta=None, is_coordinator=True)
     global_plan, _ = planner.create_global_plan([planner.create_local_plan()])
-    boxes = []
+    boxes: dict[str, list[tuple[Box, torch.Tensor]]] = {component: [] for component in tensors}
     for item in planner.finish_plan(global_plan[0]).items:
         component, name = names[item.index.fqn]
         found = planner.lookup_object(item.index)
@@ -79,15 +87,15 @@ def plan_save(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[Box]:
             raise TypeError(f"{component}.{name}: planned as something that is no tensor")
         if found is state[item.index.fqn]:
             found = tensors[component][name]
-        boxes.append(
-            Box(
-                component=component,
-                name=name,
-                offsets=tuple(item.tensor_data.chunk.offsets),
-                shape=tuple(item.tensor_data.size),
-                tensor=found,
-            )
+        box = Box(
+            component=component,
+            name=name,
+            dtype=found.dtype,
+            offsets=tuple(item.tensor_data.chunk.offsets),
+            lengths=tuple(found.shape),
+            shape=tuple(item.tensor_data.size),
         )
+        boxes[component].append((box, found))
     return boxes
 
 

@@ -1,159 +1,251 @@
-"""Bytes back into tensors: ranges read in parallel, every sum checked before any tensor reaches the caller."""
+"""Stored bytes into memory: one plan over all objects, ranges read side by side straight to where they belong.
+
+Each thread sums what it has just read, while that is warm in its cache; the sums of a chunk's pieces are joined without
+touching its bytes again.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
 import crc32c
 import torch
 
 from cloudckpt.config import Settings
 from cloudckpt.core import keys
-from cloudckpt.core.checksum import format_crc32c
-from cloudckpt.core.layout import ALIGNMENT
-from cloudckpt.core.model import Checkpoint, Chunk, Index, TensorEntry
-from cloudckpt.core.ranges import Extent, Wanted, pieces, plan_extents
+from cloudckpt.core.checksum import combine_all, format_crc32c
+from cloudckpt.core.model import Checkpoint, Chunk, TensorEntry
+from cloudckpt.core.ranges import Read, Wanted, contiguous_start, plan_reads
 from cloudckpt.errors import CorruptCheckpointError, ObjectNotFoundError
 from cloudckpt.storage import Storage
 from cloudckpt.tensors.dcp import plan_copies
+from cloudckpt.tensors.landing import Buffer, Ferry, blank, byte_tensor, fresh_tensors
 from cloudckpt.tensors.memory import byte_view, copy_bits, dtype_named, typed_view
+from cloudckpt.tensors.outline import Outline, Place
+from cloudckpt.tensors.targets import Homes
 
-__all__ = ["Fetched", "fetch"]
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """Tensors by component and name, on the CPU. Aliases are the very same tensor."""
-
-    tensors: dict[tuple[str, str], torch.Tensor]
-
-    def __call__(self, component: str, name: str) -> torch.Tensor:
-        """One tensor.
-
-        Raises:
-            CorruptCheckpointError: the structure refers to a tensor that the index does not list.
-        """
-        found = self.tensors.get((component, name))
-        if found is None:
-            raise CorruptCheckpointError(f"the index refers to {component}.{name}, which it does not list")
-        return found
-
-
-@dataclass(slots=True)
-class _Buffers:
-    """One host buffer per extent, and where each wanted range begins in it."""
-
-    of: dict[Wanted, tuple[torch.Tensor, int]]
-
-    def at(self, chunk: Chunk) -> tuple[torch.Tensor, int]:
-        if not chunk.length:
-            return torch.empty(0, dtype=torch.uint8), 0
-        return self.of[Wanted(chunk.object, chunk.start, chunk.length)]
+__all__ = ["fetch"]
 
 
 def fetch(
-    storage: Storage, checkpoint: Checkpoint, index: Index, wanted: Iterable[tuple[str, str]], settings: Settings
-) -> Fetched:
-    """Read the wanted tensors, each given as (component, name), and prove their bytes.
+    storage: Storage, outline: Outline, homes: Homes, settings: Settings, *, done: Collection[Place] = ()
+) -> None:
+    """Give every tensor of the outline its memory, and fill it with proven bytes.
+
+    Args:
+        homes: which of them are read into the caller's own tensors, or onto a device.
+        done: those that have their bytes already.
 
     Raises:
         CorruptCheckpointError: an object is missing, too short, or a checksum differs; names object and range.
         StorageError: the store refused.
+        MemoryError: there is no room. In each case the memory that was given may hold anything.
     """
-    asked = list(dict.fromkeys(wanted))
-    stored = {(c, index.tensors[c][n].alias_of or n) for c, n in asked}
-    entries = {(c, n): index.tensors[c][n] for c, n in sorted(stored)}
-    for (component, name), entry in entries.items():
-        _check_sizes(entry, f"{component}.{name}", checkpoint)
-    chunks = [chunk for entry in entries.values() for chunk in entry.chunks]
-    extents = plan_extents((Wanted(c.object, c.start, c.length) for c in chunks), gap_bytes=settings.read_gap_bytes)
-    buffers = _read(storage, checkpoint, extents, settings)
-    with ThreadPoolExecutor(settings.io_threads, thread_name_prefix="cloudckpt-check") as pool:
-        # list() so that the first damage found is raised here.
-        list(pool.map(lambda chunk: _check_sum(chunk, buffers, checkpoint), chunks))
-    tensors = {place: _assemble(entry, buffers) for place, entry in entries.items()}
-    return Fetched({(c, n): tensors[c, index.tensors[c][n].alias_of or n] for c, n in asked})
+    wanted = {place: entry for place, entry in outline.wanted() if place not in done}
+    memory = _memory_for(wanted, outline, homes)
+    scattered: list[tuple[Place, list[torch.Tensor]]] = []
+    chunks: list[_Chunk] = []
+    for place, entry in wanted.items():
+        pieces = _where_chunks_go(entry, memory[place])
+        if pieces is None:
+            pieces = [torch.empty(chunk.length, dtype=torch.uint8) for chunk in entry.chunks]
+            scattered.append((place, pieces))
+        chunks += [_Chunk(chunk, home) for chunk, home in zip(entry.chunks, pieces, strict=True)]
+    _Reading(storage, outline.checkpoint, chunks, settings).run()
+    for place, pieces in scattered:
+        _assemble(wanted[place], pieces, memory[place])
+    for place, tensor in memory.items():
+        outline.settle(place, tensor)
 
 
-def _check_sizes(entry: TensorEntry, name: str, checkpoint: Checkpoint) -> None:
-    item_size = dtype_named(entry.dtype).itemsize
-    covered = 0
+def _memory_for(wanted: dict[Place, TensorEntry], outline: Outline, homes: Homes) -> dict[Place, torch.Tensor]:
+    memory = {place: tensor.detach() for place, tensor in homes.targets.items() if place in wanted}
+    memory |= {place: array for place, array in outline.arrays.items() if place in wanted}
+    fresh = {place: (dtype_named(e.dtype), e.shape) for place, e in wanted.items() if place not in memory}
+    for place in fresh.keys() & homes.devices.keys():
+        memory[place] = blank(*fresh.pop(place), homes.devices[place])
+    return memory | dict(zip(fresh, fresh_tensors(list(fresh.values())), strict=True))
+
+
+def _where_chunks_go(entry: TensorEntry, whole: torch.Tensor) -> list[torch.Tensor] | None:
+    """The flat bytes of each chunk inside the whole; None if one of them has no place of its own in row-major order."""
+    flat = byte_tensor(whole)
+    found = []
     for chunk in entry.chunks:
-        if chunk.length != math.prod(chunk.lengths) * item_size or chunk.start % item_size:
-            raise CorruptCheckpointError(
-                f"{checkpoint.url}: {name}: a chunk of shape {chunk.lengths} of {entry.dtype} cannot lie at bytes "
-                f"{chunk.start}..{chunk.start + chunk.length}",
-                checkpoint_id=checkpoint.id,
-            )
-        covered += math.prod(chunk.lengths)
-    if covered != math.prod(entry.shape):
-        raise CorruptCheckpointError(
-            f"{checkpoint.url}: {name}: its chunks hold {covered} of {math.prod(entry.shape)} elements",
-            checkpoint_id=checkpoint.id,
-        )
+        start = contiguous_start(entry.shape, chunk.offsets, chunk.lengths)
+        if start is None:
+            return None
+        found.append(flat[start * whole.dtype.itemsize :][: chunk.length])
+    return found
 
 
-def _read(storage: Storage, checkpoint: Checkpoint, extents: Iterable[Extent], settings: Settings) -> _Buffers:
-    buffers = _Buffers({})
-    jobs: list[tuple[str, int, memoryview]] = []
-    for extent in extents:
-        # As far from the 64-byte boundary as in the object, so that every tensor in it stays aligned.
-        pad = extent.start % ALIGNMENT
-        buffer = torch.empty(pad + extent.length, dtype=torch.uint8)
-        for item in extent.wanted:
-            buffers.of[item] = (buffer, pad + item.start - extent.start)
-        view = byte_view(buffer)[pad:]
-        for start, length in pieces(extent.start, extent.length, most_bytes=settings.max_read_bytes):
-            at = start - extent.start
-            jobs.append((extent.object, start, view[at : at + length]))
-    with ThreadPoolExecutor(settings.io_threads, thread_name_prefix="cloudckpt-read") as pool:
-        list(pool.map(lambda job: _read_piece(storage, checkpoint, *job), jobs))
-    return buffers
-
-
-def _read_piece(storage: Storage, checkpoint: Checkpoint, name: str, start: int, target: memoryview) -> None:
-    key = keys.payload_key(checkpoint.step, checkpoint.id, name)
-    try:
-        storage.read_into(key, start, target)
-    except ObjectNotFoundError as exc:
-        raise CorruptCheckpointError(str(exc), checkpoint_id=checkpoint.id, key=key) from exc
-
-
-def _check_sum(chunk: Chunk, buffers: _Buffers, checkpoint: Checkpoint) -> None:
-    buffer, start = buffers.at(chunk)
-    found = crc32c.crc32c(byte_view(buffer)[start : start + chunk.length])
-    if found != chunk.crc32c:
-        key = keys.payload_key(checkpoint.step, checkpoint.id, chunk.object)
-        raise CorruptCheckpointError(
-            f"{checkpoint.url}/{chunk.object} bytes {chunk.start}..{chunk.start + chunk.length}: checksum "
-            f"{format_crc32c(found)}, sealed as {format_crc32c(chunk.crc32c)}",
-            checkpoint_id=checkpoint.id,
-            key=key,
-        )
-
-
-def _assemble(entry: TensorEntry, buffers: _Buffers) -> torch.Tensor:
-    dtype = dtype_named(entry.dtype)
-    in_one_piece = typed_view(*buffers.at(entry.chunks[0]), dtype, entry.shape) if len(entry.chunks) == 1 else None
-    if in_one_piece is not None and in_one_piece.data_ptr() % ALIGNMENT == 0:
-        return in_one_piece  # used where it was read, without another copy
-    # Away from where torch itself would have put it, some kernels add up in another order, and a resumed run
-    # would differ in its last bits.
-    whole = torch.empty(math.prod(entry.shape) * dtype.itemsize, dtype=torch.uint8).view(dtype).view(entry.shape)
-    if in_one_piece is not None:
-        copy_bits(whole, in_one_piece)
-        return whole
+def _assemble(entry: TensorEntry, pieces: Sequence[torch.Tensor], whole: torch.Tensor) -> None:
     for copy in plan_copies(entry, offsets=[0] * len(entry.shape), lengths=entry.shape):
-        chunk = entry.chunks[copy.chunk]
-        source = typed_view(*buffers.at(chunk), dtype, chunk.lengths)
+        source = typed_view(pieces[copy.chunk], 0, whole.dtype, entry.chunks[copy.chunk].lengths)
         copy_bits(_box(whole, copy.target_offsets, copy.lengths), _box(source, copy.chunk_offsets, copy.lengths))
-    return whole
 
 
 def _box(tensor: torch.Tensor, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> torch.Tensor:
     for dimension, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
         tensor = tensor.narrow(dimension, offset, length)
     return tensor
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A chunk on its way.
+
+    Attributes:
+        sealed: what the index says of it.
+        home: the flat bytes where it belongs, on whatever device.
+        view: the same as a plain buffer, on the host only.
+        sums: start, sum and length of what has come of it.
+        missing: bytes that have not come yet.
+    """
+
+    sealed: Chunk
+    home: torch.Tensor
+    view: memoryview | None = field(init=False)
+    sums: list[tuple[int, int, int]] = field(default_factory=list)
+    missing: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.view = byte_view(self.home) if _on_host(self.home) else None
+        self.missing = self.sealed.length
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+class _Reading:
+    """All reads of one load."""
+
+    def __init__(self, storage: Storage, checkpoint: Checkpoint, chunks: Sequence[_Chunk], settings: Settings) -> None:
+        self._storage = storage
+        self._checkpoint = checkpoint
+        self._chunks = chunks
+        self._settings = settings
+        self._mutex = threading.Lock()
+        # Bytes between two wanted ranges go here, from every thread; nobody looks at them.
+        self._waste = memoryview(bytearray(min(settings.read_gap_bytes, settings.max_read_bytes)))
+        self._ferry: Ferry | None = None
+
+    def run(self) -> None:
+        """Read everything. When it returns or raises, nothing is written any more.
+
+        Raises:
+            CorruptCheckpointError: see ``fetch``.
+            StorageError: the store refused.
+        """
+        for chunk in self._chunks:
+            if not chunk.missing:
+                self._prove(chunk)
+        threads = self._settings.io_threads
+        reads = plan_reads(
+            [Wanted(c.sealed.object, c.sealed.start, c.sealed.length) for c in self._chunks],
+            gap_bytes=self._settings.read_gap_bytes,
+            most_bytes=self._settings.max_read_bytes,
+            lanes=threads,
+        )
+        if not reads:
+            return
+        if devices := {chunk.home.device for chunk in self._chunks if chunk.view is None}:
+            self._ferry = Ferry(devices, buffers=threads, size_bytes=reads[0].length)
+        pool = ThreadPoolExecutor(min(threads, len(reads)), thread_name_prefix="cloudckpt-read")
+        try:
+            running = [pool.submit(self._read, read) for read in reads]
+            wait(running, return_when=FIRST_EXCEPTION)
+        finally:
+            # What is under way writes into memory that somebody owns: it has to end first, whatever ended us.
+            pool.shutdown(cancel_futures=True)
+            if self._ferry is not None:
+                self._ferry.finish()
+        _raise_first(running)
+
+    def _read(self, read: Read) -> None:
+        views = self._views(read)
+        if views is not None:
+            self._ask(read, views)
+            self._sum(read, views)
+        elif self._ferry is not None:
+            with self._ferry.buffer() as buffer:
+                whole = byte_view(buffer.memory)[: read.length]
+                self._ask(read, [whole])
+                views = list(_cut(whole, read))
+                # Summed before it leaves the host, and on its way while the next range is read.
+                self._sum(read, views)
+                self._hand_out(read, views, buffer, self._ferry)
+
+    def _views(self, read: Read) -> list[memoryview] | None:
+        """Where each span goes; None if any belongs on a device."""
+        found = []
+        for span in read.spans:
+            view = self._waste if span.item is None else self._chunks[span.item].view
+            if view is None:
+                return None
+            found.append(view[span.start : span.start + span.length])
+        return found
+
+    def _ask(self, read: Read, targets: Sequence[memoryview]) -> None:
+        key = self._key(read.object)
+        try:
+            self._storage.read_into(key, read.start, *targets)
+        except ObjectNotFoundError as exc:
+            raise CorruptCheckpointError(str(exc), checkpoint_id=self._checkpoint.id, key=key) from exc
+
+    def _hand_out(self, read: Read, views: Sequence[memoryview], buffer: Buffer, ferry: Ferry) -> None:
+        start = 0
+        for span, view in zip(read.spans, views, strict=True):
+            if span.item is not None:
+                chunk = self._chunks[span.item]
+                if chunk.view is not None:
+                    chunk.view[span.start : span.start + span.length] = view
+                else:
+                    ferry.carry(buffer, start, chunk.home[span.start : span.start + span.length])
+            start += span.length
+        ferry.carried(buffer)
+
+    def _sum(self, read: Read, views: Sequence[memoryview]) -> None:
+        for span, view in zip(read.spans, views, strict=True):
+            if span.item is None:
+                continue
+            found, chunk = crc32c.crc32c(view), self._chunks[span.item]
+            with self._mutex:
+                chunk.sums.append((span.start, found, span.length))
+                chunk.missing -= span.length
+                complete = not chunk.missing
+            if complete:
+                self._prove(chunk)
+
+    def _prove(self, chunk: _Chunk) -> None:
+        """Compare what came of a chunk with what was sealed."""
+        sealed = chunk.sealed
+        found = combine_all((value, length) for _, value, length in sorted(chunk.sums))
+        if found != sealed.crc32c:
+            raise CorruptCheckpointError(
+                f"{self._checkpoint.url}/{sealed.object} bytes {sealed.start}..{sealed.start + sealed.length}: "
+                f"checksum {format_crc32c(found)}, sealed as {format_crc32c(sealed.crc32c)}",
+                checkpoint_id=self._checkpoint.id,
+                key=self._key(sealed.object),
+            )
+
+    def _key(self, name: str) -> str:
+        return keys.payload_key(self._checkpoint.step, self._checkpoint.id, name)
+
+
+def _cut(whole: memoryview, read: Read) -> Iterator[memoryview]:
+    start = 0
+    for span in read.spans:
+        yield whole[start : start + span.length]
+        start += span.length
+
+
+def _raise_first(running: Sequence[Future[None]]) -> None:
+    """Raise what went wrong first in the plan's order; what is no proof of damage comes before what is."""
+    errors = [e for f in running if not f.cancelled() and (e := f.exception()) is not None]
+    for error in sorted(errors, key=lambda e: isinstance(e, CorruptCheckpointError)):
+        raise error

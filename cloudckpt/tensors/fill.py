@@ -11,6 +11,7 @@ from cloudckpt.core.values import Path, render_path
 from cloudckpt.errors import StateMismatchError
 from cloudckpt.tensors.leaves import has_state
 from cloudckpt.tensors.memory import copy_bits
+from cloudckpt.tensors.targets import group_sizes, same_groups, same_memory
 
 __all__ = ["check_fits", "fill"]
 
@@ -82,7 +83,7 @@ def _check_named(own: Mapping[str, object], stored: Any, here: str, problems: li
     other = [
         f"{name} ({_kind(own[name])} here, {_kind(stored[name])} in the checkpoint)"
         for name in own
-        if name in stored and isinstance(own[name], torch.Tensor) and _shape(own[name]) != _shape(stored[name])
+        if name in stored and isinstance(own[name], torch.Tensor) and not _same_shape(own[name], stored[name])
     ]
     for what, names in (("missing in the checkpoint", missing), ("unexpected", unexpected), ("mis-shaped", other)):
         if names:
@@ -91,27 +92,18 @@ def _check_named(own: Mapping[str, object], stored: Any, here: str, problems: li
 
 
 def _check_optimizer(target: torch.optim.Optimizer, stored: Any, here: str, problems: list[str]) -> None:
-    counts, own = _groups(stored), _groups({"param_groups": target.param_groups})
+    counts, own = group_sizes(stored), group_sizes({"param_groups": target.param_groups})
     if counts is None:
         problems.append(f"{here}: the state has an optimizer, the checkpoint {_kind(stored)}")
     elif counts != own:
         problems.append(f"{here}: the optimizer has groups of {own} parameters, the checkpoint of {counts}")
 
 
-def _groups(stored: Any) -> list[int] | None:
-    """How many parameters each group of an optimizer's state has; None if it is no optimizer's."""
-    try:
-        return [len(group["params"]) for group in stored["param_groups"]]
-    except (TypeError, KeyError, IndexError):
-        return None
-
-
-def _same_groups(target: torch.optim.Optimizer, stored: Any) -> bool:
-    return _groups(stored) == _groups({"param_groups": target.param_groups})
-
-
-def _shape(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+def _same_shape(own: object, stored: object) -> bool:
+    if not isinstance(own, torch.Tensor) or not isinstance(stored, torch.Tensor):
+        return isinstance(own, torch.Tensor) == isinstance(stored, torch.Tensor)
+    # A lazy module's parameters have no shape yet: they take the stored one's.
+    return torch.nn.parameter.is_lazy(own) or own.shape == stored.shape
 
 
 def _kind(value: object) -> str:
@@ -122,6 +114,9 @@ def _kind(value: object) -> str:
 
 def fill(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict: bool) -> None:
     """Fill every component of ``state`` that ``loaded`` has, in place. ``check_fits`` comes first.
+
+    Tensors of ``loaded`` that already have the memory of the tensor they are for cost nothing: torch itself copies
+    nothing onto the same memory, so that ``load_state_dict`` runs with all of its hooks and moves no byte.
 
     Raises:
         StateMismatchError: an object refused its state; says which components were already filled.
@@ -149,7 +144,7 @@ def _fill(target: Any, stored: Any, *, strict: bool) -> Any:
         target.load_state_dict(stored if strict else _fitting(target, stored), strict=strict)
         return target
     if has_state(target):
-        if strict or not isinstance(target, torch.optim.Optimizer) or _same_groups(target, stored):
+        if strict or not isinstance(target, torch.optim.Optimizer) or same_groups(target, stored):
             target.load_state_dict(stored)  # otherwise it was warned about
         return target
     if isinstance(target, torch.Tensor):
@@ -168,6 +163,8 @@ def _fill(target: Any, stored: Any, *, strict: bool) -> Any:
 def _fill_tensor(target: torch.Tensor, stored: Any) -> torch.Tensor:
     if not isinstance(stored, torch.Tensor) or target.shape != stored.shape:
         return target  # strict=False: it was warned about
+    if same_memory(target, stored):
+        return target  # read in place
     with torch.no_grad():
         if target.dtype == stored.dtype:
             copy_bits(target, stored)
@@ -180,4 +177,4 @@ def _fitting(module: torch.nn.Module, stored: Any) -> dict[str, Any]:
     own = module.state_dict()
     if not isinstance(stored, Mapping):
         return {}
-    return {name: value for name, value in stored.items() if name in own and _shape(own[name]) == _shape(value)}
+    return {name: value for name, value in stored.items() if name in own and _same_shape(own[name], value)}

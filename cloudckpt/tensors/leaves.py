@@ -17,7 +17,7 @@ import torch
 
 from cloudckpt.core.values import SKIP, Codec, Path, render_path
 from cloudckpt.errors import ConfigError, FormatError
-from cloudckpt.tensors.memory import check_storable, dtype_name, dtype_named
+from cloudckpt.tensors.memory import check_storable, dtype_name, dtype_named, is_plain
 
 __all__ = ["ArrayLeaf", "EnumLeaf", "PickleLeaf", "ScalarLeaf", "StatefulLeaf", "TensorLeaf", "TorchLeaf", "has_state"]
 
@@ -46,7 +46,8 @@ class TensorLeaf:
         """See ``Handler.encode``."""
         if not isinstance(value, torch.Tensor):
             return SKIP
-        check_storable(value, render_path(path))
+        if not is_plain(value):
+            check_storable(value, render_path(path))
         return self.store(value, path)
 
     def decode(self, payload: Any, path: Path, codec: Codec) -> torch.Tensor:  # noqa: ARG002
@@ -135,7 +136,7 @@ class ArrayLeaf:
 
     Args:
         store: as for ``TensorLeaf``.
-        fetch: as for ``TensorLeaf``.
+        fetch: gives the bytes of a name, in memory that is the array's own from now on and may be filled later.
     """
 
     store: Callable[[torch.Tensor, Path], str]
@@ -153,7 +154,7 @@ class ArrayLeaf:
     def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
         """See ``Handler.decode``."""
         raw = self.fetch(payload["tensor"]).numpy()
-        return raw.view(_plain(payload["dtype"], path)).reshape(payload["shape"]).copy()
+        return raw.view(_plain(payload["dtype"], path)).reshape(payload["shape"])
 
 
 def _plain(name: str, path: Path) -> np.dtype[Any]:

@@ -9,7 +9,20 @@ import torch
 
 from cloudckpt.errors import CorruptCheckpointError
 
-__all__ = ["byte_view", "check_storable", "copy_bits", "dtype_name", "dtype_named", "same_bits_dtype", "typed_view"]
+__all__ = [
+    "byte_view",
+    "check_storable",
+    "copy_bits",
+    "copy_elements",
+    "dtype_name",
+    "dtype_named",
+    "is_plain",
+    "lies_flat",
+    "same_bits_dtype",
+    "typed_view",
+]
+
+_NAMES: dict[torch.dtype, str] = {}
 
 _DTYPES: dict[str, torch.dtype] = {
     str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)
@@ -21,7 +34,10 @@ _SAME_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``bfloat16`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")
+    found = _NAMES.get(dtype)
+    if found is None:
+        found = _NAMES[dtype] = str(dtype).removeprefix("torch.")
+    return found
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -37,6 +53,24 @@ def dtype_named(name: str) -> torch.dtype:
             "was saved with, or a newer one"
         )
     return found
+
+
+#: The types whose bytes are their value, if the tensor is dense.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether ``check_storable`` has nothing to say, by the few looks that settle it for nearly every tensor."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
+    )
+
+
+def lies_flat(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's bytes lie in host memory as they are stored: it can be sent from where it is."""
+    return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def check_storable(tensor: torch.Tensor, path: str) -> None:
@@ -55,9 +89,7 @@ def check_storable(tensor: torch.Tensor, path: str) -> None:
         problem = "is quantized (scale and zero point are not in its bytes): save int_repr() and its parameters"
     elif tensor.layout != torch.strided or tensor.is_nested:
         problem = f"has layout {tensor.layout}: save its indices and values, or to_dense(), instead"
-    elif type(tensor) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer} and hasattr(
-        tensor, "__tensor_flatten__"
-    ):
+    elif type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         problem = f"is a {type(tensor).__qualname__}, a tensor made of several: save its parts"
     if problem is not None:
         raise TypeError(f"{path}: this tensor {problem}")
@@ -81,6 +113,34 @@ def copy_bits(target: torch.Tensor, source: torch.Tensor, *, non_blocking: bool 
         target.copy_(source, non_blocking=non_blocking)
         return
     _bits(target).copy_(_bits(source), non_blocking=non_blocking)
+
+
+def copy_elements(
+    target: torch.Tensor, source: torch.Tensor, start: int, stop: int, *, non_blocking: bool = False
+) -> None:
+    """Copy elements ``start`` to ``stop`` of ``source`` in row-major order into ``target`` (flat, of the same dtype).
+
+    Whatever the strides, no more than these elements is ever copied.
+    """
+    if source.dim() == 0 or (start == 0 and stop == source.numel()):
+        copy_bits(target.view(source.shape), source, non_blocking=non_blocking)
+        return
+    if source.is_contiguous():
+        copy_bits(target, source.view(-1)[start:stop], non_blocking=non_blocking)
+        return
+    row = source.numel() // source.shape[0]
+    first, last = -(-start // row), stop // row
+    if first > last:  # a part of one row
+        copy_elements(target, source[last], start - last * row, stop - last * row, non_blocking=non_blocking)
+        return
+    head, rows = first * row - start, last - first
+    if head:
+        copy_elements(target[:head], source[first - 1], row - head, row, non_blocking=non_blocking)
+    if rows:
+        whole = target[head : head + rows * row].view(rows, *source.shape[1:])
+        copy_bits(whole, source[first:last], non_blocking=non_blocking)
+    if tail := stop - last * row:
+        copy_elements(target[-tail:], source[last], 0, tail, non_blocking=non_blocking)
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

@@ -1,157 +1,147 @@
 """The copy that training waits for: tensors into host memory laid out as the payload objects themselves.
 
 Offsets are known before a byte moves; the arena *is* the file, so an upload sends slices of it and nothing is
-serialised a second time.
+serialised a second time. Sums are not taken here but by the threads that upload: in the same pass they made the copy
+half as long again (docs/adr/0014).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
-import crc32c
 import torch
 
-from cloudckpt.core import keys
-from cloudckpt.core.checksum import combine_all
-from cloudckpt.core.layout import Item, Layout, plan_layout
-from cloudckpt.core.model import Chunk, PayloadObject
-from cloudckpt.tensors.dcp import Box
-from cloudckpt.tensors.memory import byte_view, copy_bits, dtype_name, typed_view
+from cloudckpt.tensors.arena import Arena, Segment, positions
+from cloudckpt.tensors.host import copy_large, copy_small, cpus
+from cloudckpt.tensors.memory import copy_elements, lies_flat
+from cloudckpt.tensors.planning import Payload
 
-__all__ = ["Arena", "Payload", "lay_out", "seal_payload", "slices", "stage"]
+__all__ = ["Staged", "Staging", "stage"]
 
-#: Uploads hand out slices of at most this size, so that progress moves and a cancel is noticed.
-_SLICE_BYTES = 8 * 1024 * 1024
+#: Below this much for each, a second thread is not worth its start.
+_THREAD_BYTES = 16 * 1024 * 1024
 
+#: More threads than this gain nothing: a few fill the memory's own speed.
+_MOST_THREADS = 4
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Payload:
-    """One payload object before, while and after its bytes are staged.
+_SMALL_BYTES = 64 * 1024
 
-    Attributes:
-        component: the component it belongs to.
-        name: its name inside the checkpoint's folder.
-        layout: where each box lies.
-        boxes: the boxes in the order of ``layout.places``.
-    """
-
-    component: str
-    name: str
-    layout: Layout
-    boxes: tuple[Box, ...]
+#: A copy of plain memory: segment, address to copy to, address to copy from, size in bytes.
+_Job = tuple[Segment, int, int, int]
 
 
-@dataclass(slots=True)
-class Arena:
-    """Host memory that is used again by the next save, so that its pages are faulted in only once.
+class Staging(Protocol):
+    """A copy into the arena, finished or on its way."""
 
-    One save at a time uses it. A component that grew gets a new segment; one that left gives its own back.
-    """
-
-    _segments: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def fit(self, payloads: Sequence[Payload]) -> None:
-        """Have a segment of the right size for each payload object, keeping those that fit.
+    def wait_staged(self) -> None:
+        """Wait until every byte is in the arena and the state may change.
 
         Raises:
-            MemoryError: the host has not that much.
+            SaveError: the state changed before it was copied; names the tensor.
         """
-        wanted = {payload.name: payload.layout.size_bytes for payload in payloads}
-        kept = {n: s for n, s in self._segments.items() if wanted.get(n) == s.numel()}
-        self._segments = kept
-        for name, size_bytes in wanted.items():
-            if name not in kept:
-                try:
-                    kept[name] = torch.empty(size_bytes, dtype=torch.uint8)
-                except RuntimeError as exc:
-                    raise MemoryError(
-                        f"no {size_bytes} bytes of host memory to stage {name}: save fewer components, or free memory"
-                    ) from exc
-
-    def fault_in(self) -> None:
-        """Touch every page now, so that the first save does not pay for it."""
-        for segment in self._segments.values():
-            segment.zero_()
-
-    def segment(self, payload: Payload) -> torch.Tensor:
-        """The memory (uint8) of one payload object."""
-        return self._segments[payload.name]
+        ...
 
 
-def lay_out(boxes: Sequence[Box], *, rank: int, world_size: int) -> list[Payload]:
-    """The payload objects of this rank: one per component that has tensors."""
-    by_component: dict[str, list[Box]] = {}
-    for box in boxes:
-        by_component.setdefault(box.component, []).append(box)
-    payloads = []
-    for component, own in by_component.items():
-        layout = plan_layout([_item(box) for box in own])
-        payloads.append(
-            Payload(
-                component=component,
-                name=keys.payload_name(component, rank, world_size),
-                layout=layout,
-                boxes=tuple(own[place.number] for place in layout.places),
-            )
-        )
-    return payloads
+class Staged:
+    """A copy that was finished when ``stage`` returned."""
+
+    def wait_staged(self) -> None:
+        """Nothing to wait for."""
 
 
-def _item(box: Box) -> Item:
-    dtype = box.tensor.dtype
-    return Item(name=box.name, dtype=dtype_name(dtype), shape=tuple(box.tensor.shape), item_size=dtype.itemsize)
+def stage(payloads: Sequence[Payload], arena: Arena) -> Staging:
+    """Copy every payload object to its place in the arena (``arena.positions``), which is large enough.
 
-
-def stage(payloads: Sequence[Payload], arena: Arena) -> None:
-    """Copy every box to its place. Returns when the bytes are all there: the state may change from now on.
-
-    Raises:
-        MemoryError: the host has no room for the arena.
+    Returns when all of it is there: the state may change from now on.
     """
-    arena.fit(payloads)
-    devices = set()
-    for payload in payloads:
-        segment = arena.segment(payload)
-        segment[: len(payload.layout.header)] = torch.frombuffer(bytearray(payload.layout.header), dtype=torch.uint8)
-        for box, place in zip(payload.boxes, payload.layout.places, strict=True):
-            if place.size_bytes:
-                target = typed_view(segment, place.start, box.tensor.dtype, box.tensor.shape)
-                copy_bits(target, box.tensor, non_blocking=box.tensor.is_cuda)
-                devices.add(box.tensor.device)
+    starts, _ = positions([payload.size_bytes for payload in payloads])
+    jobs: list[_Job] = []
+    devices: set[torch.device] = set()
+    for payload, start in zip(payloads, starts, strict=True):
+        _put_header(arena, start, payload.layout.header)
+        _collect(payload, start, arena, jobs, devices)
+    _run(jobs, arena)
     for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
+    return Staged()
 
 
-def slices(payload: Payload, arena: Arena) -> Iterator[memoryview]:
-    """The staged bytes of one payload object, in order, as views of the arena."""
-    view = byte_view(arena.segment(payload))
-    for start in range(0, len(view), _SLICE_BYTES):
-        yield view[start : start + _SLICE_BYTES]
+def _put_header(arena: Arena, start: int, header: bytes) -> None:
+    done = 0
+    for segment, at, size in arena.pieces(start, len(header)):
+        arena.claim(segment)
+        segment.view[at : at + size] = header[done : done + size]
+        done += size
 
 
-def seal_payload(payload: Payload, arena: Arena) -> tuple[PayloadObject, list[tuple[Box, Chunk]]]:
-    """The staged object's size and sums as the index records them, and the chunk of each box."""
-    view = byte_view(arena.segment(payload))
-    sums = [(crc32c.crc32c(payload.layout.header), len(payload.layout.header))]
-    chunks = []
-    for box, place in zip(payload.boxes, payload.layout.places, strict=True):
-        value = crc32c.crc32c(view[place.start : place.start + place.size_bytes])
-        sums.append((value, place.size_bytes))
-        chunks.append(
-            (
-                box,
-                Chunk(
-                    object=payload.name,
-                    start=place.start,
-                    length=place.size_bytes,
-                    offsets=box.offsets,
-                    lengths=tuple(box.tensor.shape),
-                    crc32c=value,
-                    stored_as=None if place.stored_as == box.name else place.stored_as,
-                ),
-            )
-        )
-    sealed = PayloadObject(name=payload.name, size_bytes=payload.layout.size_bytes, crc32c=combine_all(sums))
-    return sealed, chunks
+def _collect(payload: Payload, start: int, arena: Arena, jobs: list[_Job], devices: set[torch.device]) -> None:
+    """Note what is plain memory as jobs; begin to copy the rest."""
+    segments = iter(arena.segments)
+    segment = next(segments)
+    for tensor, place in zip(payload.tensors, payload.layout.places, strict=True):
+        if not place.size_bytes:
+            continue
+        at, left = start + place.start, place.size_bytes
+        flat = lies_flat(tensor)
+        source = tensor.data_ptr() if flat else 0
+        done = 0
+        while left:
+            while segment.stop <= at:
+                segment = next(segments)
+            size = min(left, segment.stop - at)
+            if flat:
+                jobs.append((segment, segment.address + at - segment.start, source + done, size))
+            else:
+                # Elements never lie across segments: both begin on multiples of the element size.
+                arena.claim(segment)
+                begin, item = at - segment.start, tensor.dtype.itemsize
+                target = segment.memory[begin : begin + size].view(tensor.dtype)
+                first, last = done // item, (done + size) // item
+                copy_elements(target, tensor.detach(), first, last, non_blocking=tensor.is_cuda)
+                if tensor.is_cuda:
+                    devices.add(tensor.device)
+            at, done, left = at + size, done + size, left - size
+
+
+def _run(jobs: Sequence[_Job], arena: Arena) -> None:
+    total = sum(job[3] for job in jobs)
+    threads = max(1, min(_MOST_THREADS, cpus(), total // _THREAD_BYTES))
+    if threads == 1:
+        _copy(jobs, arena)
+        return
+    first, *others = _shares(jobs, total, threads)
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="cloudckpt-stage") as pool:
+        running = [pool.submit(_copy, share, arena) for share in others]
+        _copy(first, arena)
+        for copied in running:
+            copied.result()
+
+
+def _shares(jobs: Sequence[_Job], total: int, threads: int) -> list[list[_Job]]:
+    """Equal shares, each of neighbours, so that every copy is as long as it can be."""
+    shares: list[list[_Job]] = [[]]
+    each, room = -(-total // threads), -(-total // threads)
+    for segment, target, source, size in jobs:
+        done = 0
+        while done < size:
+            if not room:
+                shares.append([])
+                room = each
+            step = min(room, size - done)
+            shares[-1].append((segment, target + done, source + done, step))
+            done, room = done + step, room - step
+    return shares
+
+
+def _copy(jobs: Sequence[_Job], arena: Arena) -> None:
+    claimed = None
+    for segment, target, source, size in jobs:
+        if segment is not claimed:
+            arena.claim(segment)
+            claimed = segment
+        if size < _SMALL_BYTES:
+            copy_small(target, source, size)
+        else:
+            copy_large(target, source, size)

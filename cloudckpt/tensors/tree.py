@@ -7,8 +7,10 @@ their other names as aliases.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,24 +57,38 @@ class _Component:
     name: str
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    seen: dict[_Identity, str] = field(default_factory=dict)
+    seen: dict[int, list[str]] = field(default_factory=dict)
 
     def store(self, tensor: torch.Tensor, path: Path) -> str:
-        name = self._free_name(".".join(map(str, path[1:])) or self.name)
-        first = self.seen.setdefault(_identity(tensor), name) if tensor.numel() else name
-        if first == name:
+        wanted = path[1] if len(path) == 2 else ".".join(map(str, path[1:])) or self.name
+        name = self._free_name(wanted if type(wanted) is str else str(wanted))
+        first = self._tied_to(tensor, name) if tensor.numel() else None
+        if first is None:
             self.tensors[name] = tensor
         else:
             self.aliases[name] = first
         return name
 
+    def _tied_to(self, tensor: torch.Tensor, name: str) -> str | None:
+        """The name of the same memory seen the same way. The address tells nearly all tensors apart, and is cheap."""
+        address = tensor.data_ptr()
+        others = self.seen.get(address) if address else None
+        if others is None:
+            self.seen[address] = [name]
+            return None
+        identity = _identity(tensor)
+        for other in others:
+            if _identity(self.tensors[other]) == identity:
+                return other
+        others.append(name)
+        return None
+
     def _free_name(self, wanted: str) -> str:
         # {"a": {"b": t}, "a.b": u} spells the same name twice; the structure refers to each by the name it got.
-        name, number = wanted, 0
-        while name in self.tensors or name in self.aliases:
-            number += 1
-            name = f"{wanted}~{number}"
-        return name
+        if wanted not in self.tensors and wanted not in self.aliases:
+            return wanted
+        numbered = (f"{wanted}~{number}" for number in itertools.count(1))
+        return next(name for name in numbered if name not in self.tensors and name not in self.aliases)
 
 
 def _identity(tensor: torch.Tensor) -> _Identity:
@@ -104,7 +120,9 @@ def flatten(state: Mapping[str, object], *, allow_pickle: bool = False) -> FlatS
     pickled: list[bool] = []
     for name, value in state.items():
         component = _Component(name)
-        codec = _codec(component.store, _no_tensor, allow_pickle=allow_pickle, note=lambda: pickled.append(True))
+        codec = _codec(
+            component.store, _no_tensor, _no_tensor, allow_pickle=allow_pickle, note=lambda: pickled.append(True)
+        )
         own: object = value.state_dict() if has_state(value) else value  # type: ignore[attr-defined]  # has_state
         flat.structure[name] = codec.encode(own, (name,))
         flat.tensors[name] = component.tensors
@@ -113,9 +131,19 @@ def flatten(state: Mapping[str, object], *, allow_pickle: bool = False) -> FlatS
 
 
 def unflatten(
-    structure: Mapping[str, Any], fetch: Callable[[str, str], torch.Tensor], *, allow_pickle: bool = False
+    structure: Mapping[str, Any],
+    tensor: Callable[[str, str], torch.Tensor],
+    array: Callable[[str, str], torch.Tensor],
+    *,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
-    """The state's values again; ``fetch(component, name)`` gives each tensor.
+    """The state's values again.
+
+    Args:
+        structure: component -> JSON node, as ``flatten`` made it.
+        tensor: gives the tensor of a component and a name. Nothing looks into it here.
+        array: the same for an array's bytes: memory of its own, which may be filled later.
+        allow_pickle: load pickled leaves, which runs code from the checkpoint.
 
     Raises:
         FormatError: the structure is malformed.
@@ -123,24 +151,22 @@ def unflatten(
     """
     values: dict[str, Any] = {}
     for name, node in structure.items():
-
-        def fetch_here(tensor: str, component: str = name) -> torch.Tensor:
-            return fetch(component, tensor)
-
-        values[name] = _codec(_no_store, fetch_here, allow_pickle=allow_pickle).decode(node, (name,))
+        codec = _codec(_no_store, partial(tensor, name), partial(array, name), allow_pickle=allow_pickle)
+        values[name] = codec.decode(node, (name,))
     return values
 
 
 def _codec(
     store: Callable[[torch.Tensor, Path], str],
-    fetch: Callable[[str], torch.Tensor],
+    tensor: Callable[[str], torch.Tensor],
+    array: Callable[[str], torch.Tensor],
     *,
     allow_pickle: bool,
     note: Callable[[], None] = lambda: None,
 ) -> Codec:
     plain: list[Handler] = [TorchLeaf(), ScalarLeaf(), EnumLeaf()]
-    handlers: list[Handler] = [TensorLeaf(store, fetch), ArrayLeaf(store, fetch), StatefulLeaf(), *plain]
-    return Codec([*handlers, PickleLeaf(allow_pickle, note, Codec(plain))])
+    handlers: list[Handler] = [ArrayLeaf(store, array), StatefulLeaf(), *plain]
+    return Codec([*handlers, PickleLeaf(allow_pickle, note, Codec(plain))], leaves=[TensorLeaf(store, tensor)])
 
 
 def _no_tensor(name: str) -> torch.Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
 from cloudckpt.errors import StorageError
-from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Storage, Unknown, Versioned
+from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Part, Source, Storage, Unknown, Versioned
 
 __all__ = ["Call", "Crash", "Fault", "ScriptedStorage"]
 
@@ -187,22 +188,21 @@ class ScriptedStorage:
         """See ``Storage.put``."""
         fault = self._begin("put", key)
 
-        def mortal(stop_at: int | None = None) -> Iterator[Buffer]:
-            sent = 0
-            for buffer in buffers:
-                self._check_alive()
-                if stop_at is not None and sent + memoryview(buffer).nbytes > stop_at:
-                    yield memoryview(buffer).cast("B")[: stop_at - sent]
-                    break
-                sent += memoryview(buffer).nbytes
-                yield buffer
-            if stop_at is not None:
-                raise self._die(Fault.CRASH_HALF)
+        def send(stop_at: int | None = None) -> None:
+            mortal: Iterable[Buffer] = (
+                _MortalSource(buffers, self._pass, stop_at)
+                if isinstance(buffers, Source)
+                else _mortal(buffers, self._pass, stop_at)
+            )
+            self._inner.put(key, mortal, size_bytes=size_bytes, progress=progress)
 
-        def send(parts: Iterator[Buffer]) -> None:
-            self._inner.put(key, parts, size_bytes=size_bytes, progress=progress)
+        self._do(fault, send, half=lambda: send(size_bytes // 2))
 
-        self._do(fault, lambda: send(mortal()), half=lambda: send(mortal(size_bytes // 2)))
+    def _pass(self, last: bool) -> None:  # noqa: FBT001 - called in one way
+        """Before each buffer and part of a put: the dead send nothing, and ``last`` is where the process dies."""
+        self._check_alive()
+        if last:
+            raise self._die(Fault.CRASH_HALF)
 
     def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``."""
@@ -234,3 +234,51 @@ class ScriptedStorage:
         """See ``Storage.close``."""
         self._check_alive()
         self._inner.close()
+
+
+def _mortal(buffers: Iterable[Buffer], passes: Callable[[bool], None], stop_at: int | None) -> Iterator[Buffer]:
+    """The buffers up to ``stop_at``, where the process dies."""
+    sent = 0
+    for buffer in buffers:
+        passes(False)
+        view = memoryview(buffer)
+        if stop_at is not None and sent + view.nbytes > stop_at:
+            yield view.cast("B")[: stop_at - sent]
+            break
+        sent += view.nbytes
+        yield buffer
+    if stop_at is not None:
+        passes(True)
+
+
+class _MortalSource:
+    """A source of a process that dies: its parts can be held in any order until ``stop_at`` bytes were given out."""
+
+    def __init__(self, inner: Source, passes: Callable[[bool], None], stop_at: int | None) -> None:
+        self._inner = inner
+        self._passes = passes
+        self._stop_at = stop_at
+        self._given = 0
+        self._mutex = threading.Lock()
+
+    @property
+    def size_bytes(self) -> int:
+        """See ``Source.size_bytes``."""
+        return self._inner.size_bytes
+
+    def hold(self, start: int, length: int) -> AbstractContextManager[Part]:
+        """See ``Source.hold``; what is held when the process dies may have been sent, and is the last."""
+        with self._mutex:
+            self._passes(self._stop_at is not None and self._given + length > self._stop_at)
+            self._given += length
+        return self._held(start, length)
+
+    @contextmanager
+    def _held(self, start: int, length: int) -> Iterator[Part]:
+        with self._inner.hold(start, length) as part:
+            yield part
+            self._passes(False)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for buffer in _mortal(self._inner, self._passes, self._stop_at):
+            yield memoryview(buffer)

@@ -283,31 +283,38 @@ class Wire:
         try:
             if not exchange.used:
                 exchange.connect()
-            self._watcher.expect(exchange, self._progress_s)
-            broken: OSError | None = None
-            try:
-                exchange.send(request, moving, self._throttle.slice_bytes or _SLICE_BYTES)
-            except _STALE as exc:
-                # A server may refuse in mid-body and hang up: what it said explains more than the broken pipe.
-                broken = exc
-            self._watcher.expect(exchange, self._progress_s)
-            try:
-                answer, keeps = exchange.receive(request.targets, moved)
-            except (OSError, http.client.HTTPException):
-                if broken is not None:
-                    raise broken from None
-                raise
+            broken = self._send(exchange, request, moving)
+            answer, keeps = self._receive(exchange, request, moved, broken)
             if exchange.late:
                 # The end that the watcher made may have looked like the end of the headers.
                 raise WireError("too late")
-            if broken is not None:
-                keeps = False
-                if answer.status < 400:
-                    raise broken
             return answer
         finally:
             self._watcher.forget(exchange)
             self._give_back(exchange, keeps=keeps and not exchange.late)
+
+    def _send(self, exchange: _Exchange, request: Request, moving: Callable[[int], None]) -> OSError | None:
+        """Send it. A server may refuse in mid-body and hang up: what it said explains more than the broken pipe."""
+        self._watcher.expect(exchange, self._progress_s)
+        try:
+            exchange.send(request, moving, self._throttle.slice_bytes or _SLICE_BYTES)
+        except _STALE as exc:
+            return exc
+        return None
+
+    def _receive(
+        self, exchange: _Exchange, request: Request, moved: Callable[[int], None], broken: OSError | None
+    ) -> tuple[Answer, bool]:
+        self._watcher.expect(exchange, self._progress_s)
+        try:
+            answer, keeps = exchange.receive(request.targets, moved)
+        except (OSError, http.client.HTTPException):
+            if broken is not None:
+                raise broken from None
+            raise
+        if broken is not None and answer.status < 400:
+            raise broken
+        return answer, keeps and broken is None
 
     def _explained(self, exchange: _Exchange, exc: Exception) -> WireError:
         if exchange.late:

@@ -1,0 +1,111 @@
+"""Checksums noted as bytes go by: of whole tensors for the index, of parts for the store, each byte summed once."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from crc32c import crc32c
+
+from cloudckpt.core.checksum import combine, combine_all
+
+__all__ = ["Sums"]
+
+#: Shorter pieces are summed twice, for themselves and for the part: they are in the cache, and joining two sums costs
+#: what summing this much does.
+_SHORT_BYTES = 64 * 1024
+
+
+class Sums:
+    """What is known of one payload object's sums. Safe to use from several threads.
+
+    Args:
+        bounds: where its pieces begin, and at last where it ends; no holes.
+    """
+
+    def __init__(self, bounds: Sequence[int]) -> None:
+        self._bounds = bounds
+        self._mutex = threading.Lock()
+        self._whole: list[int | None] = [None] * (len(bounds) - 1)
+        # Pieces that parts cut: (number, start) -> (stop, sum). And the parts: start -> {stop: sum}.
+        self._cut: dict[tuple[int, int], tuple[int, int]] = {}
+        self._parts: dict[int, dict[int, int]] = {}
+
+    def part(self, start: int, views: Sequence[memoryview]) -> int:
+        """The sum of the bytes from ``start`` as they were when they were first looked at; ``views`` are them now."""
+        stop = start + sum(view.nbytes for view in views)
+        known = self._parts.get(start, {}).get(stop)
+        if known is not None:
+            return known
+        total = self._sum(start, views)
+        with self._mutex:
+            return self._parts.setdefault(start, {}).setdefault(stop, total)
+
+    def _sum(self, start: int, views: Sequence[memoryview]) -> int:
+        # A hundred thousand small tensors pass through this loop; it is written for that.
+        bounds, whole = self._bounds, self._whole
+        number = bisect_right(bounds, start) - 1
+        begin, at, total, base = bounds[number], start, 0, start
+        for view in views:
+            end = base + view.nbytes
+            while at < end:
+                close = bounds[number + 1]
+                stop = close if close < end else end  # noqa: FURB136 - min() costs a tenth of this loop
+                piece = view[at - base : stop - base]
+                value = crc32c(piece)
+                total = crc32c(piece, total) if stop - at < _SHORT_BYTES else combine(total, value, stop - at)
+                if stop == close:
+                    if at == begin:
+                        whole[number] = value
+                    else:
+                        self._note_cut(number, at, stop, value)
+                    number, begin = number + 1, close
+                else:
+                    self._note_cut(number, at, stop, value)
+                at = stop
+            base = end
+        return total
+
+    def _note_cut(self, number: int, start: int, stop: int, value: int) -> None:
+        with self._mutex:
+            self._cut.setdefault((number, start), (stop, value))
+
+    def finish(self, again: Callable[[int, int], None]) -> tuple[int, list[int]]:
+        """The sum of the whole object, and of each of its pieces.
+
+        Args:
+            again: called with (start, length) of what no part has covered; has it summed.
+        """
+        pieces = [self._piece(number, again) if found is None else found for number, found in enumerate(self._whole)]
+        joined = self._joined()
+        if joined is None:
+            lengths = (b - a for a, b in zip(self._bounds, self._bounds[1:], strict=False))
+            joined = combine_all(zip(pieces, lengths, strict=True))
+        return joined, pieces
+
+    def _piece(self, number: int, again: Callable[[int, int], None]) -> int:
+        start, stop = self._bounds[number], self._bounds[number + 1]
+        found = self._whole[number] if stop > start else 0
+        if found is not None:
+            return found
+        at, sums = start, []
+        while at < stop and (cut := self._cut.get((number, at))) is not None:
+            sums.append((cut[1], cut[0] - at))
+            at = cut[0]
+        if at == stop:
+            return combine_all(sums)
+        again(start, stop - start)
+        return self._parts[start][stop]
+
+    def _joined(self) -> int | None:
+        """The whole object's sum from the parts, if they lie end to end."""
+        at, parts = 0, []
+        while at < self._bounds[-1]:
+            found = self._parts.get(at)
+            if not found:
+                return None
+            stop = max(found)
+            parts.append((found[stop], stop - at))
+            at = stop
+        return combine_all(parts)
