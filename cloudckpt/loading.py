@@ -35,7 +35,6 @@ from cloudckpt.tensors.targets import (
     choose_homes,
     find_uses,
     note_changed,
-    region_of,
     unwritable,
 )
 from cloudckpt.tensors.tree import unflatten
@@ -166,8 +165,7 @@ class _Target:
             raise StateMismatchError(f"{where} cannot be restored into this state; nothing was changed:{listed}")
         self.homes = choose_homes(uses, outline, in_place=self.in_place)
         note_changed(self.homes)  # now, since from here on it may happen at any moment
-        # An optimizer gets a whole new state; everything else keeps what it is not given.
-        written = {region_of(use.target): use for use in uses if use.target is not None}
+        written = {use.region for use in uses}
         if left := [path for region, path in self.overwritten.items() if region not in written]:
             # No damage: nothing is wrong with this checkpoint, and other objects can be restored from it.
             raise StateMismatchError(
@@ -175,9 +173,8 @@ class _Target:
                 "before: restoring it would leave a mixture of both"
             )
         for use in uses:
-            region = region_of(use.target) if use.target is not None and use.place in self.homes.targets else None
-            if region is not None and not use.kept:
-                self.overwritten[region] = use.path
+            if use.region is not None and use.place in self.homes.targets:
+                self.overwritten[use.region] = use.path
         return self.homes
 
 

@@ -35,6 +35,7 @@ class PendingSave:
         self._announced = threading.Event()
         self._outcome: Future[Checkpoint] = Future()
         self._seen = False
+        self._keeps_state = False
         self._on_interrupt: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
@@ -88,8 +89,9 @@ class PendingSave:
         try:
             self._staged.wait()
         except BaseException:
-            if self._on_interrupt is not None and not self._staged.is_set():
-                self._on_interrupt()
+            act = self._on_interrupt
+            if act is not None and not self._staged.is_set():
+                act()
             raise
 
     def wait_announced(self) -> None:
@@ -108,10 +110,11 @@ class PendingSave:
     def keep_state(self, on_interrupt: Callable[[], None]) -> None:
         """``save()`` must not return before the state is sent; what to do if it is interrupted and does."""
         self._on_interrupt = on_interrupt
+        self._keeps_state = True
 
     def wait_for_state(self) -> None:
         """Wait until ``save()`` may return."""
-        if self._on_interrupt is not None:
+        if self._keeps_state:
             self.wait_staged()
 
     def mark_announced(self) -> None:
@@ -135,6 +138,7 @@ class PendingSave:
     def mark_staged(self) -> None:
         """The caller's state may change from now on."""
         self._staged.set()
+        self._on_interrupt = None  # which would keep the state alive as long as this
 
     def end(self, outcome: Checkpoint | BaseException) -> None:
         """Note how it ended; the first word counts."""

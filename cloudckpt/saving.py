@@ -47,6 +47,7 @@ from cloudckpt.sealed import summed
 from cloudckpt.storage import ManifestStore
 from cloudckpt.sweeping import delete_bytes
 from cloudckpt.tensors.arena import Arena, positions
+from cloudckpt.tensors.forecast import optimizer_growth_bytes
 from cloudckpt.tensors.planning import Plan, Planner
 from cloudckpt.tensors.sources import ArenaSource, Buffers, PayloadSource, TensorSource
 from cloudckpt.tensors.staging import Staged, Staging, stage
@@ -61,7 +62,7 @@ _REASON_LENGTH = 500
 _LARGE_BYTES = 8 * 1024 * 1024
 
 #: More objects than this at once gain nothing: each is sent in several parts at a time.
-_OBJECTS_AT_ONCE = 4
+_OBJECTS_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +169,7 @@ class Saver:
             TypeError: the state holds something that cannot be stored; nothing was announced.
         """
         plan = self._planner.plan(request.state, allow_pickle=request.allow_pickle)
-        sources = None if request.block else self._arena_sources(plan)
+        sources = None if request.block else self._arena_sources(plan, optimizer_growth_bytes(request.state))
         entry = Checkpoint(
             id=self._store.token(8),
             step=request.step,
@@ -211,11 +212,11 @@ class Saver:
             pending.keep_state(lambda: job.stop("the call that saves was interrupted"))
         return pending
 
-    def _arena_sources(self, plan: Plan) -> list[PayloadSource] | None:
+    def _arena_sources(self, plan: Plan, growth_bytes: int) -> list[PayloadSource] | None:
         """The payload objects as they will lie in the arena; None where there is no memory for it."""
         starts, size_bytes = positions([payload.size_bytes for payload in plan.payloads])
         try:
-            self._arena.fit(size_bytes)
+            self._arena.fit(size_bytes, soon_bytes=size_bytes + growth_bytes)
         except MemoryError as exc:
             if not self._told_streaming:
                 self._told_streaming = True
@@ -239,7 +240,7 @@ class Saver:
         for device in devices:
             # The threads that send look at the tensors from streams of their own.
             torch.cuda.synchronize(device)
-        buffers = Buffers(2 * self._store.settings.parts_in_flight, pinned=bool(devices))
+        buffers = Buffers(_OBJECTS_AT_ONCE * self._store.settings.parts_in_flight, pinned=bool(devices))
         return [TensorSource(payload, buffers) for payload in plan.payloads]
 
     def shut_down(self) -> None:

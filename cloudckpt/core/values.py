@@ -5,7 +5,7 @@ keys (its order is kept). Everything else is an object with the one key ``$tag``
 so a subclass (a named tuple, an IntEnum) is never silently flattened: it is taken by a handler or refused.
 
 A *handler* teaches the codec further types, such as tensors. Handlers are asked first, at every place of the
-tree. A container that stands at two places is stored twice.
+tree, about everything but plain numbers and strings. A container that stands at two places is stored twice.
 
 Past 350 lines, because encoders, decoders and the strictness between them are read side by side or not at all.
 """
@@ -99,6 +99,9 @@ class Codec:
         Raises:
             TypeError: something in it cannot be stored; names the path, the type and the ways out.
         """
+        plain = _PLAIN.get(type(value))
+        if plain is not None:
+            return plain(value)
         for tag, encode_leaf in self._leaves:
             payload = encode_leaf(value, path, self)
             if payload is not SKIP:
@@ -333,6 +336,15 @@ def _unb64(payload: Json) -> bytes:
 def _complex(value: complex) -> list[str]:
     return [repr(value.real), repr(value.imag)]
 
+
+#: The types that no handler is asked about: most values of a state are one of them.
+_PLAIN: dict[type, Callable[[Any], Json]] = {
+    type(None): lambda v: v,
+    bool: lambda v: v,
+    int: _int,
+    float: _float,
+    str: _str,
+}
 
 #: exact type -> (codec, value, path) -> node
 _ENCODERS: dict[type, Callable[[Codec, Any, Path], Json]] = {

@@ -127,15 +127,18 @@ class Arena:
 
     # -- its size --------------------------------------------------------------------------------------------
 
-    def fit(self, size_bytes: int) -> None:
+    def fit(self, size_bytes: int, *, soon_bytes: int = 0) -> None:
         """Have at least this much, and give back the segments nobody needs then. Between saves only.
+
+        Args:
+            soon_bytes: what will be needed soon: what is there of it is kept.
 
         Raises:
             MemoryError: that is more than the limit, or than the host has; names both sizes.
         """
         with self._changed:
             self._grow(size_bytes)
-            self._shrink(size_bytes)
+            self._shrink(max(size_bytes, soon_bytes))
 
     def prepare(self, size_bytes: int, *, pinned: bool = False) -> None:
         """Have at least this much, and begin to touch (and pin) it in the background.

@@ -73,6 +73,8 @@ def _memory_for(wanted: dict[Place, TensorEntry], outline: Outline, homes: Homes
 def _where_chunks_go(entry: TensorEntry, whole: torch.Tensor) -> list[torch.Tensor] | None:
     """The flat bytes of each chunk inside the whole; None if one of them has no place of its own in row-major order."""
     flat = byte_tensor(whole)
+    if len(entry.chunks) == 1 and entry.chunks[0].lengths == entry.shape:
+        return [flat]
     found = []
     for chunk in entry.chunks:
         start = contiguous_start(entry.shape, chunk.offsets, chunk.lengths)
@@ -113,7 +115,7 @@ class _Chunk:
     missing: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.view = byte_view(self.home) if _on_host(self.home) else None
+        self.view = memoryview(self.home.numpy()) if _on_host(self.home) else None  # type: ignore[arg-type]  # an ndarray is a buffer; its stub says so from 3.12 on
         self.missing = self.sealed.length
 
 

@@ -24,8 +24,10 @@ __all__ = ["ArrayLeaf", "EnumLeaf", "PickleLeaf", "ScalarLeaf", "StatefulLeaf", 
 
 def has_state(value: object) -> bool:
     """Whether the object speaks for itself: it has ``state_dict`` and ``load_state_dict``."""
-    return not isinstance(value, type) and all(
-        callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict")
+    return (
+        callable(getattr(value, "state_dict", None))
+        and callable(getattr(value, "load_state_dict", None))
+        and not isinstance(value, type)
     )
 
 

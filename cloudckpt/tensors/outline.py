@@ -23,7 +23,8 @@ __all__ = ["Outline", "Place"]
 Place = tuple[str, str]
 
 #: One element of any dtype, which every tensor without memory of its own shows over and over.
-_STAND_IN = torch.zeros(16, dtype=torch.uint8)
+_STAND_IN_STORAGE = torch.zeros(16, dtype=torch.uint8).untyped_storage()
+_HOST = torch.device("cpu")
 
 
 class Outline:
@@ -68,9 +69,11 @@ class Outline:
         dtype = dtype_named(entry.dtype)
         if self._shapes_only:
             return blank(dtype, entry.shape, torch.device("meta"))
-        # Not an expanded view: that would stay tied to its base, and refuse memory of another device.
-        nothing = blank(dtype, (0,), torch.device("cpu"))
-        return nothing.set_(_STAND_IN.untyped_storage(), 0, entry.shape, (0,) * len(entry.shape))
+        with torch.inference_mode(mode=False):
+            # Of half-precision complex numbers torch warns, and only when it makes them itself.
+            nothing = blank(dtype, (0,), _HOST) if dtype == torch.complex32 else torch.empty(0, dtype=dtype)
+            # Not an expanded view: all of them would share one version counter, and stay tied to their base.
+            return nothing.set_(_STAND_IN_STORAGE, 0, entry.shape, (0,) * len(entry.shape))
 
     def array(self, component: str, name: str) -> torch.Tensor:
         """Memory for the bytes of a NumPy array, which is filled with all the others.

@@ -16,10 +16,11 @@ from contextlib import AbstractContextManager
 import torch
 
 from cloudckpt.core.model import PayloadObject
+from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import SaveError
 from cloudckpt.storage.base import Part
 from cloudckpt.tensors.arena import Arena
-from cloudckpt.tensors.host import copy_large, copy_small
+from cloudckpt.tensors.host import available_bytes, copy_large, copy_small
 from cloudckpt.tensors.memory import byte_view, copy_elements, lies_flat
 from cloudckpt.tensors.planning import Payload
 from cloudckpt.tensors.sums import Sums
@@ -131,7 +132,12 @@ class Buffers:
                 try:
                     found = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
                 except RuntimeError as exc:
-                    raise MemoryError(f"no {size_bytes} bytes of host memory to send a part from") from exc
+                    free = available_bytes()
+                    has = "" if free is None else f", and the host has {format_bytes(free)} to give"
+                    raise MemoryError(
+                        f"a part that is sent needs {format_bytes(size_bytes)} of host memory{has}: free some, or make "
+                        "part_size_bytes smaller"
+                    ) from exc
             try:
                 yield found
             finally:

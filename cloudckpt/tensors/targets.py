@@ -26,14 +26,25 @@ __all__ = [
     "find_uses",
     "group_sizes",
     "note_changed",
-    "region_of",
     "same_groups",
     "same_memory",
     "unwritable",
 ]
 
+#: The place of a tensor that its object will hold no longer, whatever is stored.
+LET_GO: Place = ("\0", "")
+
 #: Tensors of these types are their memory, and nothing else.
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Region:
+    """Where a tensor's memory begins and ends, on one device."""
+
+    device: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +52,14 @@ class Use:
     """One tensor of the loaded values, and what becomes of it.
 
     Attributes:
-        place: where its bytes are stored.
+        place: where its bytes are stored, or ``LET_GO``.
         stored: the tensor itself, which has a shape and a dtype so far.
         target: the caller's tensor that it goes into or replaces; None if there is none.
         path: the place in the state, for messages.
         kept: whether the object will hold the loaded tensor itself, as optimizers do, rather than copy from it.
         device: where an object that keeps it will move it.
         direct: whether nothing but that happens to it on its way, so far as its object is concerned.
+        region: the memory of ``target``.
     """
 
     place: Place
@@ -57,6 +69,7 @@ class Use:
     kept: bool = False
     device: torch.device = field(default=torch.device("cpu"))
     direct: bool = True
+    region: Region | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +115,7 @@ def _walk(target: object, stored: Any, path: Path, outline: Outline) -> Iterator
 def _pair(target: torch.Tensor, stored: Any, path: str, outline: Outline, *, direct: bool = True) -> Iterator[Use]:
     place = outline.place_of(stored) if isinstance(stored, torch.Tensor) else None
     if place is not None and not torch.nn.parameter.is_lazy(target) and stored.shape == target.shape:
-        yield Use(place=place, stored=stored, target=target, path=path, direct=direct)
+        yield Use(place=place, stored=stored, target=target, path=path, direct=direct, region=_region_of(target))
 
 
 # -- modules ---------------------------------------------------------------------------------------------------
@@ -135,31 +148,39 @@ def _special_prefixes(module: torch.nn.Module) -> Iterator[str]:
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer, stored: Any, here: str, outline: Outline) -> Iterator[Use]:
-    """Its state: the tensors become the optimizer's own, on the device of their parameter."""
+    """Its state: the tensors become the optimizer's own, on the device of their parameter, in place of all it had."""
     if not same_groups(optimizer, stored) or not isinstance(stored.get("state"), Mapping):
         return  # no optimizer's state, or another one's: that is for others to say
     ids = [number for group in stored["param_groups"] for number in group["params"]]
     parameters = dict(zip(ids, chain.from_iterable(g["params"] for g in optimizer.param_groups), strict=True))
     of_parameters = [(n, parameters[n], named) for n, named in stored["state"].items() if n in parameters]
     direct = _loads_plainly(optimizer)
+    held = [named for named in optimizer.state.values() if isinstance(named, Mapping)]
+    for tensor in (t for named in held for t in named.values() if isinstance(t, torch.Tensor)):
+        yield Use(
+            place=LET_GO, stored=tensor, target=tensor, path=here, kept=True, direct=False, region=_region_of(tensor)
+        )
     for number, parameter, named in of_parameters:
-        own: Any = optimizer.state.get(parameter, {})
+        own: Any = optimizer.state.get(parameter)
         for name, value in named.items() if isinstance(named, Mapping) else ():
             place = outline.place_of(value) if isinstance(value, torch.Tensor) else None
             if place is None:
                 continue
             # A step count stays where it is, unless the optimizer runs on the device: that is for it to know.
             device = torch.device("cpu") if name == "step" else parameter.device
-            target = own.get(name)
-            fits = isinstance(target, torch.Tensor) and target.shape == value.shape and target.device == device
+            found = own.get(name) if isinstance(own, Mapping) else None
+            target = None
+            if isinstance(found, torch.Tensor) and (found.shape, found.device) == (value.shape, device):
+                target = found
             yield Use(
                 place=place,
                 stored=value,
-                target=target if fits else None,
+                target=target,
                 path=f"{here}.state[{number!r}].{name}",
                 kept=True,
                 device=device,
                 direct=direct,
+                region=_region_of(target) if target is not None else None,
             )
 
 
@@ -221,10 +242,7 @@ def choose_homes(uses: Collection[Use], outline: Outline, *, in_place: bool) -> 
 def _takes_bits(target: torch.Tensor, stored: torch.Tensor) -> bool:
     """Whether the stored bytes, laid down one after the other in the target's memory, are its value."""
     return (
-        type(target) in _PLAIN
-        and target.layout == torch.strided
-        and not target.is_nested
-        and not target.is_quantized
+        _is_memory(target)
         and target.dtype == stored.dtype
         and target.device.type != "meta"
         and not (target.is_conj() or target.is_neg())
@@ -232,31 +250,25 @@ def _takes_bits(target: torch.Tensor, stored: torch.Tensor) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Region:
-    """Where a tensor's memory begins and ends, on one device."""
-
-    device: str
-    start: int
-    end: int
+def _is_memory(target: torch.Tensor) -> bool:
+    """Whether a tensor is its elements in some memory, and nothing else."""
+    return type(target) in _PLAIN and target.layout == torch.strided and not (target.is_nested or target.is_quantized)
 
 
-def region_of(tensor: torch.Tensor) -> Region | None:
+def _region_of(tensor: torch.Tensor) -> Region | None:
     """The memory that a plain tensor shows any part of; None if it has none to speak of."""
-    if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.device.type == "meta":
+    if tensor.device.type == "meta" or not _is_memory(tensor) or not tensor.numel():
         return None
-    if not tensor.numel():
-        return None
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    elements = tensor.numel()
+    if not tensor.is_contiguous():
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
-    return Region(str(tensor.device), start, start + (last + 1) * tensor.dtype.itemsize)
+    return Region(str(tensor.device), start, start + elements * tensor.dtype.itemsize)
 
 
 def _on_shared_memory(uses: Iterable[Use]) -> set[Place]:
     """The places whose targets have any memory in common with the target of another place."""
-    regions = sorted(
-        (region, use.place) for use in uses if use.target is not None and (region := region_of(use.target)) is not None
-    )
+    regions = sorted((u.region, u.place) for u in uses if u.region is not None and u.place != LET_GO)
     shared: set[Place] = set()
     furthest, owner = Region("", 0, 0), ("", "")
     for region, place in regions:
@@ -299,6 +311,8 @@ def unwritable(uses: Iterable[Use]) -> list[str]:
 
 
 def _problem(target: torch.Tensor) -> str | None:
+    if target.device.type != "meta" and _is_memory(target) and not target.is_inference() and target.is_contiguous():
+        return None
     problems = {
         "is a fake tensor and has no memory: build the state outside of FakeTensorMode": isinstance(
             target,

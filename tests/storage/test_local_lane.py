@@ -1,4 +1,7 @@
-"""Payload from a source reaches the disk whole, by whichever way the file system and the memory allow."""
+"""Payload from a source reaches the disk whole, by whichever way the file system and the memory allow.
+
+(Past 350 lines: every way a disk can refuse one put is one list.)
+"""
 
 from __future__ import annotations
 

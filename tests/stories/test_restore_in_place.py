@@ -94,6 +94,26 @@ def test_a_fall_back_that_would_leave_a_mixture_is_refused() -> None:
         assert fresh["x"]["late"].tolist() == [0] * 4
 
 
+def test_an_optimizer_that_would_keep_damaged_moments_is_refused() -> None:
+    """Where strict=False would leave an optimizer as it is, because the earlier one has other groups, it is not as it was."""
+
+    def stepped(parts: int) -> torch.optim.Optimizer:
+        parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+        groups = [parameters[:1], parameters[1:]] if parts == 2 else [parameters]
+        optimizer = torch.optim.SGD([{"params": group} for group in groups], lr=0.1, momentum=0.9)
+        for parameter in parameters:
+            parameter.grad = torch.ones(2)
+        optimizer.step()
+        return optimizer
+
+    storage = run_of({"o": stepped(1)}, {"o": stepped(2)})
+    damage(storage, 2, "o")
+    with CheckpointManager(storage) as ckpts:
+        with pytest.raises(StateMismatchError, match=rf"has nothing for o\.state\[0\]\.momentum_buffer.*{PARTLY}$"):
+            ckpts.restore({"o": stepped(2)}, strict=False)
+        assert ckpts.restore({"o": stepped(1)}) is not None
+
+
 def test_a_mismatch_after_damage_does_not_claim_that_nothing_was_changed() -> None:
     """With strict the earlier checkpoint is refused by its names, and the error says that the state is overwritten."""
     storage = run_of({"x": {"a": torch.ones(3)}}, {"x": {"a": torch.ones(3), "late": torch.ones(4)}})

@@ -38,6 +38,8 @@ def test_it_grows_by_segments_and_gives_back_what_nobody_needs() -> None:
     assert [s.size_bytes // PAGE_BYTES for s in arena.segments] == [4, 4, 2, 4, 3]
     arena.fit(5 * PAGE_BYTES)
     assert [s.address for s in arena.segments] == before[:2]
+    arena.fit(0, soon_bytes=5 * PAGE_BYTES)
+    assert [s.address for s in arena.segments] == before[:2]
     arena.fit(0)
     assert arena.size_bytes == 0
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import crc32c
 import pytest
 
 from cloudckpt.errors import StorageError
 from cloudckpt.storage import Landed, MemoryStorage, Storage, Unknown
+from cloudckpt.storage.base import Part, Source
 from cloudckpt.testing import Call, Crash, Fault, ScriptedStorage, StorageContract
 
 WRITES: dict[str, Callable[[Storage], object]] = {
@@ -145,6 +149,79 @@ def test_a_crash_ends_the_calls_under_way() -> None:
     with pytest.raises(Crash):
         storage.put("put", buffers(), size_bytes=5)
     assert state(inner) == state(filled())
+
+
+class Parts:
+    """A source of ten bytes."""
+
+    size_bytes = 10
+
+    @contextmanager
+    def hold(self, start: int, length: int) -> Iterator[Part]:
+        view = memoryview(b"0123456789")[start : start + length]
+        yield Part((view,), crc32c.crc32c(view))
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for start in range(0, 10, 4):
+            with self.hold(start, min(4, 10 - start)) as part:
+                yield from part.views
+
+
+class ByRange(MemoryStorage):
+    """Takes parts of two bytes of a source, last ones first, and knows what it held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[int] = []
+
+    def put(self, key: str, buffers: Any, *, size_bytes: int, progress: Any = None) -> None:
+        assert isinstance(buffers, Source)
+        body = bytearray(size_bytes)
+        for start in reversed(range(0, size_bytes, 2)):
+            with buffers.hold(start, 2) as part:
+                body[start : start + 2] = b"".join(part.views)
+                self.held.append(start)
+        super().put(key, [bytes(body)], size_bytes=size_bytes, progress=progress)
+
+
+def test_a_source_stays_one() -> None:
+    """The storage underneath may take ranges of it, and gets its bytes."""
+    storage = ScriptedStorage(inner := ByRange())
+    storage.put("put", Parts(), size_bytes=10)
+    assert state(inner) == {"put": b"0123456789"}
+    storage = ScriptedStorage(iterated := MemoryStorage())
+    storage.put("put", Parts(), size_bytes=10)
+    assert state(iterated) == {"put": b"0123456789"}
+
+
+def test_a_crash_half_way_bites_a_source_too() -> None:
+    """Half of its bytes may be held, in whatever order; then the process is dead, and no object is there."""
+    inner = ByRange()
+    storage = ScriptedStorage(inner, at=0, fault=Fault.CRASH_HALF)
+    with pytest.raises(Crash):
+        storage.put("put", Parts(), size_bytes=10)
+    assert inner.held == [8, 6]
+    assert state(inner) == {}
+    assert storage.dead
+
+
+def test_whoever_holds_a_part_when_the_process_dies_is_dead() -> None:
+    """Another thread's crash ends a put between two parts."""
+    inner = ByRange()
+    storage = ScriptedStorage(inner, at=1, fault=Fault.CRASH_BEFORE)
+
+    class Dying(Parts):
+        @contextmanager
+        def hold(self, start: int, length: int) -> Iterator[Part]:
+            with super().hold(start, length) as part:
+                with pytest.raises(Crash):
+                    storage.size("old")
+                yield part
+
+    with pytest.raises(Crash):
+        storage.put("put", Dying(), size_bytes=10)
+    assert inner.held == [8]
+    assert state(inner) == {}
 
 
 def test_half_a_script_is_refused() -> None:
