@@ -151,7 +151,7 @@ class GCSStorage(GCSSession):
                 return
         try:
             super().put(key, buffers, size_bytes=size_bytes, progress=progress)
-        except BaseException:
+        except StorageError:
             self._lane.reconsider_uploads()
             raise
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,8 @@ _MEBIBYTE = 1024 * 1024
 _LEAST_PART = 5 * _MEBIBYTE
 _LARGEST_PART = 64 * _MEBIBYTE
 _MAX_PARTS = 9_000
+#: A Content-Range, or a Content-Length of the whole object.
+_RANGE = re.compile(r"(?:bytes (?P<start>\d+)-\d+/)?(?P<total>\d+)", re.ASCII)
 _CONTENT_TYPE = "application/octet-stream"
 _THROTTLED = (429, 503)
 
@@ -246,6 +249,8 @@ class GCSLane:
                 _check_memory(what, part)
             answer, _ = self._send(route, what, request, stop)
             if answer.status == 200:
+                if not answer.headers.get("etag"):  # it broke off in its headers
+                    raise StorageError(f"{what}: the answer has no ETag", retryable=True)
                 return answer
             # Of an upload in parts the beginning has told.
             if "?" not in request.target and not self._uploads_proven and (reason := refusal(answer)) is not None:
@@ -283,18 +288,17 @@ class GCSLane:
         answer, filled = self._send(
             route, what, Request(method="GET", target=target, headers=headers, targets=targets), Stop()
         )
-        missing = ObjectNotFoundError(f"{what}: bytes {start}..{end} do not exist")
-        if answer.status == 416:
-            raise missing
-        if answer.status not in {200, 206}:
+        if answer.status not in {200, 206, 416}:
             raise self._facts.explain(answer, what)
-        range_, _, total = answer.headers.get("content-range", "").rpartition("/")
-        if int(total or answer.headers.get("content-length", end)) < end:
-            raise missing
-        if answer.status == 200 and (start or filled != length):
+        said = answer.headers.get("content-range" if answer.status == 206 else "content-length", "")
+        found = _RANGE.fullmatch(said)
+        if answer.status == 416 or (found is not None and int(found["total"]) < end):
+            raise ObjectNotFoundError(f"{what}: bytes {start}..{end} do not exist")
+        if answer.status == 200 and found is not None and (start or int(found["total"]) != end):
             raise Declined("the server does not answer ranges")
-        if filled != length or (range_ and range_ != f"bytes {start}-{end - 1}"):
-            raise StorageError(f"{what}: {filled} of {length} bytes came ({range_ or 'no range'})", retryable=True)
+        # An answer that broke off in its headers looks like one without them.
+        if found is None or int(found["start"] or 0) != start or filled != length:
+            raise StorageError(f"{what}: {filled} of {length} bytes came ({said or 'of no range'})", retryable=True)
 
     # -- the end ---------------------------------------------------------------------------------------------
 

@@ -1,9 +1,15 @@
-"""A certificate for servers that speak TLS."""
+"""A certificate for servers that speak TLS, and TLS before a server that does not."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
+import ssl
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -39,3 +45,47 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tls") / "localhost.pem"
     path.write_bytes(secret + made.public_bytes(serialization.Encoding.PEM))
     return path
+
+
+@pytest.fixture(scope="session")
+def tls_before(certificate: Path) -> Callable[[str], AbstractContextManager[str]]:
+    """Speaks TLS as ``localhost`` to clients, and plain HTTP to the server behind; gives its URL."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            while data := await reader.read(1 << 20):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    @contextlib.contextmanager
+    def started(behind: str) -> Iterator[str]:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        host, _, port = behind.removeprefix("http://").partition(":")
+        ready, ports = threading.Event(), list[int]()
+        loop = asyncio.new_event_loop()
+        end = asyncio.Event()
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            far_reader, far_writer = await asyncio.open_connection(host, int(port))
+            await asyncio.gather(carry(reader, far_writer), carry(far_reader, writer))
+
+        async def serve() -> None:
+            server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=context)
+            ports.append(server.sockets[0].getsockname()[1])
+            ready.set()
+            await end.wait()
+            server.close()
+
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            thread = threading.Thread(target=runner.run, args=(serve(),))
+            thread.start()
+            ready.wait(30)
+            try:
+                yield f"https://localhost:{ports[0]}"
+            finally:
+                loop.call_soon_threadsafe(end.set)
+                thread.join(30)
+
+    return started

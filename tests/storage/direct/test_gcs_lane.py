@@ -14,7 +14,9 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -703,6 +705,47 @@ def test_a_proxy_of_the_session_is_gone_through(
         assert plain.way().proxy is None  # aiohttp does not look at the environment unasked
         plain.close()
     assert passed == [proxy.url]
+
+
+SECURE = r"""
+import os, sys
+from cloudckpt import Settings, StorageError
+from cloudckpt.storage import GCSStorage
+from cloudckpt.testing import BytesSource
+bucket, url = sys.argv[1:]
+settings = Settings(part_size_bytes=5 * 1024 * 1024, storage_deadline_s=1, retry_base_s=0.01, request_timeout_s=5)
+storage = GCSStorage(bucket, "run", {"endpoint_url": url, "token": "anon"}, settings)
+body = os.urandom(11 * 1024 * 1024)
+try:
+    storage.put("checkpoint-1.00000000/payload", BytesSource(body), size_bytes=len(body))
+    found = bytearray(len(body))
+    storage.read_into("checkpoint-1.00000000/payload", 0, memoryview(found))
+    print("same" if found == body else "other", storage.describe()["lane"].partition(",")[0])
+except StorageError as exc:
+    print(exc)
+storage.close()
+"""
+
+
+@pytest.mark.processes
+def test_over_tls_the_host_proves_who_it_is(
+    gcs_server: FakeGCS, bucket: str, certificate: Path, tls_before: Callable[[str], AbstractContextManager[str]]
+) -> None:
+    """With the certificates of Python's own defaults (SSL_CERT_FILE among them), as aiohttp has them; else refused."""
+    with tls_before(gcs_server.url) as url:
+        said = {
+            trusted: subprocess.run(
+                [sys.executable, "-c", SECURE, bucket, url],
+                env={**os.environ, **({"SSL_CERT_FILE": str(certificate)} if trusted else {})},
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            for trusted in (False, True)
+        }
+    assert "certificate verify failed" in said[False].lower()
+    assert said[True] == "same direct\n"
+    assert len(gcs_server.objects(bucket)) == 1
 
 
 def test_a_storage_that_was_closed_opens_again(storage: GCSStorage) -> None:
