@@ -227,9 +227,7 @@ def test_a_buffer_that_cannot_be_had_is_an_error_with_its_size() -> None:
     """And the place is free again for who needs less."""
     buffers = Buffers(1)
     with (
-        pytest.raises(
-            MemoryError, match=r"a part that is sent needs 1024\.0 PiB of host memory"
-        ),
+        pytest.raises(MemoryError, match=r"a part that is sent needs 1024\.0 PiB of host memory"),
         buffers.lend(1 << 60),
     ):
         pass
