@@ -330,8 +330,8 @@ class CheckpointManager(Run):
             self._warn_once("memory", f"{exc}. Saves will send the tensors from where they are, and block until then")
 
     def _prepare_quietly(self, state: Mapping[str, object], at_least_bytes: int = 0) -> None:
-        # What cannot be stored is the save's to refuse: whoever restores may never save.
-        with self._one_at_a_time("restore"), contextlib.suppress(TypeError, ConfigError):
+        # Whatever is wrong with the state is the save's to refuse: whoever restores may never save.
+        with self._one_at_a_time("restore"), contextlib.suppress(Exception):
             self._prepare(state, at_least_bytes)
 
     def wait(self) -> None:

@@ -30,6 +30,9 @@ SEGMENT_BYTES = 256 * 1024 * 1024
 #: The background touches this much at a time; between two steps it can be stopped.
 _STEP_BYTES = 4 * 1024 * 1024
 
+#: Pinned for every GPU of the process (``cudaHostRegisterPortable``).
+_PORTABLE = 1
+
 #: What is left to everybody else when the arena grows.
 _RESERVE_BYTES = 64 * 1024 * 1024
 
@@ -233,7 +236,7 @@ class Arena:
 
     def _pin(self, segment: Segment) -> None:
         try:
-            code = int(_cuda().cudaHostRegister(segment.address, segment.size_bytes, 0))
+            code = int(_cuda().cudaHostRegister(segment.address, segment.size_bytes, _PORTABLE))
         except RuntimeError as exc:
             code, reason = -1, str(exc)
         else:
