@@ -91,7 +91,7 @@ def _run(group: str, name: str, size: str, path: str, *, hold: bool) -> dict[str
 
         return measure_stall(group, name, size, path)
     if group == "discover":
-        from benchmarks.discover import measure_discovery
+        from benchmarks.cases.discovery import measure_discovery
 
         return measure_discovery(name, size, Place(path))
     base = Place(path)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 from pathlib import Path
+
+import cloudckpt
+from cloudckpt import __version__
 
 __all__ = ["facts", "without_paths"]
 
@@ -27,7 +31,7 @@ def facts() -> dict[str, str]:
         # Its three numbers: what a distribution or an owner appends names them.
         "kernel": f"{platform.system()} {_numbers(platform.release())}",
         "python": platform.python_version(),
-        "cloudckpt": importlib.metadata.version("cloudckpt"),
+        "cloudckpt": f"{__version__} (source {_source_digest()})",
     }
     for name in _PEERS:
         try:
@@ -35,6 +39,14 @@ def facts() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _source_digest() -> str:
+    """Tells one state of our own source from another: between releases the version does not."""
+    found = hashlib.sha256()
+    for path in sorted(Path(cloudckpt.__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:8]
 
 
 def _processor() -> str:

@@ -20,7 +20,7 @@ from benchmarks.machine import facts, without_paths
 from benchmarks.plans import LINKS, Link, Plan
 from benchmarks.sink.process import SinkProcess, make_certificate
 
-__all__ = ["OtherMachineError", "Results", "run"]
+__all__ = ["Results", "run"]
 
 _ROOT = Path(__file__).parents[1]
 #: What the load cases read, by what their names begin with.
@@ -31,15 +31,11 @@ _FORMATS = {
 Row = dict[str, Any]
 
 
-class OtherMachineError(RuntimeError):
-    """The results file was begun on another machine or with other versions."""
-
-
 class Results:
-    """A results file: a line of facts, then a line a case and round. What is there already is not run again.
+    """A results file: a line of facts, then a line a case and round.
 
-    Raises:
-        OtherMachineError: the file's facts are others than those of today.
+    What is there already is not run again, unless it comes from another machine, from other versions, or from another
+    state of cloudckpt's own source: then the file begins anew.
     """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
@@ -47,11 +43,10 @@ class Results:
         self._path = path
         now = facts()
         lines = [] if fresh or not path.exists() else [json.loads(line) for line in path.read_text().splitlines()]
-        if lines and lines[0].get("machine") != now:
-            differ = [name for name, value in now.items() if lines[0].get("machine", {}).get(name) != value]
-            raise OtherMachineError(
-                f"{path.name} was begun with another {', '.join(differ)}: finish it there, or begin anew with --fresh"
-            )
+        before = lines[0]["machine"] if lines else now
+        if differ := [name for name in now if before.get(name) != now[name]]:
+            print(f"{path.name} was made with another {', '.join(differ)}: beginning it anew", flush=True)
+            lines = []
         # What failed is tried again by a new run.
         self.rows: list[Row] = [row for row in lines[1:] if "error" not in row]
         kept = [{"machine": now}, *self.rows]

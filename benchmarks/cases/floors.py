@@ -174,6 +174,10 @@ def read(state: State, place: Place) -> None:
 # -- network -----------------------------------------------------------------------------------------------------
 
 
+def _host() -> str:
+    return urllib.parse.urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc
+
+
 def _connected() -> socket.socket:
     url = urllib.parse.urlsplit(os.environ["AWS_ENDPOINT_URL"])
     sock = socket.create_connection((url.hostname or "", url.port or 0))
@@ -181,6 +185,20 @@ def _connected() -> socket.socket:
         context = ssl.create_default_context(cafile=os.environ["BENCH_CERTIFICATE"])
         return context.wrap_socket(sock, server_hostname=url.hostname)
     return sock
+
+
+def _target(method: str, place: Place, name: str) -> str:
+    """The path to ask for; a real server wants it signed."""
+    if os.environ.get("BENCH_COUNTS"):
+        return f"/{place.path}{name}"
+    from benchmarks.cases.s3_clients import boto3_client
+
+    operation = "put_object" if method == "PUT" else "get_object"
+    signed = boto3_client().generate_presigned_url(
+        operation, {"Bucket": place.bucket, "Key": f"{place.key}{name}"}, 3600
+    )
+    url = urllib.parse.urlsplit(signed)
+    return f"{url.path}?{url.query}"
 
 
 def _in_threads(work: Callable[[int], None], count: int) -> None:
@@ -208,7 +226,8 @@ def _push(state: State, place: Place, streams: int) -> None:
     def push(number: int) -> None:
         length = sum(map(len, shares[number]))
         with _connected() as sock:
-            first = f"PUT /{place.path}-{number} HTTP/1.1\r\nHost: sink\r\nContent-Length: {length}\r\n\r\n"
+            target = _target("PUT", place, f"-{number}")
+            first = f"PUT {target} HTTP/1.1\r\nHost: {_host()}\r\nContent-Length: {length}\r\n\r\n"
             sock.sendall(first.encode())
             for each in shares[number]:
                 sock.sendall(each)
@@ -227,7 +246,8 @@ def _pull(state: State, place: Place, streams: int) -> None:
         start, length = number * share_bytes, sum(map(len, shares[number]))
         with _connected() as sock:
             wanted = f"Range: bytes={start}-{start + length - 1}"
-            sock.sendall(f"GET /{place.path}/raw HTTP/1.1\r\nHost: sink\r\n{wanted}\r\n\r\n".encode())
+            target = _target("GET", place, "/raw")
+            sock.sendall(f"GET {target} HTTP/1.1\r\nHost: {_host()}\r\n{wanted}\r\n\r\n".encode())
             head = b""
             while not head.endswith(b"\r\n\r\n"):
                 head += sock.recv(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -122,8 +123,6 @@ def measure_discovery(name: str, size: str, place: Place) -> dict[str, Any]:
     Raises:
         ValueError: the answer is wrong.
     """
-    import os
-
     count = int(size)
     here = place / size
     _fill(here, count)
