@@ -1,6 +1,6 @@
 """What the load cases read: each format that a case knows, written once before the round. Nothing here is timed.
 
-python -m benchmarks.fill SIZE PATH [--only NAME ...]
+python -m benchmarks.fill PATH --sizes SIZE ... [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def _to_s3(state: State, place: Place) -> dict[str, Callable[[], object]]:
 def main() -> None:
     """Write what the command line asks for; what fails is told, and its cases will say so themselves."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("size")
     parser.add_argument("path")
+    parser.add_argument("--sizes", nargs="+", required=True)
     parser.add_argument("--only", nargs="*")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    for size in ("tiny", given.size):
+    for size in given.sizes:
         state = make_state(size)
         place = Place(given.path) / size
         jobs = _to_disk(state, Path(place.path)) if given.path.startswith("/") else _to_s3(state, place)

@@ -28,6 +28,8 @@ _FORMATS = {
     "socket": "raw", "read": "raw", "cloudckpt": "cloudckpt", "dcp": "dcp", "s3torchconnector_dcp": "dcp",
     "safetensors": "safetensors", "runai": "safetensors",
 }  # fmt: skip
+#: To write every format of a few gigabytes, on a busy machine.
+_FILL_S = 1800
 Row = dict[str, Any]
 
 
@@ -102,15 +104,7 @@ def run(plan: Plan, results: Results, *, work: Path) -> None:
     if unknown := [name for name in plan.cases if name not in known]:
         raise ValueError(f"{plan.group} has no case {', '.join(unknown)}; it has {', '.join(known)}")
     names = plan.cases or tuple(known)
-    wanted = [
-        {"size": size, "case": name, "processes": processes, "round": number}
-        for number in range(plan.rounds)
-        for size in plan.sizes
-        for processes in plan.processes
-        # There and back: what a case does to the next one's caches, it does to both neighbours.
-        for name in (names if number % 2 == 0 else reversed(names))
-    ]
-    missing = [row for row in wanted if row not in results]
+    missing = [row for row in _rounds(plan, names) if row not in results]
     if not missing:
         return
     work.mkdir(parents=True, exist_ok=True)
@@ -133,22 +127,32 @@ def run(plan: Plan, results: Results, *, work: Path) -> None:
         shutil.rmtree(work / "filled", ignore_errors=True)
 
 
+def _rounds(plan: Plan, names: tuple[str, ...]) -> Iterator[Row]:
+    """Every case of every size in turn, there and back: what one does to the next one's caches, both neighbours get."""
+    for number in range(plan.rounds):
+        onward = slice(None, None, -1 if number % 2 else 1)
+        for size in plan.sizes[onward]:
+            for processes in plan.processes:
+                for name in names[onward]:
+                    yield {"size": size, "case": name, "processes": processes, "round": number}
+
+
 def _fill(plan: Plan, names: tuple[str, ...], server: _Server, work: Path) -> None:
     formats = {next((made for begin, made in _FORMATS.items() if name.startswith(begin)), "pt") for name in names}
     shutil.rmtree(work / "filled", ignore_errors=True)
-    for size in plan.sizes:
-        print(f"writing what {plan.name} reads at {size}", flush=True)
-        path = f"{work / 'filled'}" if plan.link == "disk" else "bench/filled"
-        command = [sys.executable, "-m", "benchmarks.fill", size, path, "--only", *sorted(formats)]
-        subprocess.run(command, env={**os.environ, **server.environment}, cwd=_ROOT, check=False, timeout=1200)
+    sizes = list(dict.fromkeys(["tiny", *plan.sizes]))  # every case begins with a tiny one
+    print(f"{plan.name}: writing what is read at {', '.join(sizes)}", flush=True)
+    path = str(work / "filled") if plan.link == "disk" else "bench/filled"
+    command = [sys.executable, "-m", "benchmarks.fill", path, "--sizes", *sizes, "--only", *sorted(formats)]
+    subprocess.run(command, env={**os.environ, **server.environment}, cwd=_ROOT, check=False, timeout=_FILL_S)
 
 
 def _measured(plan: Plan, row: Row, server: _Server, work: Path, at: int) -> Row:
     loads, disk = plan.group.startswith("load"), plan.link == "disk"
     if loads:
-        path = f"{work / 'filled'}" if disk else "bench/filled"
+        path = str(work / "filled") if disk else "bench/filled"
     else:
-        path = f"{work / 'case'}" if disk else f"bench/{row['case']}-{at}"
+        path = str(work / "case") if disk else f"bench/{row['case']}-{at}"
     if plan.group == "discover":
         path = "bench/discover"
     if disk and not loads:
