@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.stats import paired_ratio
 from cloudckpt import Settings
+
+from benchmarks.stats import paired_ratio
 
 __all__ = ["BARS", "Bar", "Verdict", "judge"]
 

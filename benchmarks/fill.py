@@ -14,15 +14,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from cloudckpt import CheckpointManager
 
 from benchmarks.cases.base import Place, peer, s3_options
 from benchmarks.cases.pytorch import dcp_fsspec_save, serialised
 from benchmarks.cases.s3_clients import s3fs_filesystem
 from benchmarks.state import State, make_state, tensors, view
-from cloudckpt import CheckpointManager
 
 __all__: list[str] = []
-
 
 
 def _ordered(state: State) -> bytes:

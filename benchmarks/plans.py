@@ -25,9 +25,7 @@ class Link:
 LINKS = {
     "plain": Link(),
     "tls": Link(tls=True, said="the sink beside us, TLS"),
-    "far": Link(
-        delay_ms=20, connection_mb_per_s=85, said="a far store: 20 ms to the first byte, 85 MB/s a connection"
-    ),
+    "far": Link(delay_ms=20, connection_mb_per_s=85, said="a far store: 20 ms to the first byte, 85 MB/s a connection"),
     "seaweedfs": Link(server="seaweedfs", said="SeaweedFS beside us, a real store"),
     "disk": Link(server="", said="local disk"),
 }

@@ -1,7 +1,7 @@
 """What a save costs a training loop that runs beside it: one thread of matrix products, about 10 ms a step.
 
-Reported of each save: ``stall_s``, how long save() blocked; ``total_s``, until it was durable; ``lost_s``, training time
-lost in all = total minus the steps made meanwhile at their quiet time; ``slowdown`` of the steps made meanwhile.
+Reported of each save: ``stall_s``, how long save() blocked; ``total_s``, until it was durable; ``lost_s``, training
+time lost in all = total minus the steps made meanwhile at their quiet time; ``slowdown`` of the steps made meanwhile.
 """
 
 from __future__ import annotations

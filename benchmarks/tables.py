@@ -76,7 +76,9 @@ def _table(rows: Sequence[Row], size: str) -> str:
     cases = list(dict.fromkeys((row["case"], row["processes"]) for row in sorted(rows, key=_order)))
     floor = floor_of(group, link)
     if group.startswith("stall"):
-        head = "| case | n | first save blocks, s | later saves block, s | / memcpy | durable after, s | training lost, s"
+        head = (
+            "| case | n | first save blocks, s | later saves block, s | / memcpy | durable after, s | training lost, s"
+        )
         head += " | steps slowed | memory / state |"
         lines = [_stall_line(rows, name, size, floor) for name, _ in cases]
     elif group == "discover":

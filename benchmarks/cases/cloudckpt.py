@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import cloudckpt
+from cloudckpt import CheckpointManager, PendingSave
+
 from benchmarks.cases.base import Case, Place, StallCase, case, s3_options
 from benchmarks.meter import wait_until_still
 from benchmarks.state import State
-from cloudckpt import CheckpointManager, PendingSave
 
 __all__: list[str] = []
 

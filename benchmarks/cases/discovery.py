@@ -9,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cloudckpt
+from cloudckpt import Best, Policy
+from cloudckpt.core.manifest_json import encode_manifest
+from cloudckpt.testing import builders
+
 from benchmarks.cases.base import CASES, Case, Place, case, s3_options
 from benchmarks.cases.s3_clients import boto3_client, s3fs_filesystem
 from benchmarks.meter import Meter
 from benchmarks.sink.process import statistics_of
 from benchmarks.state import State
-from cloudckpt import Best, Policy
-from cloudckpt.core.manifest_json import encode_manifest
-from cloudckpt.testing import builders
 
 __all__ = ["measure_discovery"]
 

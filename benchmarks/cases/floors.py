@@ -129,13 +129,13 @@ def _file_of(place: Place) -> Path:
 
 @case("save-local", "floor")
 def write(state: State, place: Place) -> None:
-    """write() of the tensors' own bytes, into the page cache."""
+    """Plain writes of the tensors' own bytes, into the page cache."""
     _write_all(state, _file_of(place))
 
 
 @case("save-local", "floor")
 def write_fsync(state: State, place: Place) -> None:
-    """The same, then fsync of file and folder."""
+    """The same, then fsync() on file and folder."""
     path = _file_of(place)
     _write_all(state, path)
     _sync(path)

@@ -183,10 +183,11 @@ class Answers:
         after = query.get("continuation-token") or query.get("start-after") or query.get("marker") or ""
         limit = int(query.get("max-keys", 1000))
         page = self._objects.list(head.bucket, prefix, delimiter, after, limit)
+        count = len(page.found) + len(page.prefixes)
+        more = str(page.next_after is not None).lower()
         told = [
-            f"<Name>{head.bucket}</Name><Prefix>{escape(prefix)}</Prefix><MaxKeys>{limit}</MaxKeys>"
-            f"<KeyCount>{len(page.found) + len(page.prefixes)}</KeyCount><Delimiter>{escape(delimiter)}</Delimiter>"
-            f"<IsTruncated>{str(page.next_after is not None).lower()}</IsTruncated>"
+            f"<Name>{head.bucket}</Name><Prefix>{escape(prefix)}</Prefix><Delimiter>{escape(delimiter)}</Delimiter>",
+            f"<MaxKeys>{limit}</MaxKeys><KeyCount>{count}</KeyCount><IsTruncated>{more}</IsTruncated>",
         ]
         if page.next_after is not None:
             token = escape(page.next_after)

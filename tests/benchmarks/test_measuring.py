@@ -104,9 +104,7 @@ def test_a_case_that_fails_stops_nothing(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_savers_begin_together(tmp_path: Path) -> None:
     """Two processes make one row: the bytes of both, and the time of the one that took longer."""
-    plan = Plan(
-        "grow-processes", "save-s3", "plain", ("tiny",), ("socket_1",), rounds=1, processes=(2,)
-    )
+    plan = Plan("grow-processes", "save-s3", "plain", ("tiny",), ("socket_1",), rounds=1, processes=(2,))
     results = Results(tmp_path / "grow-processes.jsonl")
     run(plan, results, work=tmp_path / "work")
     (row,) = results.rows

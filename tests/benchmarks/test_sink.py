@@ -6,7 +6,7 @@ import http.client
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,24 +29,26 @@ FAST = Settings(retry_base_s=0.01, retry_cap_s=0.1, storage_deadline_s=10, reque
 MIB = 1 << 20
 
 
-def options(sink: SinkProcess) -> dict[str, Any]:
+def _options(sink: SinkProcess) -> dict[str, Any]:
     client = {"region_name": "us-east-1"} | ({"verify": str(sink.certificate)} if sink.certificate else {})
     return {"endpoint_url": sink.url, "key": "sink", "secret": "sink", "client_kwargs": client}
 
 
 @pytest.fixture(scope="module")
 def keeping() -> Iterator[SinkProcess]:
+    """A sink that keeps payload."""
     with SinkProcess() as sink:
         yield sink
 
 
 @pytest.fixture(scope="module")
 def discarding() -> Iterator[SinkProcess]:
+    """A sink that drops payload."""
     with SinkProcess(discard=True) as sink:
         yield sink
 
 
-def client(sink: SinkProcess) -> Any:
+def _client(sink: SinkProcess) -> Any:
     return botocore.session.get_session().create_client(
         "s3",
         endpoint_url=sink.url,
@@ -65,39 +67,39 @@ class TestContract(StorageContract):
 
     @pytest.fixture
     def storage(self, keeping: SinkProcess, prefix: str) -> Iterator[Storage]:
-        found = S3Storage("contract", prefix, options(keeping), FAST)
+        found = S3Storage("contract", prefix, _options(keeping), FAST)
         yield found
         found.close()
 
     @pytest.fixture
     def second_storage(self, keeping: SinkProcess, storage: Storage, prefix: str) -> Iterator[Storage]:
-        found = S3Storage("contract", prefix, options(keeping), FAST)
+        found = S3Storage("contract", prefix, _options(keeping), FAST)
         yield found
         found.close()
 
 
-def state(fill: float) -> dict[str, Any]:
+def _state(fill: float) -> dict[str, Any]:
     return {"model": {"big": torch.full((600, 1000), fill), "small": torch.full((3,), fill)}, "epoch": int(fill)}
 
 
-def saved_and_restored(sink: SinkProcess) -> tuple[dict[str, Any], Statistics]:
+def _saved_and_restored(sink: SinkProcess) -> tuple[dict[str, Any], Statistics]:
     root = f"s3://bench/{uuid.uuid4().hex}"
-    with CheckpointManager(root, storage_options=options(sink)) as ckpts:
-        ckpts.save(1, state(0), block=True)
+    with CheckpointManager(root, storage_options=_options(sink)) as ckpts:
+        ckpts.save(1, _state(0), block=True)
         before = statistics_of(sink.url)
-        ckpts.save(2, state(5), block=True)
+        ckpts.save(2, _state(5), block=True)
         asked = statistics_of(sink.url).since(before)
-    found = state(0)
-    with CheckpointManager(root, storage_options=options(sink)) as ckpts:
+    found = _state(0)
+    with CheckpointManager(root, storage_options=_options(sink)) as ckpts:
         ckpts.restore(found)
     return found, asked
 
 
 def test_a_run_is_saved_and_restored(keeping: SinkProcess) -> None:
     """What cloudckpt saved into a keeping sink comes back bit for bit."""
-    found, _ = saved_and_restored(keeping)
-    assert torch.equal(found["model"]["big"], state(5)["model"]["big"])
-    assert torch.equal(found["model"]["small"], state(5)["model"]["small"])
+    found, _ = _saved_and_restored(keeping)
+    assert torch.equal(found["model"]["big"], _state(5)["model"]["big"])
+    assert torch.equal(found["model"]["small"], _state(5)["model"]["small"])
     assert found["epoch"] == 5
 
 
@@ -105,14 +107,14 @@ def test_a_run_is_saved_and_restored(keeping: SinkProcess) -> None:
 def test_a_run_is_saved_and_restored_over_tls(tmp_path: Path) -> None:
     """The same over TLS, with a certificate that the client verifies."""
     with SinkProcess(tls=make_certificate(tmp_path)) as sink:
-        found, _ = saved_and_restored(sink)
+        found, _ = _saved_and_restored(sink)
     assert sink.url.startswith("https://")
-    assert torch.equal(found["model"]["big"], state(5)["model"]["big"])
+    assert torch.equal(found["model"]["big"], _state(5)["model"]["big"])
 
 
 def test_requests_and_bytes_are_counted_by_kind(keeping: SinkProcess) -> None:
     """A steady save is told as what it is: one payload object, one index, two writes of the manifest."""
-    _, asked = saved_and_restored(keeping)
+    _, asked = _saved_and_restored(keeping)
     assert asked.requests == {"Put": 4}
     assert asked.bytes_in > 600 * 1000 * 4
     assert asked.bytes_out == 0
@@ -120,7 +122,7 @@ def test_requests_and_bytes_are_counted_by_kind(keeping: SinkProcess) -> None:
 
 def test_payload_is_dropped_and_json_is_kept(discarding: SinkProcess) -> None:
     """A discarding sink remembers a large body's size alone and gives zeros; a small or a JSON body it gives back."""
-    store = client(discarding)
+    store = _client(discarding)
     large = b"x" * (3 * MIB)
     for key in ("payload.bin", "index.json"):
         store.put_object(Bucket="b", Key=key, Body=large)
@@ -132,12 +134,14 @@ def test_payload_is_dropped_and_json_is_kept(discarding: SinkProcess) -> None:
 
 def test_a_multipart_upload_is_the_sum_of_its_parts(keeping: SinkProcess) -> None:
     """Parts that came in any order make one object, of which every range can be had."""
-    store = client(keeping)
+    store = _client(keeping)
     parts = {1: b"a" * (2 * MIB), 2: b"b" * 100, 3: b"c" * (1 * MIB)}
     upload = store.create_multipart_upload(Bucket="b", Key="parts")["UploadId"]
     assert [u["UploadId"] for u in store.list_multipart_uploads(Bucket="b", Prefix="parts")["Uploads"]] == [upload]
     tags = {
-        number: store.upload_part(Bucket="b", Key="parts", UploadId=upload, PartNumber=number, Body=parts[number])["ETag"]
+        number: store.upload_part(Bucket="b", Key="parts", UploadId=upload, PartNumber=number, Body=parts[number])[
+            "ETag"
+        ]
         for number in (3, 1, 2)
     }
     told = [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]
@@ -151,13 +155,16 @@ def test_a_multipart_upload_is_the_sum_of_its_parts(keeping: SinkProcess) -> Non
 
 def test_an_aborted_upload_leaves_nothing(keeping: SinkProcess) -> None:
     """After an abort there is no object, and neither a part nor a completion is taken any more."""
-    store = client(keeping)
+    store = _client(keeping)
     upload = store.create_multipart_upload(Bucket="b", Key="aborted")["UploadId"]
     store.abort_multipart_upload(Bucket="b", Key="aborted", UploadId=upload)
-    for late in (
+    too_late: tuple[Callable[[], Any], ...] = (
         lambda: store.upload_part(Bucket="b", Key="aborted", UploadId=upload, PartNumber=1, Body=b"late"),
-        lambda: store.complete_multipart_upload(Bucket="b", Key="aborted", UploadId=upload, MultipartUpload={"Parts": []}),
-    ):
+        lambda: store.complete_multipart_upload(
+            Bucket="b", Key="aborted", UploadId=upload, MultipartUpload={"Parts": []}
+        ),
+    )
+    for late in too_late:
         with pytest.raises(botocore.exceptions.ClientError, match="NoSuchUpload"):
             late()
     assert store.list_objects_v2(Bucket="b", Prefix="aborted")["KeyCount"] == 0
@@ -165,7 +172,7 @@ def test_an_aborted_upload_leaves_nothing(keeping: SinkProcess) -> None:
 
 def test_a_listing_is_whole_over_its_pages(keeping: SinkProcess) -> None:
     """Every key comes once, in order; with a delimiter, every folder once."""
-    store = client(keeping)
+    store = _client(keeping)
     keys = sorted(f"listed/{number % 7}/{number:03}&<>" for number in range(40))
     for key in keys:
         store.put_object(Bucket="b", Key=key, Body=b"1")

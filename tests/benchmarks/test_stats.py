@@ -10,9 +10,7 @@ import pytest
 from benchmarks.stats import paired_ratio, upper_bound_of_median
 
 
-@pytest.mark.parametrize(
-    ("count", "rank"), [(5, 5), (6, 6), (7, 7), (8, 7), (9, 8), (11, 9), (15, 12), (21, 15)]
-)
+@pytest.mark.parametrize(("count", "rank"), [(5, 5), (6, 6), (7, 7), (8, 7), (9, 8), (11, 9), (15, 12), (21, 15)])
 def test_the_bound_is_the_known_order_statistic(count: int, rank: int) -> None:
     """The one-sided 95 % bound of the sign test, as statistics books tabulate it."""
     assert upper_bound_of_median([float(v) for v in range(1, count + 1)]) == rank
