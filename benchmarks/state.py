@@ -98,7 +98,8 @@ def tensors(state: State, prefix: str = "") -> dict[str, torch.Tensor]:
 
 def view(tensor: torch.Tensor) -> memoryview:
     """The tensor's own bytes, no copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def size_bytes(state: State) -> int:

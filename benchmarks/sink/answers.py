@@ -182,7 +182,7 @@ class Answers:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         after = query.get("continuation-token") or query.get("start-after") or query.get("marker") or ""
         limit = int(query.get("max-keys", 1000))
-        page = self._objects.list(head.bucket, prefix, delimiter, after, limit)
+        page = self._objects.page(head.bucket, prefix, delimiter, after, limit)
         count = len(page.found) + len(page.prefixes)
         more = str(page.next_after is not None).lower()
         told = [

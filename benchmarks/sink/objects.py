@@ -118,7 +118,7 @@ class Objects:
                 if self._objects.pop(key, None) is not None:
                     self._sorted = None
 
-    def list(self, bucket: str, prefix: str, delimiter: str, after: str, limit: int) -> Listing:
+    def page(self, bucket: str, prefix: str, delimiter: str, after: str, limit: int) -> Listing:
         """A page of the keys that begin with ``prefix``, after ``after``, in order; all without the bucket's name."""
         base = f"{bucket}/"
         with self._mutex:
