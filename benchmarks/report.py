@@ -21,7 +21,9 @@ _NOTES = Path(__file__).with_name("notes.toml")
 _RUN = ".venv-bench/bin/python -m benchmarks"
 _TITLES = {
     "save-local": "Save to local disk",
+    "save-local-2g": "Save 2 GiB to local disk",
     "save-s3": "Save to S3",
+    "save-s3-2g": "Save 2 GiB to S3",
     "save-s3-tls": "Save to S3 over TLS",
     "save-s3-far": "Save to a far store",
     "save-s3-seaweedfs": "Save to a real store",
@@ -164,7 +166,7 @@ def _wall_bars(rows: Sequence[Row], path: Path) -> bool:
             ratios = [found[number]["wall_s"] / base[number]["wall_s"] for number in rounds]
             bars.append((name, statistics.median(ratios), kind))
     if bars:
-        draw_bars(path, label=f"wall time at {size}, × {floor}", rows=bars)
+        draw_bars(path, label=f"wall time at {size}, × {floor}", rows=bars, reference=1)
     return bool(bars)
 
 

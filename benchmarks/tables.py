@@ -171,10 +171,11 @@ def judged(results: Results) -> list[Verdict]:
     return [judge(bar, results.rows.get(bar.plan, [])) for bar in BARS]
 
 
-def bars_table(results: Results) -> str:
-    """Every bar with what was measured and whether it is met."""
+def bars_table(results: Results, *, measured_only: bool = False) -> str:
+    """Every bar with what was measured and whether it is met; or only those that something was measured for."""
     head = "| what | must | measured | upper 95 % bound | pairs | verdict | command |\n" + "|" + " --- |" * 7
-    return "\n".join([head, *map(_bar_line, judged(results))])
+    verdicts = [verdict for verdict in judged(results) if not (measured_only and verdict.why_not)]
+    return "\n".join([head, *map(_bar_line, verdicts)])
 
 
 def _bar_line(verdict: Verdict) -> str:
@@ -185,7 +186,7 @@ def _bar_line(verdict: Verdict) -> str:
     must = f"≤ {bar.limit:.4g} {against}"
     command = f"`python -m benchmarks {bar.plan}`"
     if verdict.why_not:
-        return f"| {bar.what} | {must} | not measured: {verdict.why_not} | – | 0 | **not met** | {command} |"
+        return f"| {bar.what} | {must} | {verdict.why_not} | – | 0 | **not measured** | {command} |"
     if bar.base:
         seconds = f" ({verdict.median:.3f} s : {verdict.base_median:.3f} s)"
         measured, upper = f"{verdict.value:.2f}{seconds}", f"{verdict.upper:.2f}"
