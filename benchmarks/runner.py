@@ -19,6 +19,7 @@ from benchmarks.cases.base import kinds_of
 from benchmarks.machine import facts, without_paths
 from benchmarks.plans import LINKS, Link, Plan
 from benchmarks.sink.process import SinkProcess, make_certificate
+from benchmarks.state import GIB, expected_bytes
 
 __all__ = ["Results", "run"]
 
@@ -44,7 +45,8 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         now = facts()
-        lines = [] if fresh or not path.exists() else [json.loads(line) for line in path.read_text().splitlines()]
+        text = "" if fresh or not path.exists() else path.read_text()
+        lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # but one broken off
         before = lines[0]["machine"] if lines else now
         if differ := [name for name in now if before.get(name) != now[name]]:
             print(f"{path.name} was made with another {', '.join(differ)}: beginning it anew", flush=True)
@@ -147,7 +149,20 @@ def _fill(plan: Plan, names: tuple[str, ...], server: _Server, work: Path) -> No
     subprocess.run(command, env={**os.environ, **server.environment}, cwd=_ROOT, check=False, timeout=_FILL_S)
 
 
+def _too_large(plan: Plan, row: Row) -> str:
+    """Why a state is not tried: a machine that runs out of memory kills more than the case."""
+    if plan.group == "discover":
+        return ""
+    # The state, an arena or a serialised copy of it, and half as much again for parts and buffers.
+    needed = expected_bytes(row["size"]) * max(1, row["processes"]) * 5 // 2
+    told = Path("/proc/meminfo").read_text(encoding="ascii")
+    there = next(int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("MemAvailable:"))
+    return f"not tried: it takes {needed / GIB:.0f} GiB, and {there / GIB:.0f} are free" if needed > there else ""
+
+
 def _measured(plan: Plan, row: Row, server: _Server, work: Path, at: int) -> Row:
+    if why := _too_large(plan, row):
+        return {"error": why}
     loads, disk = plan.group.startswith("load"), plan.link == "disk"
     if loads:
         path = str(work / "filled") if disk else "bench/filled"

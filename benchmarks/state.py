@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["GIB", "State", "make_state", "size_bytes", "tensors", "view"]
+__all__ = ["GIB", "State", "expected_bytes", "make_state", "size_bytes", "tensors", "view"]
 
 State = dict[str, Any]
 GIB = 1 << 30
@@ -50,6 +51,17 @@ def make_state(size: str, *, empty: bool = False) -> State:
         return {"model": model, "optimizer": {"state": moments, "param_groups": groups}, "step": 1000}
     lengths = _lengths(size)
     return {"model": {f"layer.{at}.weight": tensor(length // 4) for at, length in enumerate(lengths)}, "step": 1000}
+
+
+def expected_bytes(size: str) -> int:
+    """How large the state of a name is, without making it.
+
+    Raises:
+        ValueError: nothing is called so.
+    """
+    if size in _GPT:
+        return 12 * sum(math.prod(shape) for _, shape in _gpt_shapes(*_GPT[size]))  # fp32, and two moments
+    return sum(_lengths(size))
 
 
 def _gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> Iterator[tuple[str, tuple[int, ...]]]:

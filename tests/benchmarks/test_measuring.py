@@ -13,7 +13,7 @@ from benchmarks.cases.floors import joined, split
 from benchmarks.meter import Meter, memory_bytes
 from benchmarks.plans import Plan
 from benchmarks.runner import Results, run
-from benchmarks.state import make_state, size_bytes, tensors, view
+from benchmarks.state import expected_bytes, make_state, size_bytes, tensors, view
 
 MIB = 1 << 20
 
@@ -38,6 +38,9 @@ def test_sizes_are_what_their_names_say() -> None:
     assert len(tensors(flat)) == 1
     with pytest.raises(ValueError, match="flat-COUNT"):
         make_state("huge")
+    for size in ("tiny", "bytes-10", "tensors-1000"):
+        # The optimizer's step counters are the only tensors that a name does not count.
+        assert 0 <= size_bytes(make_state(size)) - expected_bytes(size) < 100
 
 
 def test_parts_are_the_same_bytes() -> None:
@@ -99,6 +102,15 @@ def test_a_case_that_fails_stops_nothing(tmp_path: Path) -> None:
     run(plan, results, work=tmp_path / "work")
     assert [row["error"] for row in results.rows] == ["took longer than 0.01 s"]
     assert Results(path).rows == []
+
+
+def test_a_state_that_does_not_fit_is_not_tried(tmp_path: Path) -> None:
+    """A case that would take more memory than the machine has leaves a row that names both sizes."""
+    plan = Plan("save-local", "save-local", "disk", ("bytes-100000000",), ("write_fsync",), rounds=1)
+    results = Results(tmp_path / "save-local.jsonl")
+    run(plan, results, work=tmp_path / "work")
+    (row,) = results.rows
+    assert row["error"].startswith("not tried: it takes 244141 GiB, and ")
 
 
 @pytest.mark.processes
