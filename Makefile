@@ -6,7 +6,7 @@ BIN := .venv/bin
 KILLS ?= 200
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-s3 test check cov unit kill stories crash-full oldest slow spec golden fmt clean ci-extra
+.PHONY: help venv demo demo-s3 test check cov unit kill stories crash-full oldest slow spec golden fmt clean ci-extra bench bench-quick bench-report
 # What the demo needs beside the core, by the root it is given.
 EXTRA = $(if $(filter s3://% s3a://%,$(ROOT)),[s3],$(if $(filter gs://% gcs://%,$(ROOT)),[gcs]))
 BACKENDS ?= moto seaweedfs gcs fake-gcs-server
@@ -75,9 +75,25 @@ spec: .venv/.dev ## write the examples of docs/spec/v1.md and the generated tabl
 golden: .venv/.dev ## write a golden store of the current format (only for a new format)
 	$(BIN)/python tools/make_golden.py
 
+.venv-bench/.ready: benchmarks/requirements.txt benchmarks/install.py pyproject.toml tools/install_torch.sh
+	$(PYTHON) -m venv .venv-bench
+	tools/install_torch.sh .venv-bench "$(TORCH)"
+	.venv-bench/bin/python -m pip install --quiet -e ".[s3]"
+	.venv-bench/bin/python benchmarks/install.py
+	@touch $@
+
+bench: .venv-bench/.ready ## measure everything beside the peers and write docs/performance.md; goes on where it was broken off (BENCH=--fresh)
+	.venv-bench/bin/python -m benchmarks all $(BENCH)
+
+bench-quick: .venv-bench/.ready ## the bars at 0.5 GiB, in fewer pairs; prints their table and changes no file of the repository
+	.venv-bench/bin/python -m benchmarks quick --fresh
+
+bench-report: .venv-bench/.ready ## write docs/performance.md and its charts from the results there are
+	.venv-bench/bin/python -m benchmarks report
+
 fmt: .venv/.dev ## format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf .venv runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
+	rm -rf .venv .venv-bench runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache

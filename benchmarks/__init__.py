@@ -1,0 +1,1 @@
+"""What a checkpoint costs: cloudckpt beside its peers and beside the limits of the machine. ``make bench``."""
