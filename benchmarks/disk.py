@@ -1,4 +1,3 @@
-# ruff: noqa: INP001, S311 - a script, and its noise keeps no secrets
 """How fast this disk takes a payload object durably, by each way of writing it, against write + fsync.
 
     python benchmarks/disk.py --folder ./scratch --gib 0.5 2 --rounds 11
@@ -32,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import crc32c
-
 from cloudckpt.storage import Landed, LocalStorage
 from cloudckpt.storage.base import Part
 from cloudckpt.storage.local_calls import start_write_back

@@ -1,4 +1,3 @@
-# ruff: noqa: INP001 - a script, in no package
 """How long a save keeps a GPU from training: ``python benchmarks/gpu_staging.py [--gib 20] > gpu.jsonl``.
 
 One JSON line per case, times in seconds, medians where ``n`` is given. It needs torch and this checkout, nothing else.
@@ -53,7 +52,7 @@ GIB = 1 << 30
 def out(case: str, **values: Any) -> None:
     """One result."""
     rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
-    print(json.dumps({"case": case, **rounded}), flush=True)  # noqa: T201 - its results are what it prints
+    print(json.dumps({"case": case, **rounded}), flush=True)
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -69,7 +68,7 @@ class MasterAdamW(torch.optim.Optimizer):
             }
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002 - torch's signature
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every tensor in place."""
         for p in self.param_groups[0]["params"]:
             state, grad = self.state[p], p.grad.float()
@@ -290,11 +289,11 @@ class Bench:
 
     def dcp(self) -> None:
         """PyTorch's own asynchronous saves."""
-        import torch.distributed.checkpoint as dcp  # noqa: PLC0415 - slow to import, and only used here
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # noqa: PLC0415
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         quiet = statistics.median(self.timed(self.step) for _ in range(5))
-        ram_disk = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it
+        ram_disk = Path("/dev/shm")
         fits = shutil.disk_usage(ram_disk).free > 1.5 * self.size_bytes
         root = tempfile.mkdtemp(dir=ram_disk if fits else None)
         kinds: list[tuple[str, Callable[[], Any], int]] = [
@@ -344,7 +343,7 @@ class Bench:
                     shutil.rmtree(f"{root}/{n}", ignore_errors=True)
                 if stager:
                     stager.close()
-            except Exception as exc:  # noqa: BLE001 - a peer that fails is a result
+            except Exception as exc:
                 out("dcp", name=name, error=repr(exc)[:300])
         shutil.rmtree(root, ignore_errors=True)
 
@@ -426,9 +425,7 @@ def crossing() -> None:
 
 def apart(name: str) -> None:
     """Run one case in a process of its own, and pass on what it says."""
-    done = subprocess.run(  # noqa: S603 - this very script
-        [sys.executable, __file__, "--only", name], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, __file__, "--only", name], capture_output=True, text=True, check=False)
     sys.stdout.write(done.stdout)
     sys.stdout.flush()
     if done.returncode:

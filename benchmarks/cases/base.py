@@ -18,7 +18,7 @@ CASES: dict[str, dict[str, Callable[[Place], Case | StallCase]]] = {}
 #: group -> case name -> what it is.
 _KINDS: dict[str, dict[str, str]] = {}
 Kind = str  # "floor", "ours", "peer", or "client": a bare client that is fed the tensors' own bytes
-_FAMILIES = ("cloudckpt", "discovery", "floors", "frameworks", "pytorch", "s3_clients", "s3_connector")
+_FAMILIES = ("cloudckpt", "discovery", "floors", "frameworks", "lanes", "pytorch", "s3_clients", "s3_connector")
 
 
 @dataclass(frozen=True, slots=True)

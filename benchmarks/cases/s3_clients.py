@@ -17,7 +17,7 @@ from benchmarks.cases.floors import joined
 from benchmarks.cases.pytorch import serialised
 from benchmarks.state import State, size_bytes, tensors, view
 
-__all__ = ["boto3_client", "s3fs_filesystem"]
+__all__ = ["boto3_client", "obstore_of", "s3fs_filesystem"]
 
 _REGION = "us-east-1"
 _PART_BYTES = 16 << 20
@@ -44,7 +44,8 @@ def boto3_client() -> Any:
 
 
 @functools.cache
-def _store(bucket: str) -> Any:
+def obstore_of(bucket: str) -> Any:
+    """obstore, set up as the environment says."""
     options = {"allow_http": True} | ({"allow_invalid_certificates": True} if _tls() else {})
     return peer("obstore.store").S3Store(
         bucket,
@@ -90,14 +91,14 @@ def boto3_upload(state: State, place: Place) -> None:
 @case("save-s3", "peer")
 def obstore_put(state: State, place: Place) -> None:
     """put() of what torch.save made, in parts of 16 MiB."""
-    peer("obstore").put(_store(place.bucket), place.key, serialised(state), chunk_size=_PART_BYTES)
+    peer("obstore").put(obstore_of(place.bucket), place.key, serialised(state), chunk_size=_PART_BYTES)
 
 
 @case("save-s3", "client")
 def obstore_views(state: State, place: Place) -> None:
     """The same client fed the tensors' own bytes: no serialisation, no commit."""
     views = joined([view(tensor) for tensor in tensors(state).values()])
-    peer("obstore").put(_store(place.bucket), place.key, iter(views), chunk_size=2 * _PART_BYTES)
+    peer("obstore").put(obstore_of(place.bucket), place.key, iter(views), chunk_size=2 * _PART_BYTES)
 
 
 @functools.cache
@@ -170,7 +171,7 @@ def boto3_download(state: State, place: Place) -> State:
 @case("load-s3", "peer")
 def obstore_get(state: State, place: Place) -> State:
     """get() into memory, then torch.load."""
-    return _loaded(io.BytesIO(peer("obstore").get(_store(place.bucket), f"{place.key}/pt").bytes()))
+    return _loaded(io.BytesIO(peer("obstore").get(obstore_of(place.bucket), f"{place.key}/pt").bytes()))
 
 
 @case("load-s3", "peer")

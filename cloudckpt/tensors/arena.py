@@ -173,6 +173,8 @@ class Arena:
                 f"{format_bytes(free)} to give"
             )
         before = have
+        # A state that grows by a little at every save would end up with as many segments as saves.
+        wanted = max(wanted, min(aligned(have + have // 8), self.limit_bytes or wanted)) if have else wanted
         while have < wanted:
             size = min(self.segment_bytes, wanted - have)
             try:
@@ -206,17 +208,22 @@ class Arena:
                         self._changed.notify_all()
                     segment = self._next()
                     if segment is None:
+                        # In one go with the look: whoever prepares right now finds a worker that works, or none.
+                        self._worker = None
+                        self._changed.notify_all()
                         return
                     fresh, segment.pages = segment.pages is _Pages.UNTOUCHED, _Pages.BUSY
-                whole = not fresh or self._touch(segment)
-                if whole and self._pinning:
+                if self._pinning:
+                    # Pinning touches the pages by itself, and is quicker on those that nobody has touched.
                     self._pin(segment)
-        finally:
+                whole = not fresh or segment.pinned or self._touch(segment)
+        except BaseException:
             with self._changed:
                 if segment is not None:
                     segment.pages = _Pages.UNTOUCHED
                 self._worker = None
                 self._changed.notify_all()
+            raise
 
     def _next(self) -> Segment | None:
         if self._stop:
