@@ -266,8 +266,10 @@ def _enter_sockets(streams: int) -> None:
     def load(state: State, place: Place) -> None:
         _pull(state, place, streams)
 
-    case("save-s3", "floor", name=f"socket_{streams}")(save)
-    case("load-s3", "floor", name=f"socket_{streams}")(load)
+    for group in ("save-s3", "save-lanes"):
+        case(group, "floor", name=f"socket_{streams}")(save)
+    for group in ("load-s3", "load-lanes"):
+        case(group, "floor", name=f"socket_{streams}")(load)
 
 
 for _streams in (1, 4, 16):

@@ -71,12 +71,12 @@ class _Up(_OurStorage):
         self.storage.put(f"{repetition}/payload", source, size_bytes=source.size_bytes)
 
 
-@case("lanes-up", "ours")
+@case("save-lanes", "ours")
 class http_client(_Up):  # noqa: N801 - the case's name
     """The lane: http.client in threads, parts with their CRC-32C."""
 
 
-@case("lanes-up", "client")
+@case("save-lanes", "client")
 class aiobotocore(_Up):  # noqa: N801 - the same
     """The session's client: what the lane falls back to."""
 
@@ -111,7 +111,7 @@ def _pool() -> Any:
     )
 
 
-@case("lanes-up", "client")
+@case("save-lanes", "client")
 class urllib3(Case):  # noqa: N801 - the same
     """The same threads over urllib3, whose body may be an iterator of views."""
 
@@ -149,7 +149,7 @@ class urllib3(Case):  # noqa: N801 - the same
         )
 
 
-@case("lanes-up", "client")
+@case("save-lanes", "client")
 def obstore(state: State, place: Place) -> None:
     """Obstore (Rust), fed an iterator of views."""
     put = peer("obstore").put
@@ -169,7 +169,7 @@ def _opendal(bucket: str) -> Any:
     )
 
 
-@case("lanes-up", "client")
+@case("save-lanes", "client")
 def opendal(state: State, place: Place) -> None:
     """Opendal (Rust): a file that is written to, in parts."""
     with _opendal(place.bucket).open(place.key, "wb", chunk=_PART_BYTES, concurrent=_THREADS) as file:
@@ -196,19 +196,19 @@ class _Down(_OurStorage):
         _down(state, lambda start, part: self.storage.read_into("raw", start, *part))
 
 
-@case("lanes-down", "ours", name="http_client")
+@case("load-lanes", "ours", name="http_client")
 class _HttpClientDown(_Down):
     """The lane: http.client in threads, into the tensors' memory."""
 
 
-@case("lanes-down", "client", name="aiobotocore")
+@case("load-lanes", "client", name="aiobotocore")
 class _AiobotocoreDown(_Down):
     """The session's client: what the lane falls back to."""
 
     is_direct = False
 
 
-@case("lanes-down", "client", name="urllib3")
+@case("load-lanes", "client", name="urllib3")
 def _urllib3_down(state: State, place: Place) -> None:
     """The same threads over urllib3, whose readinto reads bytes first."""
 
@@ -226,7 +226,7 @@ def _urllib3_down(state: State, place: Place) -> None:
     _down(state, read)
 
 
-@case("lanes-down", "client", name="obstore")
+@case("load-lanes", "client", name="obstore")
 def _obstore_down(state: State, place: Place) -> None:
     """Obstore (Rust): ranges as buffers, copied into place."""
     get = peer("obstore").get_range
