@@ -10,6 +10,7 @@ from typing import Final
 from xml.etree import ElementTree as ET
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 __all__ = ["Answer", "RefusedError", "document", "invalid", "no_bucket", "no_object", "no_permission", "unknown"]
 
@@ -50,9 +51,13 @@ class Answer:
 
     async def send(self, request: web.Request) -> web.StreamResponse:
         """To whoever asked."""
+        headers = CIMultiDict(self.headers)
+        if sums := headers.popall("x-goog-hash", []):  # Google sends a line for each
+            for one in ",".join(sums).split(","):
+                headers.add("x-goog-hash", one)
         if len(self.body) <= _PIECE:
-            return web.Response(status=self.status, headers=self.headers, body=bytes(self.body))
-        response = web.StreamResponse(status=self.status, headers=self.headers)
+            return web.Response(status=self.status, headers=headers, body=bytes(self.body))
+        response = web.StreamResponse(status=self.status, headers=headers)
         response.content_length = len(self.body)
         with contextlib.suppress(ConnectionError):  # the client has left
             await response.prepare(request)
