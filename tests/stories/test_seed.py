@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager, CorruptCheckpointError, SaveError, State
+from cloudckpt import CheckpointManager, CorruptCheckpointError, SaveError, Settings, State
 from cloudckpt.core import keys
 from cloudckpt.errors import StorageError
 from cloudckpt.storage import ManifestStore, MemoryStorage
@@ -278,8 +278,10 @@ def test_h2_every_delete_follows_from_the_one_retention() -> None:
     assert len(retired) == 1
 
 
-def test_h4_a_damaged_optimizer_is_an_error_that_names_it() -> None:
-    """H4: a corrupt optimizer object is an error naming the object; the model was not changed either."""
+@pytest.mark.parametrize("in_place", [True, False])
+def test_h4_a_damaged_optimizer_is_an_error_that_names_it(in_place: bool) -> None:
+    """H4: a corrupt optimizer object is an error naming the object. It never passes for a restored model alone: the error
+    says that the objects are partly overwritten, or with ``read_in_place=False`` the model was not changed either."""
     storage = MemoryStorage()
     with CheckpointManager(storage) as ckpts:
         folder = ckpts.save(1, {"model": torch.ones(3), "optimizer": torch.ones(3)}, block=True).checkpoint.name
@@ -288,9 +290,13 @@ def test_h4_a_damaged_optimizer_is_an_error_that_names_it() -> None:
     body[-1] ^= 8
     storage.put(key, [bytes(body)], size_bytes=len(body))
     state = {"model": torch.zeros(3), "optimizer": torch.zeros(3)}
-    with CheckpointManager(storage) as ckpts, pytest.raises(CorruptCheckpointError, match=r"optimizer-00000.*checksum"):
-        ckpts.restore(state)
-    assert state["model"].tolist() == [0.0, 0.0, 0.0]
+    with CheckpointManager(storage, settings=Settings(read_in_place=in_place)) as ckpts:
+        with pytest.raises(CorruptCheckpointError, match=r"optimizer-00000.*checksum") as caught:
+            ckpts.restore(state)
+    if in_place:
+        assert "partly overwritten: build fresh ones before you go on" in str(caught.value)
+    else:
+        assert state["model"].tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
