@@ -280,8 +280,10 @@ def test_h2_every_delete_follows_from_the_one_retention() -> None:
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_h4_a_damaged_optimizer_is_an_error_that_names_it(in_place: bool) -> None:
-    """H4: a corrupt optimizer object is an error naming the object. It never passes for a restored model alone: the error
-    says that the objects are partly overwritten, or with ``read_in_place=False`` the model was not changed either."""
+    """H4: a corrupt optimizer object is an error that names it.
+
+    The error says that the objects are partly overwritten, or with ``read_in_place=False`` the model was not changed either.
+    """
     storage = MemoryStorage()
     with CheckpointManager(storage) as ckpts:
         folder = ckpts.save(1, {"model": torch.ones(3), "optimizer": torch.ones(3)}, block=True).checkpoint.name
