@@ -18,6 +18,9 @@ _FACTORS = {
 #: Of an unknown optimizer: most are kin to Adam. What was too much is given back at the first save.
 _UNKNOWN = 2
 
+#: What no optimizer is in, looked at first: a state may hold a hundred thousand of them.
+_LEAVES = (torch.Tensor, str, int, float)
+
 #: What a small tensor beside them, and three entries in a header, take for each parameter.
 _EACH_BYTES = 1024
 
@@ -41,12 +44,10 @@ def _optimizers(value: object, seen: set[int]) -> Iterator[torch.optim.Optimizer
     seen.add(id(value))
     if isinstance(value, torch.optim.Optimizer):
         yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _optimizers(inner, seen)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _optimizers(inner, seen)
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            if not isinstance(inner, _LEAVES):
+                yield from _optimizers(inner, seen)
 
 
 def _factor(kind: type, group: Mapping[str, Any]) -> int:

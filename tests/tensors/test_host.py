@@ -33,7 +33,7 @@ def test_what_is_available_is_less_than_there_is() -> None:
     [("1000000", "600000", "100000", 500_000), ("1000000", "1200000", "0", 0), ("1000000", "0", "0", 1_000_000)],
 )
 def test_a_container_has_no_more_than_it_is_allowed(
-    limit: str, used: str, inactive: str, left: int, *, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    *, limit: str, used: str, inactive: str, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its limit less what is used; cached files that nobody reads count as free."""
     (tmp_path / "memory.max").write_text(f"{limit}\n")
