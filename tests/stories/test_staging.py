@@ -241,7 +241,7 @@ PEAK = """
 import sys, torch
 from cloudckpt import CheckpointManager
 torch.set_num_threads(1)
-block, prepared = sys.argv[2] == "block", sys.argv[2] == "prepared"
+block = sys.argv[2] == "block"
 state = {"m": {f"w{n}": torch.ones(4 << 20) for n in range(12)}, "s": {f"w{n}": torch.ones(2000) for n in range(4000)}}
 state["strided"] = torch.ones(4096, 8192).T
 mapped = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) // 1024
