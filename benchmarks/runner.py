@@ -249,10 +249,10 @@ def _together(command: list[str], count: int, environment: dict[str, str], timeo
             process.wait()
     if failures := [row for row in found if "error" in row]:
         return failures[0]
-    sums = {name: sum(row[name] for row in found) for name in ("bytes", "cpu_s", "bytes_in", "bytes_out")}
+    summed = ("bytes", "cpu_s", "peak_bytes", "bytes_in", "bytes_out")
     # Each tells its own time, without the moment its process needs to end.
-    return {**sums, "wall_s": max(row["wall_s"] for row in found), "together_s": together_s, "peak_bytes": max(
-        row["peak_bytes"] for row in found)}  # fmt: skip
+    wall_s = max(row["wall_s"] for row in found)
+    return {"wall_s": wall_s, "together_s": together_s} | {name: sum(row[name] for row in found) for name in summed}
 
 
 def _wait_for_word(process: subprocess.Popen[str]) -> None:
