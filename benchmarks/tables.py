@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -189,7 +190,8 @@ def _bar_line(verdict: Verdict) -> str:
         return f"| {bar.what} | {must} | {verdict.why_not} | – | 0 | **not measured** | {command} |"
     if bar.base:
         seconds = f" ({verdict.median:.3f} s : {verdict.base_median:.3f} s)"
-        measured, upper = f"{verdict.value:.2f}{seconds}", f"{verdict.upper:.2f}"
+        upper = f"{verdict.upper:.2f}" if math.isfinite(verdict.upper) else "none: too few pairs"
+        measured = f"{verdict.value:.2f}{seconds}"
     else:
         measured, upper = f"{verdict.value:.4g} at most", f"{verdict.upper:.4g}"
     said = "met" if verdict.met else "**not met**"
