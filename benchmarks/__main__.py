@@ -9,6 +9,7 @@ python -m benchmarks report               write docs/performance.md and its char
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -61,6 +62,8 @@ def _chosen(what: str) -> list[Plan]:
 def main() -> int:
     """Do what the command line says; the exit status is 0 even where a bar is missed, which the table tells."""
     given = _arguments()
+    # So that being ended takes the case and the server along, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     out: Path = given.out or (_WORK / "quick" if given.what == "quick" else _RESULTS)
     if given.what == "list":
         for plan in (BARS | PLANS).values():
