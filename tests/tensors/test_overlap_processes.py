@@ -24,7 +24,7 @@ def start(name: str, file: Path, *more: object) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str]) -> str:
     """What it printed; it must have ended well."""
     try:
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0, errors
