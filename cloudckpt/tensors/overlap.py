@@ -10,6 +10,8 @@ another thread steps, or sits in that very hook, breaks the step. Between saves 
 
 What cannot be seen: writes through ``.data`` (it has a version counter of its own), by replayed CUDA graphs, and by
 kernels that get a bare address, before the first step after the save. ``why_not`` declines what can be recognised.
+
+(Past 350 lines: the hook, the snapshot and the copies hold one protocol between three threads, and are read together.)
 """
 
 from __future__ import annotations
