@@ -137,6 +137,7 @@ def test_what_is_covered() -> None:
     """An optimizer covers the memory of its parameters and its state, as views and detached tensors share it."""
     base, other = nn.Parameter(torch.ones(6, 2)), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([base], lr=0.1, momentum=0.5)
+    assert [*covered([optimizer])] == [base.untyped_storage()._cdata]  # before its first step it has no state
     (base.sum() + other.sum()).backward()  # type: ignore[no-untyped-call]  # torch's own
     optimizer.step()
     momentum = optimizer.state[base]["momentum_buffer"]
