@@ -67,6 +67,7 @@ def measure(group: str, name: str, size: str, place: Place, *, hold: bool = Fals
         before = _asked()
         with Meter(watch_children=case.children) as meter:
             found = case.run(state, repetition)
+        case.settle()
         asked = _asked().since(before)
         meters.append(meter)
     if loads:

@@ -73,7 +73,7 @@ class Settings:
     part_size_bytes: int = 16 * 1024 * 1024
     parts_in_flight: int = 4
     direct_lane: bool = True
-    connections: int = 16
+    connections: int = 32
     max_bandwidth: float | None = None
     direct_io: bool = True
     stage: str = "copy"

@@ -236,7 +236,8 @@ class Saver:
                     )
                 )
             return None
-        return [ArenaSource(p, self._arena, start) for p, start in zip(plan.payloads, starts, strict=True)]
+        placed_at = zip(plan.payloads, starts, strict=True)
+        return [ArenaSource(p, self._arena, start, together_bytes=plan.size_bytes) for p, start in placed_at]
 
     def _stage(self, state: Mapping[str, object], plan: Plan) -> Staging:
         if self._store.settings.stage == "overlap":
@@ -255,8 +256,10 @@ class Saver:
         for device in devices:
             # The threads that send look at the tensors from streams of their own.
             torch.cuda.synchronize(device)
-        buffers = Buffers(_OBJECTS_AT_ONCE * self._store.settings.parts_in_flight, pinned=bool(devices))
-        return [TensorSource(payload, buffers) for payload in plan.payloads]
+        settings = self._store.settings
+        at_once = max(_OBJECTS_AT_ONCE * settings.parts_in_flight, settings.connections)
+        buffers = Buffers(at_once, pinned=bool(devices))
+        return [TensorSource(payload, buffers, together_bytes=plan.size_bytes) for payload in plan.payloads]
 
     def shut_down(self) -> None:
         """Wait for the background to end."""

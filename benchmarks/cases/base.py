@@ -64,6 +64,9 @@ class Case(ABC):
     def run(self, state: State, repetition: int) -> State | None:
         """Save ``state``; or load it: into ``state`` (and return None), or as what is returned."""
 
+    def settle(self) -> None:
+        """Wait for what goes on in the background after ``run``; not timed."""
+
     def close(self) -> None:
         """Let go of everything."""
 

@@ -18,6 +18,7 @@ __all__ = [
     "Listed",
     "Lost",
     "Outcome",
+    "Paced",
     "Part",
     "Source",
     "Storage",
@@ -113,6 +114,11 @@ class Source(Protocol):
     @property
     def size_bytes(self) -> int:
         """The whole object's size in bytes."""
+        ...
+
+    @property
+    def together_bytes(self) -> int:
+        """How much is sent at the same time, this object included, in bytes: what the connections are shared by."""
         ...
 
     def hold(self, start: int, length: int) -> AbstractContextManager[Part]:
@@ -223,6 +229,16 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Give back connections and threads. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """A storage that knows how many reads are worth having at once."""
+
+    @property
+    def reads_at_once(self) -> int:
+        """More of them would only take turns."""
         ...
 
 

@@ -139,7 +139,7 @@ class GCSStorage(GCSSession):
     ) -> None:
         """See ``Storage.put``: a ``Source`` goes over the direct lane, anything else by the session."""
         if isinstance(buffers, Source) and size_bytes and buffers.size_bytes == size_bytes:
-            if progress is not None and size_bytes <= self._lane.part_bytes(size_bytes):
+            if progress is not None and size_bytes <= self._lane.part_bytes(buffers):
                 # Once, whoever carries it, and before the object becomes visible: the caller may end it all here.
                 progress(size_bytes)
                 progress = None
@@ -159,12 +159,17 @@ class GCSStorage(GCSSession):
         self._lane.check_uploads()
         what, whole, size = self._named("writing", key), self._key(key), source.size_bytes
         stored = _Stored(self, key, what)
-        if size <= self._lane.part_bytes(size):
+        if size <= self._lane.part_bytes(source):
             (carried,) = self._lane.send(what, whole, source, progress, upload_id=None)
             stored.check(carried.told, size, carried.crc32c)
             return
         upload = UploadInParts(self._parts, stored, what=what, key=whole, content_type=_type_of(key))
         upload.send_by(lambda upload_id: self._lane.send(what, whole, source, progress, upload_id=upload_id))
+
+    @property
+    def reads_at_once(self) -> int:
+        """See ``Paced.reads_at_once``."""
+        return self._lane.worthwhile if self._lane.is_used else self._settings.io_threads
 
     @property
     def _parts(self) -> XmlUploads:

@@ -21,6 +21,7 @@ from urllib.parse import quote, urlencode
 import crc32c
 
 from cloudckpt.config import Settings
+from cloudckpt.core.parts import plan_part_bytes
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Part, Source
 from cloudckpt.storage.direct import Crew, Declined, Request, Stop, Throttle, Wire, WireError
@@ -40,7 +41,6 @@ _PERMISSION_S = 20.0
 _MEBIBYTE = 1024 * 1024
 #: "Minimum part size: 5 MiB (no minimum for the last part)", and at most 10,000 of them ("Quotas & limits").
 _LEAST_PART = 5 * _MEBIBYTE
-_LARGEST_PART = 64 * _MEBIBYTE
 _MAX_PARTS = 9_000
 #: A Content-Range, or a Content-Length of the whole object.
 _RANGE = re.compile(r"(?:bytes (?P<start>\d+)-\d+/)?(?P<total>\d+)", re.ASCII)
@@ -199,11 +199,25 @@ class GCSLane:
 
     # -- up --------------------------------------------------------------------------------------------------
 
-    def part_bytes(self, size_bytes: int) -> int:
-        """How large the parts of an object are: enough of them to use every connection, few enough to cost little."""
-        spread = min(_LARGEST_PART, size_bytes // (2 * self._settings.connections))
-        wanted = max(self._settings.part_size_bytes, _LEAST_PART, spread, -(-size_bytes // _MAX_PARTS))
-        return -(-wanted // _MEBIBYTE) * _MEBIBYTE
+    @property
+    def is_used(self) -> bool:
+        """Whether reads go over the lane."""
+        return self._declined is None
+
+    @property
+    def worthwhile(self) -> int:
+        """How many requests at once are worth having, as far as is known."""
+        return self._crew.worthwhile
+
+    def part_bytes(self, source: Source) -> int:
+        """How large the parts of an object are. See ``plan_part_bytes``."""
+        return plan_part_bytes(
+            source.size_bytes,
+            source.together_bytes,
+            connections=self._crew.worthwhile,
+            least_bytes=max(self._settings.part_size_bytes, _LEAST_PART),
+            most_parts=_MAX_PARTS,
+        )
 
     def send(
         self, what: str, key: str, source: Source, progress: Callable[[int], None], *, upload_id: str | None
@@ -216,7 +230,7 @@ class GCSLane:
         """
         route = self._find_route()
         size = source.size_bytes
-        step = self.part_bytes(size) if upload_id is not None else size
+        step = self.part_bytes(source) if upload_id is not None else size
         path = f"/{self._bucket}/{quote(key, safe='/~')}"
         about = {"x-goog-user-project": route.way.payer} if route.way.payer else {}
         if upload_id is None:
@@ -265,7 +279,9 @@ class GCSLane:
                 raise _ThrottledError(str(problem), retryable=True)
             raise problem
 
-        answer = attempts.run(attempt, is_throttled=lambda exc: isinstance(exc, _ThrottledError))
+        answer = attempts.run(
+            attempt, is_throttled=lambda exc: isinstance(exc, _ThrottledError), size_bytes=part.size_bytes
+        )
         self._uploads_proven = True
         return answer
 
@@ -285,9 +301,11 @@ class GCSLane:
         query = urlencode({"alt": "media", **({"userProject": route.way.payer} if route.way.payer else {})})
         target = f"/download/storage/v1/b/{self._bucket}/o/{quote(key, safe='')}?{query}"
         headers = {"Range": f"bytes={start}-{end - 1}"}
-        answer, filled = self._send(
-            route, what, Request(method="GET", target=target, headers=headers, targets=targets), Stop()
-        )
+        stop = Stop()
+        with self._crew.once(stop, length):
+            answer, filled = self._send(
+                route, what, Request(method="GET", target=target, headers=headers, targets=targets), stop
+            )
         if answer.status not in {200, 206, 416}:
             raise self._facts.explain(answer, what)
         said = answer.headers.get("content-range" if answer.status == 206 else "content-length", "")
@@ -310,10 +328,8 @@ class GCSLane:
             return f"{otherwise}: {reason}; ranges are read directly"
         least = max(self._settings.part_size_bytes, _LEAST_PART) // _MEBIBYTE
         cap = self._settings.max_bandwidth
-        return (
-            f"direct, up to {self._settings.connections} connections, parts of {least} to "
-            f"{max(least, _LARGEST_PART // _MEBIBYTE)} MiB with CRC-32C"
-            + (f", at most {cap / _MEBIBYTE:g} MiB/s" if cap else "")
+        return f"direct, up to {self._settings.connections} connections, parts of {least} MiB and more with CRC-32C" + (
+            f", at most {cap / _MEBIBYTE:g} MiB/s" if cap else ""
         )
 
     def close(self) -> None:

@@ -80,6 +80,12 @@ class RetryingStorage:
         self._inner.conditions = found
 
     @property
+    def reads_at_once(self) -> int:
+        """See ``Paced.reads_at_once``; there only if the storage underneath has it."""
+        found: int = self._inner.reads_at_once  # type: ignore[attr-defined]  # an AttributeError is an answer
+        return found
+
+    @property
     def inner(self) -> Storage:
         """The storage underneath."""
         return self._inner

@@ -131,7 +131,7 @@ class S3Storage(S3Session):
     def _put_directly(self, key: str, source: Source, progress: Callable[[int], None]) -> None:
         self._lane.check()
         what, whole, size = self._named("writing", key), self._key(key), source.size_bytes
-        if size <= self._lane.part_bytes(size):
+        if size <= self._lane.part_bytes(source):
             self._lane.send(what, whole, source, progress, upload_id=None)
             return
         upload = MultipartUpload(self, what=what, key=whole, size_bytes=size, at_once=self._settings.connections)
@@ -207,6 +207,11 @@ class S3Storage(S3Session):
         except BaseException:
             self._lane.reconsider()
             raise
+
+    @property
+    def reads_at_once(self) -> int:
+        """See ``Paced.reads_at_once``."""
+        return self._settings.io_threads if self._lane.declined else self._lane.worthwhile
 
     def close(self) -> None:
         """See ``Storage.close``."""

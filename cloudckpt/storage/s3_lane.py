@@ -9,6 +9,7 @@ What cannot be shown that way declines the lane, and the client carries the payl
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import threading
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 import crc32c
 
 from cloudckpt.config import Settings
+from cloudckpt.core.parts import plan_part_bytes
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Part, Source
 from cloudckpt.storage.direct import Address, Answer, Crew, Declined, Request, Stop, Throttle, Wire, WireError, proxy_of
@@ -39,7 +41,6 @@ _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^/]+/\d{8}/([^/]+)/([^/]+)/aw
 #: How long credentials are used without asking the session again, in seconds; it renews them minutes ahead.
 _CREDENTIALS_S = 20.0
 _MEBIBYTE = 1024 * 1024
-_LARGEST_PART = 64 * _MEBIBYTE
 _MAX_PARTS = 9_000  # of the API's 10,000
 _THROTTLED = {429, 503}
 _REFUSALS = {400, 403, 405, 501}
@@ -102,7 +103,7 @@ class S3Lane:
         self._settings = settings
         self._crew = Crew(settings.connections)
         self._throttle = Throttle(settings.max_bandwidth)
-        self._mutex = threading.Lock()
+        self._mutex, self._pid = threading.Lock(), os.getpid()
         self._route: _Route | None = None
         self._credentials: tuple[float, Credentials | None] | None = None
         self._declined: str | None = None if settings.direct_lane else "Settings(direct_lane=False)"
@@ -130,6 +131,9 @@ class S3Lane:
         if self._declined is not None:
             raise Declined(self._declined)
         _refuse_mock()
+        if self._pid != os.getpid():
+            # A thread that held it when the process was forked does not exist here.
+            self._mutex, self._pid = threading.Lock(), os.getpid()
         with self._mutex:
             if self._route is None:
                 way = self._facts.way()
@@ -161,6 +165,11 @@ class S3Lane:
         if path == in_path or path.startswith(f"{in_path}/"):
             return f"{in_path}/"
         raise Declined("the bucket is found neither in the host's name nor in the path")
+
+    @property
+    def worthwhile(self) -> int:
+        """How many requests at once are worth having, as far as is known."""
+        return self._crew.worthwhile
 
     # -- requests --------------------------------------------------------------------------------------------
 
@@ -223,14 +232,15 @@ class S3Lane:
 
     # -- up --------------------------------------------------------------------------------------------------
 
-    def part_bytes(self, size_bytes: int) -> int:
-        """How large the parts of an object are: enough of them to use every connection, few enough to cost little.
-
-        All equal (R2 wants that), in whole mebibytes, at most 9,000 of them.
-        """
-        spread = min(_LARGEST_PART, size_bytes // (2 * self._settings.connections))
-        wanted = max(self._settings.part_size_bytes, spread, -(-size_bytes // _MAX_PARTS))
-        return -(-wanted // _MEBIBYTE) * _MEBIBYTE if wanted > _MEBIBYTE else wanted
+    def part_bytes(self, source: Source) -> int:
+        """How large the parts of an object are. See ``plan_part_bytes``."""
+        return plan_part_bytes(
+            source.size_bytes,
+            source.together_bytes,
+            connections=self._crew.worthwhile,
+            least_bytes=self._settings.part_size_bytes,
+            most_parts=_MAX_PARTS,
+        )
 
     def check(self) -> None:
         """Raise ``Declined`` where the lane cannot be used; sends nothing."""
@@ -247,7 +257,7 @@ class S3Lane:
         """
         route = self._find_route()
         size = source.size_bytes
-        step = self.part_bytes(size) if upload_id is not None else size
+        step = self.part_bytes(source) if upload_id is not None else size
         told = threading.Lock()
 
         def job(number: int, start: int) -> Callable[[Stop], Carried]:
@@ -257,9 +267,12 @@ class S3Lane:
                     named = what if upload_id is None else f"{what}, part {number}"
                     headers = route.headers["put_object" if upload_id is None else "upload_part"]
                     wanted = _Wanted("PUT", key, query, headers, views=part.views)
+                    if upload_id is None:
+                        progress(part.size_bytes)  # before it becomes visible: whoever raises here stops it
                     etag = self._carry(route, named, wanted, part, stop)
-                with told:
-                    progress(part.size_bytes)
+                if upload_id is not None:
+                    with told:
+                        progress(part.size_bytes)
                 return Carried(etag, part.crc32c, part.size_bytes)
 
             return carry
@@ -297,7 +310,7 @@ class S3Lane:
                 raise StorageError(f"{what}: the answer has no ETag", retryable=True)
             return etag
 
-        found = attempts.run(attempt, is_throttled=_is_throttled)
+        found = attempts.run(attempt, is_throttled=_is_throttled, size_bytes=part.size_bytes)
         self._proven = True
         return found
 
@@ -317,18 +330,21 @@ class S3Lane:
         headers = {**route.headers["get_object"], "Range": f"bytes={start}-{end - 1}"}
         missing = f"{what}: bytes {start}..{end} do not exist"
         try:
-            answer = self._ask(route, what, _Wanted("GET", key, {}, headers, targets=targets), Stop())
+            stop = Stop()
+            with self._crew.once(stop, length):
+                answer = self._ask(route, what, _Wanted("GET", key, {}, headers, targets=targets), stop)
         except StorageError as exc:
             if status_of(exc.__cause__ or exc) == 416:
                 raise ObjectNotFoundError(missing) from exc
             raise
-        total = int(answer.headers.get("content-range", "").rpartition("/")[2] or answer.headers["content-length"])
-        if total < end:
+        # An answer that broke off in its headers looks like one without them, and proves nothing.
+        said = answer.headers.get("content-range" if answer.status == 206 else "content-length", "")
+        total = said.rpartition("/")[2]
+        if total.isdecimal() and int(total) < end:
             raise ObjectNotFoundError(missing)
-        if answer.filled != length:
-            came = answer.headers.get("content-length", "?")
-            if answer.status == 200:
-                raise Declined(f"the server does not answer ranges ({came} bytes came for {length})")
+        if total.isdecimal() and answer.status == 200 and (start or int(total) != end):
+            raise Declined(f"the server does not answer ranges ({total} bytes came for {length})")
+        if not total.isdecimal() or answer.filled != length:
             raise StorageError(f"{what}: {answer.filled} of {length} bytes came", retryable=True)
         self._proven = True
 
@@ -338,10 +354,8 @@ class S3Lane:
         """The lane in words."""
         least = self._settings.part_size_bytes // _MEBIBYTE
         cap = self._settings.max_bandwidth
-        return (
-            f"direct, up to {self._settings.connections} connections, parts of {least} to "
-            f"{max(least, _LARGEST_PART // _MEBIBYTE)} MiB with CRC-32C"
-            + (f", at most {cap / _MEBIBYTE:g} MiB/s" if cap else "")
+        return f"direct, up to {self._settings.connections} connections, parts of {least} MiB and more with CRC-32C" + (
+            f", at most {cap / _MEBIBYTE:g} MiB/s" if cap else ""
         )
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from cloudckpt.core.checksum import combine_all, format_crc32c
 from cloudckpt.core.model import Checkpoint, Chunk, TensorEntry
 from cloudckpt.core.ranges import Read, Wanted, contiguous_start, plan_reads
 from cloudckpt.errors import CorruptCheckpointError, ObjectNotFoundError
-from cloudckpt.storage import Storage
+from cloudckpt.storage import Paced, Storage
 from cloudckpt.tensors.dcp import plan_copies
 from cloudckpt.tensors.landing import Buffer, Ferry, blank, byte_tensor, fresh_tensors
 from cloudckpt.tensors.memory import byte_view, copy_bits, dtype_named, typed_view
@@ -146,7 +146,8 @@ class _Reading:
         for chunk in self._chunks:
             if not chunk.missing:
                 self._prove(chunk)
-        threads = self._settings.io_threads
+        paced = self._storage
+        threads = paced.reads_at_once if isinstance(paced, Paced) else self._settings.io_threads
         reads = plan_reads(
             [Wanted(c.sealed.object, c.sealed.start, c.sealed.length) for c in self._chunks],
             gap_bytes=self._settings.read_gap_bytes,

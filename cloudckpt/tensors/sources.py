@@ -39,8 +39,9 @@ _ALIGNMENT = 64
 class PayloadSource(ABC):
     """A payload object of one save: a ``Source`` that can be stopped, and that knows its sums at the end."""
 
-    def __init__(self, payload: Payload) -> None:
+    def __init__(self, payload: Payload, together_bytes: int) -> None:
         self.payload = payload
+        self.together_bytes = together_bytes
         self._sums = Sums(payload.bounds)
         self._stopped: str | None = None
 
@@ -90,8 +91,8 @@ class ArenaSource(PayloadSource):
         start: where in the arena it begins.
     """
 
-    def __init__(self, payload: Payload, arena: Arena, start: int) -> None:
-        super().__init__(payload)
+    def __init__(self, payload: Payload, arena: Arena, start: int, *, together_bytes: int = 0) -> None:
+        super().__init__(payload, max(together_bytes, payload.size_bytes))
         self._arena = arena
         self._start = start
 
@@ -154,8 +155,8 @@ class TensorSource(PayloadSource):
         buffers: where parts are put together that cannot be sent from where they lie.
     """
 
-    def __init__(self, payload: Payload, buffers: Buffers) -> None:
-        super().__init__(payload)
+    def __init__(self, payload: Payload, buffers: Buffers, *, together_bytes: int = 0) -> None:
+        super().__init__(payload, max(together_bytes, payload.size_bytes))
         self._buffers = buffers
         self._header = memoryview(payload.layout.header)
         self._versions = [_version(tensor) for tensor in payload.tensors]

@@ -266,6 +266,11 @@ class _MortalSource:
         """See ``Source.size_bytes``."""
         return self._inner.size_bytes
 
+    @property
+    def together_bytes(self) -> int:
+        """See ``Source.together_bytes``."""
+        return self._inner.together_bytes
+
     def hold(self, start: int, length: int) -> AbstractContextManager[Part]:
         """See ``Source.hold``; what is held when the process dies may have been sent, and is the last."""
         with self._mutex:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -17,6 +18,18 @@ __all__ = ["Attempts", "BrokenOff", "Crew", "Stop"]
 
 _T = TypeVar("_T")
 
+#: Bytes a second that all connections together should carry: what a large machine is lent, and a small one computes.
+_ENOUGH = 1.8e9
+#: Never fewer than this: one that waits for its answer leaves the line idle.
+_LEAST = 2
+#: With so many connections a lane begins.
+_FIRST = 4
+#: How long nothing may arrive before more connections are tried, in seconds: twice the answer of a store in the region.
+_MOMENT_S = 0.03
+#: Requests of less say more about the latency than about the rate.
+_TELLING_BYTES = 4 * 1024 * 1024
+#: So many requests make up the rate that is remembered.
+_MEMORY = 8
 #: One slow-down a second: the refusals of parts that were under way together are one refusal.
 _REFUSAL_S = 1.0
 
@@ -72,8 +85,13 @@ class Stop:
 
 
 class _Gate:
-    """How many requests are under way: halved when the store says that it is too much, growing by one a success.
+    """How many requests are under way.
 
+    *Enough*: as many connections as would carry ``_ENOUGH`` together at the rate that each has shown. A store next
+    door fills two, and each further one costs its switches; a store far away needs all there are. Until a rate is
+    known the number doubles every moment in which no part has arrived.
+
+    *No more than the store takes*: halved when it says that it is too much, growing by one a round of successes.
     Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the Increase and Decrease Algorithms for
     Congestion Avoidance in Computer Networks", 1989).
     """
@@ -83,16 +101,32 @@ class _Gate:
         self._now = now
         self._changed = threading.Condition()
         self._inside = 0
+        self._enough = min(_FIRST, most)
+        self._rate: float | None = None
+        self._grown_at = 0.0
         self.limit = float(most)
         self._refused_at = -_REFUSAL_S
+
+    @property
+    def room(self) -> int:
+        """How many requests may be under way now."""
+        return max(1, min(int(self.limit), self._enough))
+
+    @property
+    def enough(self) -> int:
+        """How many connections are worth having, as far as is known; all of them while nothing is."""
+        return self._most if self._rate is None else self._enough
 
     @contextlib.contextmanager
     def passed(self, stop: Stop) -> Iterator[None]:
         with stop.calls(self._wake), self._changed:
-            while self._inside >= max(1, int(self.limit)):
+            while self._inside >= self.room:
                 stop.check()
-                self._changed.wait()
+                if not self._changed.wait(self.patience):
+                    self._grow()
             stop.check()
+            if not self._inside:
+                self._grown_at = self._now()
             self._inside += 1
         try:
             yield
@@ -105,6 +139,22 @@ class _Gate:
         with self._changed:
             self._changed.notify_all()
 
+    @property
+    def patience(self) -> float | None:
+        """How long to wait for something to arrive before more is tried, in seconds."""
+        return _MOMENT_S if self._rate is None and self._enough < self._most else None
+
+    def grow(self) -> None:
+        """Nothing has arrived for a moment: try more at once, unless a rate is known."""
+        with self._changed:
+            self._grow()
+
+    def _grow(self) -> None:
+        if self._rate is None and self._now() - self._grown_at >= _MOMENT_S:
+            self._grown_at = self._now()
+            self._enough = min(self._most, 2 * self._enough)
+            self._changed.notify_all()
+
     def refused(self) -> None:
         with self._changed:
             now = self._now()
@@ -112,11 +162,15 @@ class _Gate:
                 self._refused_at = now
                 self.limit = max(1.0, self.limit / 2)
 
-    def went_well(self) -> None:
+    def went_well(self, size_bytes: int, seconds: float) -> None:
         with self._changed:
+            if size_bytes >= _TELLING_BYTES:
+                rate = size_bytes / max(seconds, 1e-6)
+                self._rate = rate if self._rate is None else self._rate + (rate - self._rate) / _MEMORY
+                self._enough = min(self._most, max(_LEAST, math.ceil(_ENOUGH / self._rate)))
             if self.limit < self._most:
                 self.limit = min(float(self._most), self.limit + 1 / self.limit)
-                self._changed.notify_all()
+            self._changed.notify_all()
 
 
 class Crew:
@@ -140,6 +194,11 @@ class Crew:
         """How many requests the store takes at once, as far as it has said."""
         return max(1, int(self._gate.limit))
 
+    @property
+    def worthwhile(self) -> int:
+        """How many connections are worth having to this store, as far as is known."""
+        return self._gate.enough
+
     def _threads(self) -> ThreadPoolExecutor:
         if self._pid != os.getpid():
             # Neither the threads nor what a thread may have held exist in a forked child.
@@ -158,16 +217,26 @@ class Crew:
         Raises:
             BaseException: what the first job to fail raised; the others were broken off.
         """
-        pool, stop = self._threads(), Stop()
+        pool, stop, gate = self._threads(), Stop(), self._gate
         running: list[Future[_T]] = []
+        waiting = iter(jobs)
+        left: set[Future[_T]] = set()
+        more = True
         try:
-            for job in jobs:  # one by one, so that an interrupt among them knows those that run already
-                running.append(pool.submit(job, stop))  # noqa: PERF401
-            left = set(running)
-            while left:
-                done, left = wait(left, return_when=FIRST_COMPLETED)
+            while more or left:
+                while more and len(left) < gate.room:
+                    job = next(waiting, None)
+                    if job is None:
+                        more = False
+                    else:
+                        # One by one: an interrupt in between knows all that run.
+                        running.append(pool.submit(job, stop))
+                        left.add(running[-1])
+                done, left = wait(left, gate.patience if more else None, FIRST_COMPLETED)
                 for future in done:
                     future.result()
+                if not done:
+                    gate.grow()
             return [future.result() for future in running]
         except BaseException:
             stop()
@@ -178,7 +247,18 @@ class Crew:
 
     def attempts(self, stop: Stop, backoff: Backoff) -> Attempts:
         """The tries of one request of a transfer."""
-        return Attempts(self._gate, stop, backoff)
+        self._threads()
+        return Attempts(self._gate, stop, backoff, now=self._now)
+
+    @contextlib.contextmanager
+    def once(self, stop: Stop, size_bytes: int) -> Iterator[None]:
+        """One request of so many bytes in the caller's thread, in its turn."""
+        self._threads()
+        gate = self._gate
+        with gate.passed(stop):
+            began = self._now()
+            yield
+            gate.went_well(size_bytes, self._now() - began)
 
     def close(self) -> None:
         """Let the threads go. Idempotent; they are made again when needed."""
@@ -193,15 +273,22 @@ class Crew:
 class Attempts:
     """Tries a request until the store takes it, while it says that waiting may help and the deadline is not over."""
 
-    def __init__(self, gate: _Gate, stop: Stop, backoff: Backoff) -> None:
+    def __init__(self, gate: _Gate, stop: Stop, backoff: Backoff, *, now: Callable[[], float]) -> None:
+        self._now = now
         self._gate = gate
         self._stop = stop
         self._backoff = backoff
         #: How often the request was sent.
         self.count = 0
 
-    def run(self, attempt: Callable[[], _T], *, is_throttled: Callable[[StorageError], bool]) -> _T:
+    def run(
+        self, attempt: Callable[[], _T], *, is_throttled: Callable[[StorageError], bool], size_bytes: int = 0
+    ) -> _T:
         """Try, and try again.
+
+        Args:
+            is_throttled: whether a refusal means that it was too much at once.
+            size_bytes: what the request carries.
 
         Raises:
             StorageError: the store refused, or went on refusing until the deadline.
@@ -212,6 +299,7 @@ class Attempts:
             try:
                 with self._gate.passed(self._stop):
                     self.count += 1
+                    began = self._now()
                     found = attempt()
             except StorageError as exc:
                 self._stop.check()  # a socket that was closed under the request is no failure of its own
@@ -222,5 +310,5 @@ class Attempts:
                     raise
                 self._stop.sleep(pause)
             else:
-                self._gate.went_well()
+                self._gate.went_well(size_bytes, self._now() - began)
                 return found

@@ -140,26 +140,53 @@ def test_no_more_requests_than_the_limit_are_under_way() -> None:
 
 
 def test_who_waits_for_the_gate_is_woken_by_the_end() -> None:
-    """A job that waits until it may send ends when the transfer is given up."""
+    """A transfer that waits for its turn behind another one ends when it is given up."""
     crew = Crew(2)
     crew._gate.limit = 1.0
-    inside = threading.Event()
+    first, second, inside = Stop(), Stop(), threading.Event()
+    ended: list[BaseException] = []
 
-    def holder(stop: Stop) -> None:
-        def attempt() -> None:
+    def hold() -> None:
+        with pytest.raises(BrokenOff), crew.once(first, 1):
             inside.set()
-            stop.sleep(3600)
+            first.sleep(3600)
 
-        crew.attempts(stop, QUICK).run(attempt, is_throttled=never)
+    def wait() -> None:
+        try:
+            with crew.once(second, 1):
+                pytest.fail("it was not its turn")
+        except BrokenOff as exc:
+            ended.append(exc)
 
-    def waiter(stop: Stop) -> None:
-        assert inside.wait(30)
-        with stop.calls(lambda: None):
-            threading.Thread(target=stop).start()
-        crew.attempts(stop, QUICK).run(lambda: None, is_throttled=never)
+    holder, waiter = threading.Thread(target=hold), threading.Thread(target=wait)
+    holder.start()
+    assert inside.wait(30)
+    waiter.start()
+    second()
+    waiter.join(30)
+    assert len(ended) == 1
+    first()
+    holder.join(30)
 
-    with pytest.raises(BrokenOff):
-        crew.each([holder, waiter])
+
+def test_connections_are_as_many_as_are_worth_having() -> None:
+    """A fast store gets two, a slow one all there are; until a rate is known more are tried while nothing arrives."""
+    now = [0.0]
+
+    def crew_at(rate: float) -> Crew:
+        crew = Crew(32, now=lambda: now[0])
+        for _ in range(20):
+            with crew.once(Stop(), 16 << 20):
+                now[0] += (16 << 20) / rate
+        return crew
+
+    assert crew_at(1.2e9).worthwhile == 2
+    assert crew_at(85e6).worthwhile == 22
+    assert crew_at(20e6).worthwhile == 32
+    crew = Crew(8)
+    assert crew.worthwhile == 8
+    together = threading.Barrier(8, timeout=60)
+    assert len(crew.each([lambda _: together.wait()] * 8)) == 8  # none ends before all have begun
     crew.close()
 
 
