@@ -56,6 +56,9 @@ class Settings:
             ``save(block=True)`` sends tensors from where they are.
         staging_limit_bytes: the most host memory that staging may take; a larger state is sent from where it is, and
             ``save()`` blocks until it is uploaded. None: what the host has.
+        overlap_device_bytes: CUDA memory that ``stage="overlap"`` may borrow while it copies. So much of the state is
+            first copied within the device, which is many times faster, and no step waits for it: for steps that are
+            shorter than the copy to the host. None: none.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
     """
 
@@ -78,6 +81,7 @@ class Settings:
     direct_io: bool = True
     stage: str = "copy"
     staging_limit_bytes: int | None = None
+    overlap_device_bytes: int | None = None
     max_fallbacks: int = 10
 
     def __post_init__(self) -> None:

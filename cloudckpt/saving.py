@@ -243,7 +243,8 @@ class Saver:
         if self._store.settings.stage == "overlap":
             reason = why_not_beside(state, plan.payloads)
             if reason is None:
-                return stage_beside(state, plan.payloads, self._arena)
+                borrow_bytes = self._store.settings.overlap_device_bytes or 0
+                return stage_beside(state, plan.payloads, self._arena, borrow_bytes=borrow_bytes)
             if reason not in self._told_overlap:
                 self._told_overlap.add(reason)
                 self._listener(

@@ -237,8 +237,8 @@ class Paced(Protocol):
     """A storage that knows how many reads are worth having at once."""
 
     @property
-    def reads_at_once(self) -> int:
-        """More of them would only take turns."""
+    def reads_at_once(self) -> int | None:
+        """More of them would only take turns; None if nobody knows."""
         ...
 
 

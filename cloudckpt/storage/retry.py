@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cloudckpt.errors import StorageError
-from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Storage, Versioned
+from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Paced, Storage, Versioned
 
 __all__ = ["Backoff", "RetryingStorage"]
 
@@ -80,10 +80,9 @@ class RetryingStorage:
         self._inner.conditions = found
 
     @property
-    def reads_at_once(self) -> int:
-        """See ``Paced.reads_at_once``; there only if the storage underneath has it."""
-        found: int = self._inner.reads_at_once  # type: ignore[attr-defined]  # an AttributeError is an answer
-        return found
+    def reads_at_once(self) -> int | None:
+        """See ``Paced.reads_at_once``; None if the storage underneath does not know."""
+        return self._inner.reads_at_once if isinstance(self._inner, Paced) else None
 
     @property
     def inner(self) -> Storage:

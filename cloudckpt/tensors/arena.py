@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -200,12 +201,17 @@ class Arena:
     def _work(self) -> None:
         segment: Segment | None = None
         fresh = whole = False
+        pause = 0.0
         try:
             while True:
                 with self._changed:
                     if segment is not None:
                         segment.pages = _Pages.TOUCHED if whole or not fresh else _Pages.UNTOUCHED
                         self._changed.notify_all()
+                        if pause and not self._stop:
+                            # The driver's lock is not fair: without a breath in between, training would wait for the
+                            # whole arena to be pinned before it could launch its next kernel.
+                            self._changed.wait(pause)
                     segment = self._next()
                     if segment is None:
                         # In one go with the look: whoever prepares right now finds a worker that works, or none.
@@ -213,9 +219,12 @@ class Arena:
                         self._changed.notify_all()
                         return
                     fresh, segment.pages = segment.pages is _Pages.UNTOUCHED, _Pages.BUSY
+                pause = 0.0
                 if self._pinning:
                     # Pinning touches the pages by itself, and is quicker on those that nobody has touched.
+                    began = time.monotonic()
                     self._pin(segment)
+                    pause = time.monotonic() - began
                 whole = not fresh or segment.pinned or self._touch(segment)
         except BaseException:
             with self._changed:

@@ -46,11 +46,16 @@ def why_not_beside(state: Mapping[str, object], payloads: Sequence[Payload]) -> 
     return overlap.why_not(optimizers_of(state), (tensor for payload in payloads for tensor in payload.tensors))
 
 
-def stage_beside(state: Mapping[str, object], payloads: Sequence[Payload], arena: Arena) -> Beside:
+def stage_beside(
+    state: Mapping[str, object], payloads: Sequence[Payload], arena: Arena, *, borrow_bytes: int = 0
+) -> Beside:
     """Begin to copy every payload object to its place in the arena, which is large enough.
 
     What no optimizer of the state writes to is copied when this returns; the rest is copied beside training, as it
     is now.
+
+    Args:
+        borrow_bytes: CUDA memory that may be used while the copy lasts.
     """
     starts, _ = positions([payload.size_bytes for payload in payloads])
     copies: list[Copying] = []
@@ -60,7 +65,7 @@ def stage_beside(state: Mapping[str, object], payloads: Sequence[Payload], arena
             if place.size_bytes:
                 copies += _copies(f"{payload.component}.{box.name}", tensor, arena, start + place.start)
     with no_collections():
-        return Beside(overlap.begin(copies, optimizers_of(state)))
+        return Beside(overlap.begin(copies, optimizers_of(state), borrow_bytes=borrow_bytes))
 
 
 def _copies(path: str, tensor: torch.Tensor, arena: Arena, at: int) -> Iterator[Copying]:

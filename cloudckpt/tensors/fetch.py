@@ -147,7 +147,8 @@ class _Reading:
             if not chunk.missing:
                 self._prove(chunk)
         paced = self._storage
-        threads = paced.reads_at_once if isinstance(paced, Paced) else self._settings.io_threads
+        known = paced.reads_at_once if isinstance(paced, Paced) else None
+        threads = known or self._settings.io_threads
         reads = plan_reads(
             [Wanted(c.sealed.object, c.sealed.start, c.sealed.length) for c in self._chunks],
             gap_bytes=self._settings.read_gap_bytes,

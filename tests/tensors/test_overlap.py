@@ -377,7 +377,9 @@ def test_weights_loaded_in_between(trainer: Make, device: str) -> None:
     snapshot, _ = it.begin(it.state())
     it.model.load_state_dict(other)
     it.step()
-    with pytest.raises(SaveError, match=r"^model\.0\.weight, model\.2\.weight: changed"):
+    # What is small is copied at once on the host, and beside the rest from a device.
+    names = r"model\.0\.weight, model\.2\.weight" if device == "cpu" else r"model\.0\.weight, .* and 1 more"
+    with pytest.raises(SaveError, match=rf"^{names}: changed"):
         snapshot.wait()
 
 
@@ -631,6 +633,7 @@ COMPILED = [
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own, when it is first imported
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # the compiler captures what holds no kernel
 @pytest.mark.parametrize(("device", "how", "options"), COMPILED)
 def test_a_compiled_step(trainer: Make, device: str, how: str, options: dict[str, str]) -> None:
     """A compiled step calls the hook as well: inside a function or in place, compiled before the first save or after."""
