@@ -338,11 +338,12 @@ class S3Lane:
                 raise ObjectNotFoundError(missing) from exc
             raise
         # An answer that broke off in its headers looks like one without them, and proves nothing.
-        said = answer.headers.get("content-range" if answer.status == 206 else "content-length", "")
+        ranged = answer.headers.get("content-range")  # some servers send one with a plain 200
+        said = answer.headers.get("content-length", "") if ranged is None and answer.status == 200 else ranged or ""
         total = said.rpartition("/")[2]
         if total.isdecimal() and int(total) < end:
             raise ObjectNotFoundError(missing)
-        if total.isdecimal() and answer.status == 200 and (start or int(total) != end):
+        if total.isdecimal() and ranged is None and (start or int(total) != end):
             raise Declined(f"the server does not answer ranges ({total} bytes came for {length})")
         if not total.isdecimal() or answer.filled != length:
             raise StorageError(f"{what}: {answer.filled} of {length} bytes came", retryable=True)
