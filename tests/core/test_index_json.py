@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.core.index_json import decode_index, encode_index, index_digest
-from cloudckpt.core.model import Index
+from cloudckpt.core.index_json import TensorsText, decode_index, encode_index, index_digest
+from cloudckpt.core.model import Index, TensorEntry
 from cloudckpt.errors import FormatError
 from cloudckpt.testing.builders import index
 from cloudckpt.testing.strategies import indexes
@@ -43,6 +45,42 @@ def test_an_index_survives_its_bytes(drawn: Index) -> None:
     assert found == drawn
     assert encode_index(found) == body
     assert [list(tensors) for tensors in found.tensors.values()] == [list(t) for t in drawn.tensors.values()]
+
+
+@given(indexes())
+def test_an_index_whose_tensors_are_text_has_the_same_bytes(drawn: Index) -> None:
+    """The text that is kept from save to save, filled with the sums, makes the very bytes of the index itself."""
+    sums: list[int] = []
+
+    def numbered(entry: TensorEntry) -> TensorEntry:
+        chunks = []
+        for chunk in entry.chunks:
+            chunks.append(replace(chunk, crc32c=len(sums)))
+            sums.append(chunk.crc32c)
+        return replace(entry, chunks=tuple(chunks))
+
+    tensors = {c: {name: numbered(entry) for name, entry in own.items()} for c, own in drawn.tensors.items()}
+    text = TensorsText(tensors).filled(sums)
+
+    assert encode_index(replace(drawn, tensors={}), tensors=text) == encode_index(drawn)
+
+
+def test_text_with_a_lone_surrogate_is_encoded_as_well() -> None:
+    """A metric or tensor name that UTF-8 cannot hold makes the same bytes either way."""
+    drawn = replace(index(), tags=("\ud800",))
+    sums = [chunk.crc32c for own in drawn.tensors.values() for entry in own.values() for chunk in entry.chunks]
+    numbers = itertools.count()
+    tensors = {
+        component: {
+            name: replace(entry, chunks=tuple(replace(chunk, crc32c=next(numbers)) for chunk in entry.chunks))
+            for name, entry in own.items()
+        }
+        for component, own in drawn.tensors.items()
+    }
+
+    text = TensorsText(tensors).filled(sums)
+
+    assert encode_index(replace(drawn, tensors={}), tensors=text) == encode_index(drawn)
 
 
 def test_the_last_field_is_the_digest_of_the_rest() -> None:

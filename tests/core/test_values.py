@@ -386,6 +386,25 @@ def test_a_handler_teaches_a_type_anywhere_in_the_tree() -> None:
         codec.decode({"$celsius": 7})
 
 
+class KelvinLeaf:
+    """A value with nothing inside."""
+
+    tag = "kelvin"
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
+        return value.degrees + 273.15 if isinstance(value, Celsius) else SKIP
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:
+        return Celsius(payload - 273.15)
+
+
+def test_leaves_are_asked_before_all_handlers() -> None:
+    """A leaf that takes a value wins over a handler that would; one that does not passes it on."""
+    codec = Codec([CelsiusHandler()], leaves=[KelvinLeaf()])
+    assert codec.encode([Celsius(0.0), (1,)]) == [{"$kelvin": 273.15}, Codec().encode((1,))]
+    assert codec.decode({"$kelvin": 273.15}).degrees == 0.0
+
+
 def test_paths_read_like_python() -> None:
     """Identifiers with dots, everything else in brackets."""
     assert render_path(("optimizer", "state", 0, "exp avg")) == "optimizer.state[0]['exp avg']"
