@@ -51,6 +51,11 @@ class MemorySource:
         """Bytes in all."""
         return len(self._memory)
 
+    @property
+    def together_bytes(self) -> int:
+        """It goes alone."""
+        return len(self._memory)
+
     @contextlib.contextmanager
     def hold(self, start: int, length: int) -> Iterator[Part]:
         """A part and its sum."""

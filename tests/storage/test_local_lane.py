@@ -49,7 +49,7 @@ class Views:
     def __init__(self, *views: memoryview, fail_at: int = -1, error: BaseException | None = None) -> None:
         self.views = views
         self.held = self.most_held = self.holds = 0
-        self.size_bytes = sum(map(len, views))
+        self.size_bytes = self.together_bytes = sum(map(len, views))
         self._fail_at = fail_at
         self._error = error
         self._mutex = threading.Lock()
