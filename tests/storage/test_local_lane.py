@@ -431,7 +431,7 @@ import contextlib, sys, threading
 from cloudckpt.storage import LocalStorage, Part
 PART = 8 * 1024 * 1024
 class Stuck:
-    size_bytes = 4 * PART
+    size_bytes = together_bytes = 4 * PART
     @contextlib.contextmanager
     def hold(self, start, length):
         if start == 2 * PART:
@@ -518,7 +518,7 @@ from cloudckpt.storage import LocalStorage, Part
 from cloudckpt.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 class Zeros:
-    size_bytes = 1 << 24
+    size_bytes = together_bytes = 1 << 24
     @contextlib.contextmanager
     def hold(self, start, length):
         yield Part((memoryview(bytes(length)),), 0)
