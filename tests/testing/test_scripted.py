@@ -154,7 +154,7 @@ def test_a_crash_ends_the_calls_under_way() -> None:
 class Parts:
     """A source of ten bytes."""
 
-    size_bytes = 10
+    size_bytes = together_bytes = 10
 
     @contextmanager
     def hold(self, start: int, length: int) -> Iterator[Part]:
