@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -243,11 +244,17 @@ class Wire:
         self._idle: list[_Exchange] = []
         self._watcher = _Watcher()
         self._pid = os.getpid()
+        # A wire that is forgotten gives its connections back.
+        self._finish = weakref.finalize(self, _close_idle, self._idle, self._pid)
+        self._finish.atexit = False
 
     def _check_fork(self) -> None:
         if self._pid != os.getpid():
             # The sockets are the parent's, and what a thread of it held stays held here.
+            self._finish.detach()
             self._mutex, self._idle, self._watcher, self._pid = threading.Lock(), [], _Watcher(), os.getpid()
+            self._finish = weakref.finalize(self, _close_idle, self._idle, self._pid)
+            self._finish.atexit = False
 
     def send(self, request: Request, stop: Stop) -> Answer:
         """One request and its answer.
@@ -346,9 +353,12 @@ class Wire:
         if self._pid != os.getpid():
             return
         with self._mutex:
-            idle, self._idle = self._idle, []
-        for exchange in idle:
-            exchange.close()
+            _close_idle(self._idle, self._pid)
+
+
+def _close_idle(idle: list[_Exchange], pid: int) -> None:
+    while idle and pid == os.getpid():
+        idle.pop().close()
 
 
 #: What a kept connection ends with when the server had closed it before the request came.

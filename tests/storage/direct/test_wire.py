@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.server
 import os
 import socket
@@ -262,6 +263,17 @@ def test_giving_up_wakes_whoever_waits_for_a_socket() -> None:
         stop()
         thread.join(30)
         assert len(ended) == 1
+
+
+def test_a_wire_that_is_forgotten_gives_its_connections_back() -> None:
+    """Without close(), the connection is closed when the wire is collected, and nothing warns."""
+    with Server(echo) as server:
+        wire = wire_to(server)
+        assert wire.send(ask(), Stop()).status == 200
+        connection = wire._idle[0].connection
+        del wire
+        gc.collect()
+        assert connection.sock is None
 
 
 def test_a_plain_proxy_is_asked_for_the_whole_url() -> None:
