@@ -309,8 +309,8 @@ class CheckpointManager(Run):
         """Begin to make the host memory for saves of this state: the first save then blocks no longer than later ones.
 
         Returns at once; ``wait()`` waits until it is made, and a save that comes earlier waits for no more than it
-        needs. What an optimizer will hold after its first step is counted in. Nothing is announced or written.
-        ``restore(state)`` does this by itself.
+        needs. What an optimizer will hold after its first step is counted in. A connection to the store is opened as
+        well. Nothing is announced or written. ``restore(state)`` does all of this by itself.
 
         Raises:
             TypeError: something in the state cannot be stored; names its path.
@@ -318,6 +318,8 @@ class CheckpointManager(Run):
         with self._one_at_a_time("prepare"):
             self._wait_for_save()
             self._prepare(state, 0)
+            if self._claim is None:
+                self._store.connect()
 
     def _prepare(self, state: Mapping[str, object], at_least_bytes: int) -> None:
         plan = self._planner.plan(state, allow_pickle=self._allow_pickle)

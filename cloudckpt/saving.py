@@ -27,7 +27,7 @@ from cloudckpt.claiming import Claim
 from cloudckpt.coordination import Coordinator
 from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
-from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, encode_index
+from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, StructureText, encode_index
 from cloudckpt.core.manifest import Abandon, RollForward, Settlement
 from cloudckpt.core.model import Checkpoint, Index, Manifest, PayloadObject, State
 from cloudckpt.core.retention import metric_value
@@ -45,7 +45,7 @@ from cloudckpt.events import (
 )
 from cloudckpt.pending import PendingSave
 from cloudckpt.sealed import summed
-from cloudckpt.storage import ManifestStore
+from cloudckpt.storage import Body, ManifestStore
 from cloudckpt.sweeping import delete_bytes
 from cloudckpt.tensors.arena import Arena, positions
 from cloudckpt.tensors.beside import stage_beside, why_not_beside
@@ -140,6 +140,7 @@ class Saver:
         self._planner = planner
         self._arena = arena
         self._listener = listener
+        self._structure = StructureText()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-save")
         self._current: PendingSave | None = None
         # What the next announce settles: saves of ours that failed, or whose commit nobody confirmed.
@@ -378,12 +379,13 @@ class Saver:
 
     def _seal(self, job: _Job, entry: Checkpoint) -> RollForward:
         index = self._index(job, entry)
-        body = encode_index(index, tensors=job.plan.text.filled(job.sums))
+        tensors, structure = job.plan.text.filled(job.sums), self._structure.of(index.structure)
+        body = encode_index(index, tensors=tensors, structure=structure)
         if len(body) > INDEX_LIMIT_BYTES:
             raise SaveError(_too_large(entry, index, len(body)))
         key = keys.index_key(entry.step, entry.id)
         # The folder belongs to this save alone, so an index that is already there is this one, sent before.
-        self._store.storage.put(key, [body], size_bytes=len(body))
+        self._store.storage.put(key, Body(body), size_bytes=len(body))
         return summed(index, body)
 
     def _index(self, job: _Job, entry: Checkpoint) -> Index:

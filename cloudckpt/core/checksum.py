@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from cloudckpt.errors import FormatError
 
-__all__ = ["combine", "combine_all", "format_crc32c", "parse_crc32c"]
+__all__ = ["combine", "combine_all", "format_crc32c", "is_crc32c", "parse_crc32c"]
 
 _POLYNOMIAL = 0x82F63B78
 _ONE = 1 << 31  # the polynomial 1: in reflected order the highest bit is x**0
@@ -78,12 +78,17 @@ def format_crc32c(value: int) -> str:
     return f"{value:08x}"
 
 
+def is_crc32c(text: str) -> bool:
+    """Whether a text is eight lower-case hex digits."""
+    return _SUM.fullmatch(text) is not None
+
+
 def parse_crc32c(text: str) -> int:
     """The sum spelled by eight lower-case hex digits.
 
     Raises:
         FormatError: it is something else.
     """
-    if _SUM.fullmatch(text) is None:
+    if not is_crc32c(text):
         raise FormatError(f"{text!r} is no CRC-32C: expected 8 lower-case hex digits")
     return int(text, 16)

@@ -19,7 +19,7 @@ from cloudckpt.core import keys
 from cloudckpt.core.model import FORMAT
 from cloudckpt.errors import FormatError
 
-__all__ = ["Reader", "canonical", "metric_to_json", "metrics_to_json", "parse_document"]
+__all__ = ["LARGEST_INTEGER", "Reader", "canonical", "metric_to_json", "metrics_to_json", "parse_document"]
 
 _T = TypeVar("_T")
 
@@ -29,7 +29,7 @@ _LOW_HEX = re.compile(r"[0-9a-f]+")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 #: Every counter of the format fits a signed 64-bit integer.
-_LARGEST = 2**63 - 1
+LARGEST_INTEGER = 2**63 - 1
 
 #: Deeper nesting of fields we only carry along could be read, and then not be written again.
 _DEPTH_LIMIT = 100
@@ -225,7 +225,7 @@ class Reader:
         self.problem("a string that is not empty")
         return "?"
 
-    def integer(self, *, least: int = 0, most: int = _LARGEST) -> int:
+    def integer(self, *, least: int = 0, most: int = LARGEST_INTEGER) -> int:
         """An integer, not a bool and not 1.0."""
         if type(self.value) is int and least <= self.value <= most:
             return self.value

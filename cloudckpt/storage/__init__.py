@@ -3,6 +3,7 @@
 from cloudckpt.storage.base import (
     Buffer,
     Conditions,
+    Connecting,
     Described,
     Landed,
     Listed,
@@ -15,6 +16,7 @@ from cloudckpt.storage.base import (
     Unknown,
     Versioned,
 )
+from cloudckpt.storage.body import Body
 from cloudckpt.storage.gcs import GCSStorage
 from cloudckpt.storage.generic import GenericFsspecStorage
 from cloudckpt.storage.local import LocalStorage
@@ -25,8 +27,10 @@ from cloudckpt.storage.s3 import S3Storage
 from cloudckpt.storage.urls import open_storage
 
 __all__ = [
+    "Body",
     "Buffer",
     "Conditions",
+    "Connecting",
     "Described",
     "GCSStorage",
     "GenericFsspecStorage",

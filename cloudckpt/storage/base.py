@@ -13,6 +13,7 @@ from cloudckpt.errors import StorageError
 __all__ = [
     "Buffer",
     "Conditions",
+    "Connecting",
     "Described",
     "Landed",
     "Listed",
@@ -239,6 +240,18 @@ class Paced(Protocol):
     @property
     def reads_at_once(self) -> int | None:
         """More of them would only take turns; None if nobody knows."""
+        ...
+
+
+@runtime_checkable
+class Connecting(Protocol):
+    """A storage whose first request waits for more than an answer: a client library, a session, credentials, TLS."""
+
+    def connect(self, key: str, *, limit_bytes: int) -> None:
+        """Begin, in the background, to read a small object, and drop it: what comes later finds everything made.
+
+        Returns at once. What goes wrong is told by the first request that somebody waits for.
+        """
         ...
 
 

@@ -54,11 +54,8 @@ class GCSStorage(GCSSession):
 
     # -- small objects ---------------------------------------------------------------------------------------
 
-    def read(self, key: str, *, limit_bytes: int) -> Versioned:
-        """See ``Storage.read``; the version is the generation, from the same answer as the bytes."""
-        return self._run(self._read(key, limit_bytes))
-
     async def _read(self, key: str, limit_bytes: int) -> Versioned:
+        """The version is the generation, from the same answer as the bytes."""
         what = self._named("reading", key)
         # One byte more than allowed, so that an object that is too large is not downloaded to find out.
         wanted = {"Range": f"bytes=0-{limit_bytes}"}

@@ -34,7 +34,7 @@ from cloudckpt.errors import (
     ObjectNotFoundError,
     StorageError,
 )
-from cloudckpt.storage.base import Landed, Outcome, Storage, Unknown, Versioned
+from cloudckpt.storage.base import Connecting, Landed, Outcome, Storage, Unknown, Versioned
 from cloudckpt.storage.conditions import ConditionalWrites, conditional_writes
 from cloudckpt.storage.retry import Backoff, RetryingStorage
 
@@ -128,6 +128,11 @@ class ManifestStore:
     def last_seen(self) -> Manifest | None:
         """The manifest this process last read or wrote, without a request."""
         return self._base.manifest if self._base else None
+
+    def connect(self) -> None:
+        """Begin to make what the first request would wait for, where the storage has such things. Returns at once."""
+        if isinstance(self._once, Connecting):
+            self._once.connect(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
 
     def read(self) -> Manifest | None:
         """The manifest as it is now; None if the root is empty.

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, TypeVar
 
 from cloudckpt.config import Settings
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer
-from cloudckpt.storage.loop import Loop, LoopClosed
+from cloudckpt.storage.base import Buffer, Versioned
+from cloudckpt.storage.loop import Loop, LoopClosed, Running
 from cloudckpt.storage.retry import Backoff
 
 __all__ = ["RemoteStorage", "crc32c_b64", "each", "parts_of"]
@@ -37,6 +37,8 @@ class _Filesystems:
 
     current: Any = None
     outdated: list[Any] = field(default_factory=list)
+    #: Held while a session is being made: two requests that come first would make two.
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class RemoteStorage(ABC):
@@ -132,6 +134,11 @@ class RemoteStorage(ABC):
             self._refused_at = now
         return now - self._refused_at > _RENEWAL_S
 
+    def connect(self, key: str, *, limit_bytes: int) -> None:
+        """See ``Connecting.connect``."""
+        with contextlib.suppress(LoopClosed):
+            Running(self._running(), lambda: self._read(key, limit_bytes)).begin()
+
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
         while True:
             with contextlib.suppress(LoopClosed):  # somebody closed the storage this moment; it opens again
@@ -165,6 +172,16 @@ class RemoteStorage(ABC):
                 if pause is None:
                     raise
             await asyncio.sleep(pause)
+
+    # -- small objects ---------------------------------------------------------------------------------------
+
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        """See ``Storage.read``."""
+        return self._run(self._read(key, limit_bytes))
+
+    @abstractmethod
+    async def _read(self, key: str, limit_bytes: int) -> Versioned:
+        """As ``read``."""
 
     # -- payload ---------------------------------------------------------------------------------------------
 

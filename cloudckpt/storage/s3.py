@@ -49,26 +49,22 @@ class S3Storage(S3Session):
 
     # -- small objects ---------------------------------------------------------------------------------------
 
-    def read(self, key: str, *, limit_bytes: int) -> Versioned:
-        """See ``Storage.read``; the version is the ETag without its quotes."""
+    async def _read(self, key: str, limit_bytes: int) -> Versioned:
+        """The version is the ETag without its quotes."""
         what = self._named("reading", key)
-
-        async def ask() -> Versioned:
-            answer = await self._ask("get_object", what, Key=self._key(key), ChecksumMode="ENABLED")
-            body = answer["Body"]
-            async with body:
-                size = int(answer["ContentLength"])
-                if size > limit_bytes:
-                    raise StorageError(f"{what}: it has {size} bytes, more than the {limit_bytes} expected")
-                found = await self._received(what, body.read())
-            if len(found) != size:
-                raise StorageError(f"{what}: {len(found)} of {size} bytes came", retryable=True)
-            checksum = crc32c_b64(crc32c.crc32c(found))
-            if answer.get("ChecksumCRC32C", checksum) != checksum:
-                raise StorageError(f"{what}: not the bytes that the store has a checksum of came", retryable=True)
-            return Versioned(found, str(answer["ETag"]).strip('"'))
-
-        return self._run(ask())
+        answer = await self._ask("get_object", what, Key=self._key(key), ChecksumMode="ENABLED")
+        body = answer["Body"]
+        async with body:
+            size = int(answer["ContentLength"])
+            if size > limit_bytes:
+                raise StorageError(f"{what}: it has {size} bytes, more than the {limit_bytes} expected")
+            found = await self._received(what, body.read())
+        if len(found) != size:
+            raise StorageError(f"{what}: {len(found)} of {size} bytes came", retryable=True)
+        checksum = crc32c_b64(crc32c.crc32c(found))
+        if answer.get("ChecksumCRC32C", checksum) != checksum:
+            raise StorageError(f"{what}: not the bytes that the store has a checksum of came", retryable=True)
+        return Versioned(found, str(answer["ETag"]).strip('"'))
 
     async def _received(self, what: str, reading: Any) -> bytes:
         try:

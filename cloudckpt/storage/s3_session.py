@@ -104,7 +104,8 @@ class S3Session(RemoteStorage):
     async def _client(self) -> tuple[Any, Any]:
         try:
             filesystem = await self._fs()
-            await filesystem.set_session()
+            async with self._filesystems.opening:
+                await filesystem.set_session()
         except (TypeError, ValueError) as exc:
             raise ConfigError(f"{self.url}: storage_options that s3fs does not take: {exc}") from exc
         client = await filesystem.get_s3(self._bucket)

@@ -135,6 +135,8 @@ class _Reading:
         # Bytes between two wanted ranges go here, from every thread; nobody looks at them.
         self._waste = memoryview(bytearray(min(settings.read_gap_bytes, settings.max_read_bytes)))
         self._ferry: Ferry | None = None
+        # No thread reads before all are there: beside one that reads, starting the next takes 10 ms.
+        self._begun = threading.Event()
 
     def run(self) -> None:
         """Read everything. When it returns or raises, nothing is written any more.
@@ -162,8 +164,10 @@ class _Reading:
         pool = ThreadPoolExecutor(min(threads, len(reads)), thread_name_prefix="cloudckpt-read")
         try:
             running = [pool.submit(self._read, read) for read in reads]
+            self._begun.set()
             wait(running, return_when=FIRST_EXCEPTION)
         finally:
+            self._begun.set()
             # What is under way writes into memory that somebody owns: it has to end first, whatever ended us.
             pool.shutdown(cancel_futures=True)
             if self._ferry is not None:
@@ -171,6 +175,7 @@ class _Reading:
         _raise_first(running)
 
     def _read(self, read: Read) -> None:
+        self._begun.wait()
         views = self._views(read)
         if views is not None:
             self._ask(read, views)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.core.index_json import TensorsText, decode_index, encode_index, index_digest
+from cloudckpt.core import index_json
+from cloudckpt.core.index_json import StructureText, TensorsText, decode_index, encode_index, index_digest
 from cloudckpt.core.model import Index, TensorEntry
 from cloudckpt.errors import FormatError
 from cloudckpt.testing.builders import index
@@ -63,6 +64,26 @@ def test_an_index_whose_tensors_are_text_has_the_same_bytes(drawn: Index) -> Non
     text = TensorsText(tensors).filled(sums)
 
     assert encode_index(replace(drawn, tensors={}), tensors=text) == encode_index(drawn)
+
+
+@given(indexes(), st.lists(indexes(), max_size=2))
+def test_an_index_whose_structure_is_kept_text_has_the_same_bytes(drawn: Index, before: list[Index]) -> None:
+    """Whatever the states before it looked like, the text of this structure makes the very bytes of the index."""
+    text = StructureText()
+    for other in before:
+        text.of(other.structure)
+
+    assert encode_index(drawn, structure=text.of(drawn.structure)) == encode_index(drawn)
+    assert encode_index(drawn, structure=text.of(drawn.structure)) == encode_index(drawn)
+
+
+@pytest.mark.parametrize("values", [(1, True), (True, 1), (1, 1.0), (1.0, 1), (0.0, -0.0), ([1], [True]), ("", "a")])
+def test_values_that_python_finds_equal_are_told_apart(values: tuple[Any, Any]) -> None:
+    """True that became 1, or 1 that became 1.0, is spelled as what it is now."""
+    text = StructureText()
+
+    for value in values:
+        assert json.dumps(json.loads(text.of({"a": {"b": value}}))) == json.dumps({"a": {"b": value}})
 
 
 def test_text_with_a_lone_surrogate_is_encoded_as_well() -> None:
@@ -174,6 +195,33 @@ def test_every_problem_is_named_by_its_place(change: Callable[[Document], None],
 
     assert "s3://b/checkpoint.json is malformed:" in str(refused.value)
     assert f"\n  {message}" in str(refused.value)
+
+
+_ANY: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, -1, 0, 1, 1.0, 2**63, "", "4", "0000000g", "DEADBEEF", [], [1], [True], ["1"], {}]
+)
+
+
+@given(st.data())
+def test_the_quick_look_at_tensors_says_what_the_long_one_says(data: st.DataObject) -> None:
+    """Tensors are read in bulk; one thing amiss, and they are read one by one. Both take and give the same."""
+    changed = document()
+    tensors: Any = changed["tensors"]["model"]
+    tensor = tensors[data.draw(st.sampled_from([*tensors]))]
+    place = data.draw(st.sampled_from([tensors, tensor, *tensor.get("chunks", [])]))
+    place[data.draw(st.sampled_from([*place]))] = data.draw(_ANY)
+    body = resealed(changed)
+
+    def outcome() -> Index | str:
+        try:
+            return decode_index(body)
+        except FormatError as exc:
+            return str(exc)
+
+    quick = outcome()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(index_json, "_plain_tensors", lambda _: None)
+        assert outcome() == quick
 
 
 @pytest.mark.parametrize("digest", [None, 7, "md5:abc"])

@@ -89,6 +89,22 @@ def test_the_budget_of_a_small_run(wire: tuple[str, FaultProxy, Any]) -> None:
     ckpts.close()
 
 
+def test_preparing_opens_a_connection(wire: tuple[str, FaultProxy, Any]) -> None:
+    """prepare() reads the manifest once in the background, before any save; a refusal of that is nobody's business."""
+    root, proxy, kind = wire
+    early = proxy.inject("status", method="GET", status=403)
+    with CheckpointManager(root) as ckpts:
+        ckpts.prepare(state_of(0))
+        assert early.wait()
+        assert bill(proxy, kind) == {"GET": 1}
+        ckpts.save(0, state_of(0), block=True)
+        assert bill(proxy, kind) == {"GET": 1, "LIST": 1, "PUT": 1 + 2 + 1 + 2}
+        ckpts.prepare(state_of(0))
+        ckpts.wait()
+        ckpts.save(1, state_of(1), block=True)
+        assert bill(proxy, kind) == {"PUT": 2 + 1 + 2}
+
+
 def test_the_budget_of_a_large_object(wire: tuple[str, FaultProxy, Any]) -> None:
     """An object of three parts: one request each, one to begin and one to complete; no LIST, HEAD or COPY."""
     root, proxy, kind = wire

@@ -57,7 +57,7 @@ def test_metrics_of_a_checkpoint_that_is_gone_are_refused_with_a_warning(caplog:
 
 
 def test_prepare_makes_the_memory_and_announces_nothing() -> None:
-    """After prepare(state) the first save finds its memory made; the store was not asked anything."""
+    """After prepare(state) the first save finds its memory made; nothing was written for it."""
     storage = MemoryStorage()
     state = {"w": torch.arange(1000.0)}
     with CheckpointManager(storage) as ckpts:
