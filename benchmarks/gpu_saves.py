@@ -6,14 +6,16 @@ One JSON line per case, times in seconds. It needs torch with CUDA, this checkou
 is fp32 parameters under fused AdamW in GPT-like shapes; a step is bf16 products (0.24 s on an H200) and a real update.
 
 Cases: ``raw`` the link's own rate · ``prepare`` how long making the staging memory takes beside training · ``copy``
-what ``save()`` blocks, the first time and later · ``overlap`` what training loses beside the copy · ``restore`` back
-into the GPU, compared bit for bit with what was saved.
+what ``save()`` blocks, the first time and later · ``overlap`` what training loses beside the copy, with an update in
+every step; ``accumulated`` with one in every other (gradient accumulation); ``borrowed`` with one in every step, half
+of the state copied within the device first · ``restore`` back into the GPU, compared bit for bit with what was saved.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -68,11 +70,12 @@ class Trainer:
         """What is saved."""
         return {"model": self.model, "optimizer": self.optimizer}
 
-    def step(self) -> None:
+    def step(self, *, updates: bool = True) -> None:
         """Products, then the update."""
         for _ in range(150):
             self.factor @ self.factor
-        self.optimizer.step()
+        if updates:
+            self.optimizer.step()
 
 
 def size_bytes(trainer: Trainer) -> int:
@@ -114,14 +117,20 @@ def main() -> None:
     raw = raw_rate()
     out(case="raw", gib_s=raw)
     with tempfile.TemporaryDirectory(dir=given.root) as folder:
-        for mode in ("copy", "overlap"):
-            _saves(trainer, f"{folder}/{mode}", mode, raw=raw, step_s=step_s)
+        half = int(gib * GIB / 2)
+        _saves(trainer, f"{folder}/copy", "copy", Settings(stage="copy"), raw=raw, every=1)
+        beside = Settings(stage="overlap")
+        _saves(trainer, f"{folder}/accumulated", "accumulated", beside, raw=raw, every=2)
+        borrowing = Settings(stage="overlap", overlap_device_bytes=half)
+        _saves(trainer, f"{folder}/borrowed", "borrowed", borrowing, raw=raw, every=1)
+        _saves(trainer, f"{folder}/overlap", "overlap", beside, raw=raw, every=1)
         _restored(trainer, f"{folder}/overlap", given.gib)
 
 
-def _saves(trainer: Trainer, root: str, mode: str, *, raw: float, step_s: float) -> None:
+def _saves(trainer: Trainer, root: str, mode: str, settings: Settings, *, raw: float, every: int) -> None:
     gib = size_bytes(trainer) / GIB
-    with CheckpointManager(root, keep_last=1, settings=Settings(stage=mode)) as ckpts:
+    step_s = statistics.median(timed(lambda: _eight(trainer, every)) for _ in range(5)) / 8
+    with CheckpointManager(root, keep_last=1, settings=settings) as ckpts:
         began = time.perf_counter()
         ckpts.prepare(trainer.state)
         returned = time.perf_counter() - began
@@ -133,30 +142,42 @@ def _saves(trainer: Trainer, root: str, mode: str, *, raw: float, step_s: float)
             case="prepare", mode=mode, returned_s=returned, ready_within_s=time.perf_counter() - began,
             step_slowdown=statistics.median(slow) / step_s, worst_step=max(slow) / step_s,
         )  # fmt: skip
-        for number in range(5):
+        for number in range(4):
+            # With the device idle, to see what the call itself takes; then in a running loop, which launches ahead.
             torch.cuda.synchronize()
-            before = time.perf_counter()
-            pending = ckpts.save(number, trainer.state)
-            blocked = time.perf_counter() - before
-            for _ in range(8):
-                trainer.step()
+            began = time.perf_counter()
+            pending = ckpts.save(2 * number, trainer.state)
+            blocked = time.perf_counter() - began
+            pending.wait()
+            total = time.perf_counter() - began
             torch.cuda.synchronize()
-            lost = time.perf_counter() - before - 8 * step_s
+            began = time.perf_counter()
+            _eight(trainer, every)
+            pending = ckpts.save(2 * number + 1, trainer.state)
+            _eight(trainer, every)
+            torch.cuda.synchronize()
+            lost = time.perf_counter() - began - 16 * step_s
             pending.wait()
             out(
                 case=mode, save=number, blocked_s=blocked, gib_s=gib / blocked, of_raw=gib / blocked / raw,
-                lost_s=lost, lost_of_step=lost / step_s, total_s=time.perf_counter() - before,
+                lost_s=lost, lost_of_step=lost / step_s, total_s=total,
             )  # fmt: skip
         sum_before = checksum(trainer)
-        ckpts.save(9, trainer.state)
+        ckpts.save(10, trainer.state)
         trainer.step()
+    if mode != "overlap":  # the one that is restored; they are large
+        shutil.rmtree(root)
     out(case="saved", mode=mode, checksum=sum_before, changed_since=checksum(trainer) != sum_before)
-    Path(root, "checksum").write_text(str(sum_before), encoding="ascii")
+    Path(f"{root}.checksum").write_text(str(sum_before), encoding="ascii")
+
+
+def _eight(trainer: Trainer, every: int) -> None:
+    for number in range(1, 9):
+        trainer.step(updates=number % every == 0)
 
 
 def _restored(trainer: Trainer, root: str, gib: float) -> None:
-    expected = int(Path(root, "checksum").read_text(encoding="ascii"))
-    Path(root, "checksum").unlink()
+    expected = int(Path(f"{root}.checksum").read_text(encoding="ascii"))
     del trainer
     fresh = Trainer(gib)
     with CheckpointManager(root) as ckpts:

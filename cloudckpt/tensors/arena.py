@@ -10,9 +10,11 @@ import ctypes
 import mmap
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -295,11 +297,13 @@ class Arena:
 
     def pieces(self, start: int, length: int) -> Iterator[tuple[Segment, int, int]]:
         """A range as ``(segment, offset in it, length)``, in order."""
-        stop = start + length
-        for segment in self._segments:
-            if segment.stop > start and segment.start < stop:
-                begin = max(start, segment.start)
-                yield segment, begin - segment.start, min(stop, segment.stop) - begin
+        segments, stop = self._segments, start + length
+        number = bisect_right(segments, start, key=attrgetter("start")) - 1
+        while start < stop and number < len(segments):
+            segment = segments[number]
+            end = min(stop, segment.stop)
+            yield segment, start - segment.start, end - start
+            start, number = end, number + 1
 
     def views(self, start: int, length: int) -> tuple[memoryview, ...]:
         """A range as views, in order."""
