@@ -4,8 +4,6 @@ gcsfs gives the session: credentials and their renewal, endpoint or emulator, re
 API are sent over that session directly, because gcsfs turns a lost answer into "the file exists", repeats requests for
 half a minute by itself, and compares neither sizes nor checksums. Its core class is used, not the extended one, which
 asks another API over gRPC about every bucket first.
-
-Past 350 lines, because the verbs of one backend stand together; what an upload does stands in files of its own.
 """
 
 from __future__ import annotations
@@ -22,13 +20,14 @@ from urllib.parse import quote
 import crc32c
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Source, Unknown, Versioned, scatter
+from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Unknown, Versioned, scatter
 from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.gcs_errors import Answer
-from cloudckpt.storage.gcs_parts import UploadInParts
 from cloudckpt.storage.gcs_session import GCSSession
 from cloudckpt.storage.gcs_upload import ResumableUpload
 from cloudckpt.storage.gcs_xml import Session, XmlUploads
+from cloudckpt.storage.loop import Running
+from cloudckpt.storage.multipart import Carried
 from cloudckpt.storage.remote import crc32c_b64, each
 
 __all__ = ["GCSStorage"]
@@ -134,42 +133,19 @@ class GCSStorage(GCSSession):
 
     # -- payload ---------------------------------------------------------------------------------------------
 
-    def put(
-        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
-    ) -> None:
-        """See ``Storage.put``: a ``Source`` goes over the direct lane, anything else by the session."""
-        if isinstance(buffers, Source) and size_bytes and buffers.size_bytes == size_bytes:
-            if progress is not None and size_bytes <= self._lane.part_bytes(buffers):
-                # Once, whoever carries it, and before the object becomes visible: the caller may end it all here.
-                progress(size_bytes)
-                progress = None
-            try:
-                self._put_directly(key, buffers, progress or (lambda _: None))
-            except Declined as exc:
-                self._lane.decline_uploads(exc)
-            else:
-                return
-        try:
-            super().put(key, buffers, size_bytes=size_bytes, progress=progress)
-        except StorageError:
-            self._lane.reconsider_uploads()
-            raise
+    def _uploads_of(self, key: str) -> _ObjectUploads:
+        return _ObjectUploads(self, key, self._named("writing", key))
 
-    def _put_directly(self, key: str, source: Source, progress: Callable[[int], None]) -> None:
-        self._lane.check_uploads()
-        what, whole, size = self._named("writing", key), self._key(key), source.size_bytes
-        stored = _Stored(self, key, what)
-        if size <= self._lane.part_bytes(source):
-            (carried,) = self._lane.send(what, whole, source, progress, upload_id=None)
-            stored.check(carried.told, size, carried.crc32c)
-            return
-        upload = UploadInParts(self._parts, stored, what=what, key=whole, content_type=_type_of(key))
-        upload.send_by(lambda upload_id: self._lane.send(what, whole, source, progress, upload_id=upload_id))
+    def _check_stored(self, key: str, carried: Carried) -> None:
+        if carried.told != crc32c_b64(
+            carried.crc32c
+        ):  # the store did not say, or says something else: the object tells
+            what = self._named("writing", key)
+            found = self._run(self._again(lambda: self._metadata(what, key)))
+            self._run(self._compare(what, key, found, carried.size_bytes, carried.crc32c))
 
-    @property
-    def reads_at_once(self) -> int:
-        """See ``Paced.reads_at_once``."""
-        return self._lane.worthwhile if self._lane.is_used else self._settings.io_threads
+    async def _metadata(self, what: str, key: str) -> Answer:
+        return await self._ask(what, "GET", self._object(key))
 
     @property
     def _parts(self) -> XmlUploads:
@@ -220,17 +196,6 @@ class GCSStorage(GCSSession):
         )
 
     # -- reading payload -------------------------------------------------------------------------------------
-
-    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
-        """See ``Storage.read_into``: one ranged GET over the direct lane, or by the session where it declines."""
-        if any(map(len, targets)):
-            try:
-                self._lane.receive(self._named("reading", key), self._key(key), start, targets)
-            except Declined as exc:
-                self._lane.decline(exc)
-            else:
-                return
-        super().read_into(key, start, *targets)
 
     async def _read_into(self, key: str, start: int, targets: Sequence[memoryview]) -> None:
         what = self._named("reading", key)
@@ -307,11 +272,6 @@ class GCSStorage(GCSSession):
             return 0
         return self._parts.abort_each([upload for upload in found if not spare(upload[0][len(self._prefix) :])])
 
-    def close(self) -> None:
-        """See ``Storage.close``."""
-        self._lane.close()
-        super().close()
-
 
 def _total(answer: Answer) -> int:
     """The whole object's size in bytes, as an answer to a download tells it."""
@@ -336,32 +296,36 @@ def _fits(answer: Answer, size_bytes: int, value: int) -> bool:
     return str(found.get("size")) == str(size_bytes) and found.get("crc32c", ours) == ours
 
 
-class _Stored:
-    """The object that an upload over the lane has become."""
+# Other views of the same object, beside it: an upload knows nothing of buckets and credentials.
+class _ObjectUploads:
+    """The uploads of one object by the XML API. See ``Uploads``."""
 
     def __init__(self, storage: GCSStorage, key: str, what: str) -> None:
         self._storage = storage
         self._key = key
+        self._whole_key = storage._key(key)  # noqa: SLF001
         self._what = what
+        self._parts = storage._parts  # noqa: SLF001
 
-    def look(self) -> Answer:
+    def begin(self) -> Running[str]:
+        return self._parts.begin(self._what, self._whole_key, _type_of(self._key))
+
+    def complete(self, upload_id: str, parts: Sequence[Carried]) -> str:
+        etags = [part.etag for part in parts]
+        return self._parts.complete(self._what, self._whole_key, upload_id, etags).told_crc32c
+
+    def has_become(self, whole: Carried) -> bool:
         storage = self._storage
-        found: Answer = storage._run(  # noqa: SLF001 - another view of the same storage
-            storage._again(lambda: storage._ask(self._what, "GET", storage._object(self._key)))  # noqa: SLF001
-        )
-        return found
+        found = storage._run(storage._again(lambda: storage._metadata(self._what, self._key)))  # noqa: SLF001
+        return _fits(found, whole.size_bytes, whole.crc32c)
 
-    @staticmethod
-    def fits(found: Answer, size_bytes: int, crc: int) -> bool:
-        return _fits(found, size_bytes, crc)
+    def abort(self, upload_id: str) -> None:
+        self._parts.abort(f"aborting: {self._what}", self._whole_key, upload_id)
 
-    def check(self, told: str, size_bytes: int, crc: int) -> None:
-        if told != crc32c_b64(crc):  # the store did not say, or says something else: the object itself tells
-            storage = self._storage
-            storage._run(storage._compare(self._what, self._key, self.look(), size_bytes, crc))  # noqa: SLF001
+    def abort_strays(self) -> None:
+        self._parts.abort_strays(self._whole_key)
 
 
-# Another view of the same object, beside it: an upload knows nothing of buckets and credentials.
 class _Session:
     """The way from one upload to its bucket."""
 
@@ -379,7 +343,7 @@ class _Session:
         return await self._storage._send(self._what, method, url, headers=headers, data=data)  # noqa: SLF001
 
     async def stored(self) -> Answer:
-        return await self._storage._ask(self._what, "GET", self._storage._object(self._key))  # noqa: SLF001
+        return await self._storage._metadata(self._what, self._key)  # noqa: SLF001
 
     async def compare(self, answer: Answer, size_bytes: int, crc: int) -> None:
         await self._storage._compare(self._what, self._key, answer, size_bytes, crc)  # noqa: SLF001

@@ -16,7 +16,7 @@ from cloudckpt.storage.base import Buffer, Conditions
 from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, has_secret, without_answer
 from cloudckpt.storage.gcs_lane import GCSLane
 from cloudckpt.storage.gcs_way import Way, way_of
-from cloudckpt.storage.remote import RemoteStorage
+from cloudckpt.storage.laned import LanedStorage
 
 __all__ = ["GCSSession"]
 
@@ -25,7 +25,7 @@ _MEBIBYTE = 1024 * 1024
 _OK = (200, 201, 204)
 
 
-class GCSSession(RemoteStorage):
+class GCSSession(LanedStorage):
     """One bucket's session: credentials, endpoint, what is known of the store, and single requests.
 
     Args:
@@ -53,7 +53,7 @@ class GCSSession(RemoteStorage):
         super().__init__(bucket, prefix, options, settings)
         self._spacing_s = spacing_s
         self._last_write: dict[str, float] = {}
-        self._lane = GCSLane(self, bucket, settings)
+        self._lane: GCSLane = GCSLane(self, bucket, settings)
 
     # -- the filesystem --------------------------------------------------------------------------------------
 
@@ -247,19 +247,17 @@ class GCSSession(RemoteStorage):
             filesystem = await self._connected()
             credentials = filesystem.credentials.credentials
             name = getattr(credentials, "service_account_email", None) or type(credentials).__name__
-            import gcsfs  # noqa: PLC0415 - an extra
-
-            part = self._settings.part_size_bytes // _MEBIBYTE
             return {
                 "endpoint": str(filesystem._location),  # noqa: SLF001
                 "identity": "anonymous" if credentials is None else str(name),
-                "lane": self._lane.describe(
-                    str(filesystem._location),  # noqa: SLF001
-                    f"gcsfs {gcsfs.__version__}, resumable uploads in chunks of {part} MiB",
-                ),
             }
 
-        return self._run(ask())
+        found = self._run(ask())
+        import gcsfs  # noqa: PLC0415 - an extra
+
+        part = self._settings.part_size_bytes // _MEBIBYTE
+        otherwise = f"gcsfs {gcsfs.__version__}, resumable uploads in chunks of {part} MiB"
+        return {**found, "lane": self._lane.describe(otherwise)}
 
 
 def _encoded(url: str) -> Any:

@@ -15,7 +15,7 @@ from cloudckpt.errors import ConfigError, StorageError
 from cloudckpt.storage.base import Conditions
 from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.direct.sigv4 import Credentials
-from cloudckpt.storage.remote import RemoteStorage
+from cloudckpt.storage.laned import LanedStorage
 from cloudckpt.storage.s3_errors import ExpiredCredentialsError, explained
 from cloudckpt.storage.s3_lane import S3Lane
 from cloudckpt.storage.s3_way import Way, header_names
@@ -42,7 +42,7 @@ class _Shown:
         self.last = (str(request.url), dict(request.headers))
 
 
-class S3Session(RemoteStorage):
+class S3Session(LanedStorage):
     """One bucket's client: credentials, endpoint, what is known of the store, and single requests.
 
     Args:
@@ -60,7 +60,7 @@ class S3Session(RemoteStorage):
     def __init__(self, bucket: str, prefix: str, options: Mapping[str, object], settings: Settings) -> None:
         super().__init__(bucket, prefix, options, settings)
         self._refuse_mock()
-        self._lane = S3Lane(self, bucket, settings)
+        self._lane: S3Lane = S3Lane(self, bucket, settings)
         # Whether the server takes a whole-object checksum; servers that do not are remembered.
         self._checksums = True
         self._bulk_delete = True
@@ -297,16 +297,13 @@ class S3Session(RemoteStorage):
             else:
                 frozen = await credentials.get_frozen_credentials()
                 found["identity"] = f"access key {_masked(frozen.access_key)} (from {credentials.method})"
-            import s3fs  # noqa: PLC0415 - an extra
-
-            found["lane"] = (
-                self._lane.describe()
-                if self._lane.declined is None
-                else f"s3fs {s3fs.__version__}, parts of {self._part_bytes(0) // _MEBIBYTE} MiB: {self._lane.declined}"
-            )
             return found
 
-        return dict(self._run(self._resolved(ask)))
+        found = dict(self._run(self._resolved(ask)))
+        import s3fs  # noqa: PLC0415 - an extra
+
+        part = self._part_bytes(0) // _MEBIBYTE
+        return {**found, "lane": self._lane.describe(f"s3fs {s3fs.__version__}, parts of {part} MiB")}
 
 
 def _masked(access_key: str) -> str:
