@@ -14,6 +14,8 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -25,6 +27,7 @@ from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.gcs_errors import Answer
 from cloudckpt.storage.gcs_session import GCSSession
 from cloudckpt.storage.gcs_upload import ResumableUpload
+from cloudckpt.storage.gcs_upload import Session as ResumableSession
 from cloudckpt.storage.gcs_xml import Session, XmlUploads
 from cloudckpt.storage.loop import Running
 from cloudckpt.storage.multipart import Carried
@@ -134,15 +137,17 @@ class GCSStorage(GCSSession):
     # -- payload ---------------------------------------------------------------------------------------------
 
     def _uploads_of(self, key: str) -> _ObjectUploads:
-        return _ObjectUploads(self, key, self._named("writing", key))
+        what = self._named("writing", key)
+        return _ObjectUploads(self._parts, partial(self._look, what, key), what, self._key(key), _type_of(key))
 
     def _check_stored(self, key: str, carried: Carried) -> None:
-        if carried.told != crc32c_b64(
-            carried.crc32c
-        ):  # the store did not say, or says something else: the object tells
+        # If the store did not say, or says something else, the object tells.
+        if carried.told != crc32c_b64(carried.crc32c):
             what = self._named("writing", key)
-            found = self._run(self._again(lambda: self._metadata(what, key)))
-            self._run(self._compare(what, key, found, carried.size_bytes, carried.crc32c))
+            self._run(self._compare(what, key, self._look(what, key), carried.size_bytes, carried.crc32c))
+
+    def _look(self, what: str, key: str) -> Answer:
+        return self._run(self._again(partial(self._metadata, what, key)))
 
     async def _metadata(self, what: str, key: str) -> Answer:
         return await self._ask(what, "GET", self._object(key))
@@ -166,8 +171,15 @@ class GCSStorage(GCSSession):
         self, key: str, parts: Iterator[bytearray], size_bytes: int, progress: Callable[[int], None]
     ) -> None:
         what = self._named("writing", key)
-        upload = ResumableUpload(_Session(self, key, what), what=what, bucket=self._bucket, size_bytes=size_bytes)
-        upload.send(parts, progress)
+        session = ResumableSession(
+            run=self._run,
+            again=self._again,
+            begin=partial(self._begin_upload, what, key),
+            send=lambda method, url, headers, data: self._send(what, method, url, headers=headers, data=data),
+            stored=partial(self._metadata, what, key),
+            compare=partial(self._compare, what, key),
+        )
+        ResumableUpload(session, what=what, bucket=self._bucket, size_bytes=size_bytes).send(parts, progress)
 
     async def _begin_upload(self, what: str, key: str) -> str:
         answer = await self._ask(
@@ -296,54 +308,27 @@ def _fits(answer: Answer, size_bytes: int, value: int) -> bool:
     return str(found.get("size")) == str(size_bytes) and found.get("crc32c", ours) == ours
 
 
-# Other views of the same object, beside it: an upload knows nothing of buckets and credentials.
+@dataclass(frozen=True, slots=True)
 class _ObjectUploads:
     """The uploads of one object by the XML API. See ``Uploads``."""
 
-    def __init__(self, storage: GCSStorage, key: str, what: str) -> None:
-        self._storage = storage
-        self._key = key
-        self._whole_key = storage._key(key)  # noqa: SLF001
-        self._what = what
-        self._parts = storage._parts  # noqa: SLF001
+    parts: XmlUploads
+    look: Callable[[], Answer]
+    what: str
+    key: str
+    content_type: str
 
     def begin(self) -> Running[str]:
-        return self._parts.begin(self._what, self._whole_key, _type_of(self._key))
+        return self.parts.begin(self.what, self.key, self.content_type)
 
     def complete(self, upload_id: str, parts: Sequence[Carried]) -> str:
-        etags = [part.etag for part in parts]
-        return self._parts.complete(self._what, self._whole_key, upload_id, etags).told_crc32c
+        return self.parts.complete(self.what, self.key, upload_id, [part.etag for part in parts]).told_crc32c
 
     def has_become(self, whole: Carried) -> bool:
-        storage = self._storage
-        found = storage._run(storage._again(lambda: storage._metadata(self._what, self._key)))  # noqa: SLF001
-        return _fits(found, whole.size_bytes, whole.crc32c)
+        return _fits(self.look(), whole.size_bytes, whole.crc32c)
 
     def abort(self, upload_id: str) -> None:
-        self._parts.abort(f"aborting: {self._what}", self._whole_key, upload_id)
+        self.parts.abort(f"aborting: {self.what}", self.key, upload_id)
 
     def abort_strays(self) -> None:
-        self._parts.abort_strays(self._whole_key)
-
-
-class _Session:
-    """The way from one upload to its bucket."""
-
-    def __init__(self, storage: GCSStorage, key: str, what: str) -> None:
-        self._storage = storage
-        self._key = key
-        self._what = what
-        self.run = storage._run  # noqa: SLF001
-        self.again = storage._again  # noqa: SLF001
-
-    async def begin(self) -> str:
-        return await self._storage._begin_upload(self._what, self._key)  # noqa: SLF001
-
-    async def send(self, method: str, url: str, headers: dict[str, str], data: bytes | None) -> Answer:
-        return await self._storage._send(self._what, method, url, headers=headers, data=data)  # noqa: SLF001
-
-    async def stored(self) -> Answer:
-        return await self._storage._metadata(self._what, self._key)  # noqa: SLF001
-
-    async def compare(self, answer: Answer, size_bytes: int, crc: int) -> None:
-        await self._storage._compare(self._what, self._key, answer, size_bytes, crc)  # noqa: SLF001
+        self.parts.abort_strays(self.key)

@@ -15,7 +15,7 @@ from cloudckpt.errors import ConfigError, StorageError
 from cloudckpt.storage.base import Buffer, Conditions
 from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, has_secret, without_answer
 from cloudckpt.storage.gcs_lane import GCSLane
-from cloudckpt.storage.gcs_way import Way, way_of
+from cloudckpt.storage.gcs_way import Way, location_of, way_of
 from cloudckpt.storage.laned import LanedStorage
 
 __all__ = ["GCSSession"]
@@ -78,8 +78,9 @@ class GCSSession(LanedStorage):
 
     @staticmethod
     async def _close_filesystem(filesystem: Any) -> None:
-        if filesystem._session is not None:  # noqa: SLF001 - gcsfs closes it only with its own loop
-            await filesystem._session.close()  # noqa: SLF001
+        session = filesystem._session  # noqa: SLF001 - gcsfs closes it only with its own loop
+        if session is not None:
+            await session.close()
 
     async def _send(
         self,
@@ -104,7 +105,7 @@ class GCSSession(LanedStorage):
         async def send() -> Answer:
             filesystem = await self._fs()
             await filesystem._set_session()  # noqa: SLF001 - the coroutine behind its synchronous twin
-            full = url if url.startswith("http") else f"{filesystem._location}{url}"  # noqa: SLF001
+            full = url if url.startswith("http") else f"{location_of(filesystem)}{url}"
             asked = filesystem._get_params(dict(params or {}))  # noqa: SLF001 - adds userProject
             said = filesystem._get_headers(dict(headers or {}))  # noqa: SLF001 - adds a fresh token
             if query:
@@ -214,12 +215,12 @@ class GCSSession(LanedStorage):
         """The URL that requests are sent to. Sends nothing to the store."""
 
         async def ask() -> str:
-            return str((await self._connected())._location)  # noqa: SLF001
+            return location_of(await self._connected())
 
         return self._run(ask())
 
     async def _is_google(self) -> bool:
-        return _GOOGLE_HOST.match((await self._connected())._location) is not None  # noqa: SLF001
+        return _GOOGLE_HOST.match(location_of(await self._connected())) is not None
 
     async def _connected(self) -> Any:
         try:
@@ -248,7 +249,7 @@ class GCSSession(LanedStorage):
             credentials = filesystem.credentials.credentials
             name = getattr(credentials, "service_account_email", None) or type(credentials).__name__
             return {
-                "endpoint": str(filesystem._location),  # noqa: SLF001
+                "endpoint": location_of(filesystem),
                 "identity": "anonymous" if credentials is None else str(name),
             }
 

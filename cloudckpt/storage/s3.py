@@ -20,6 +20,7 @@ from cloudckpt.storage.loop import Running
 from cloudckpt.storage.multipart import Carried, UploadInParts
 from cloudckpt.storage.remote import crc32c_b64, each
 from cloudckpt.storage.s3_errors import (
+    AnsweredError,
     code_of,
     explained,
     is_condition_failed,
@@ -320,10 +321,10 @@ class S3Storage(S3Session):
 
 
 def _as_error(error: Mapping[str, Any], what: str, bucket: str) -> StorageError:
-    response = {"Error": dict(error), "ResponseMetadata": {"HTTPStatusCode": _STATUS.get(str(error.get("Code")), 400)}}
-    shaped = RuntimeError(str(error.get("Code")))
-    shaped.response = response  # type: ignore[attr-defined]
-    return explained(shaped, f"{what}: {error.get('Key')}", bucket=bucket)
+    problem = AnsweredError(
+        {"Error": dict(error), "ResponseMetadata": {"HTTPStatusCode": _STATUS.get(str(error.get("Code")), 400)}}
+    )
+    return explained(problem, f"{what}: {error.get('Key')}", bucket=bucket)
 
 
 #: DeleteObjects answers with codes only.

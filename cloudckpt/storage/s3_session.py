@@ -131,8 +131,7 @@ class S3Session(LanedStorage):
 
         def added(method: str) -> dict[str, str]:
             operation = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[method])
-            verb = getattr(client, method)
-            found = filesystem._get_s3_method_kwargs(verb, filesystem.req_kw, Bucket=self._bucket)  # noqa: SLF001
+            found = self._with_options(filesystem, getattr(client, method))
             return header_names(operation, {name: value for name, value in found.items() if name != "Bucket"})
 
         shown = {name.lower(): value for name, value in headers.items()}
@@ -144,7 +143,7 @@ class S3Session(LanedStorage):
             endpoint_path=urlsplit(str(client.meta.endpoint_url)).path,
             verify=verify,
             client_certificate=client.meta.config.client_cert,
-            proxies={scheme: str(proxy) for scheme, proxy in (proxies._proxies or {}).items()},  # noqa: SLF001
+            proxies={scheme: str(proxy) for scheme, proxy in (proxies._proxies or {}).items()},  # noqa: SLF001 - the same
             headers={method: added(method) for method in ("put_object", "upload_part", "get_object")},
         )
 
@@ -183,15 +182,19 @@ class S3Session(LanedStorage):
     def sends_checksums(self, value: bool) -> None:
         self._checksums = value
 
+    def _with_options(self, filesystem: Any, verb: Any, **arguments: Any) -> Mapping[str, Any]:
+        """Arguments with s3_additional_kwargs (SSE-KMS and the like) and RequestPayer, where the verb takes them."""
+        merge = filesystem._get_s3_method_kwargs  # noqa: SLF001 - nothing public merges them
+        found: Mapping[str, Any] = merge(verb, filesystem.req_kw, Bucket=self._bucket, **arguments)
+        return found
+
     async def _call(self, method: str, what: str, **arguments: Any) -> Any:
         """One request, once, with the options of the filesystem; errors as they come."""
 
         async def send() -> Any:
             filesystem, client = await self._client()
             verb = getattr(client, method)
-            # s3_additional_kwargs (SSE-KMS and the like) and RequestPayer, where the operation takes them.
-            kwargs = filesystem._get_s3_method_kwargs(verb, filesystem.req_kw, Bucket=self._bucket, **arguments)  # noqa: SLF001
-            return await verb(**kwargs)
+            return await verb(**self._with_options(filesystem, verb, **arguments))
 
         body = arguments.get("Body", b"")
         try:
