@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -24,6 +22,8 @@ SMALL_PARTS = Settings(
     part_size_bytes=PART, retry_base_s=0.01, retry_cap_s=0.05, storage_deadline_s=5, request_timeout_s=5
 )
 KEY = "checkpoint-1.00000000/payload"
+
+Uploading = Callable[[str, str, Any], AbstractContextManager[Any]]
 
 UPLOADER = """
 import sys
@@ -99,38 +99,23 @@ def test_no_exit_leaves_an_upload(
 
 
 @pytest.mark.processes
-def test_ctrl_c_of_a_real_process_leaves_no_upload(server: MotoServer | SeaweedFS, bucket: str) -> None:
+def test_ctrl_c_of_a_real_process_leaves_no_upload(
+    server: MotoServer | SeaweedFS, bucket: str, uploading: Uploading
+) -> None:
     """A process in the middle of an upload gets SIGINT: it ends at once, and nothing is left or appears later."""
-    with subprocess.Popen(
-        [sys.executable, "-c", UPLOADER, bucket],
-        env={**os.environ, **server.environment()},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "sending\n"
-        process.send_signal(signal.SIGINT)
-        said = process.stdout.read()
-        assert process.wait(60) == 0
-    assert said == "interrupted\n"
+    with uploading(UPLOADER, bucket, server) as process:
+        said = process.interrupt()
+    assert said == ["interrupted"]
     assert server.uploads(bucket) == []
 
 
 @pytest.mark.processes
 def test_kill_9_leaves_an_upload_that_can_be_aborted_by_its_folder(
-    server: MotoServer | SeaweedFS, bucket: str, storage: S3Storage
+    server: MotoServer | SeaweedFS, bucket: str, storage: S3Storage, uploading: Uploading
 ) -> None:
     """Only SIGKILL leaves something: invisible, and gone when its folder's uploads are aborted; others are spared."""
-    with subprocess.Popen(
-        [sys.executable, "-c", UPLOADER, bucket],
-        env={**os.environ, **server.environment()},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "sending\n"
+    with uploading(UPLOADER, bucket, server) as process:
         process.kill()
-        process.wait(60)
     assert len(server.uploads(bucket)) == 1
     assert [*storage.list("")] == []
     assert storage.abort_uploads("checkpoint-2.00000000/") == 0

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -41,6 +40,8 @@ FAST = Settings(
 )
 KEY = "checkpoint-1.00000000/payload"
 BODY = os.urandom(2 * PART + 12_345)
+
+Uploading = Callable[[str, str, Any], AbstractContextManager[Any]]
 
 UPLOADER = r"""
 import contextlib, os, sys
@@ -405,40 +406,23 @@ def test_an_upload_whose_id_was_never_learnt_is_aborted_too(
     assert gcs_server.uploads() == []
 
 
-def child(bucket: str, server: FakeGCS) -> subprocess.Popen[str]:
-    """A process in the middle of an upload that never ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", UPLOADER, bucket],
-        env={**os.environ, **server.environment()},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "sending\n"
-    return process
-
-
 @pytest.mark.processes
-def test_ctrl_c_of_a_real_process_leaves_no_upload(gcs_server: FakeGCS, bucket: str) -> None:
+def test_ctrl_c_of_a_real_process_leaves_no_upload(gcs_server: FakeGCS, bucket: str, uploading: Uploading) -> None:
     """A process in the middle of an upload gets SIGINT: it ends at once, and nothing is left or appears later."""
-    with child(bucket, gcs_server) as process:
-        process.send_signal(signal.SIGINT)
-        assert process.stdout is not None
-        said = process.stdout.read()
-        assert process.wait(60) == 0
-    assert said.splitlines()[-1] == "interrupted"
+    with uploading(UPLOADER, bucket, gcs_server) as process:
+        said = process.interrupt()
+    assert said[-1] == "interrupted"
     assert gcs_server.uploads() == []
     assert gcs_server.objects(bucket) == {}
 
 
 @pytest.mark.processes
 def test_kill_9_leaves_an_upload_that_can_be_aborted_by_its_folder(
-    gcs_server: FakeGCS, bucket: str, storage: GCSStorage
+    gcs_server: FakeGCS, bucket: str, storage: GCSStorage, uploading: Uploading
 ) -> None:
     """Only SIGKILL leaves something: invisible, billed, and gone when its folder's uploads are aborted."""
-    with child(bucket, gcs_server) as process:
+    with uploading(UPLOADER, bucket, gcs_server) as process:
         process.kill()
-        process.wait(60)
     assert gcs_server.uploads() == [f"run/{KEY}"]
     assert [*storage.list("")] == []
     assert storage.abort_uploads("checkpoint-2.00000000/") == 0

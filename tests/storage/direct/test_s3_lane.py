@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -350,21 +347,14 @@ def test_a_forked_child_sends_and_receives(s3_server: MotoServer, opened: Make) 
 
 
 @pytest.mark.processes
-def test_ctrl_c_of_a_real_process_leaves_no_upload(server: Any, bucket: str) -> None:
+def test_ctrl_c_of_a_real_process_leaves_no_upload(
+    server: Any, bucket: str, uploading: Callable[[str, str, Any], AbstractContextManager[Any]]
+) -> None:
     """A process in the middle of an upload gets SIGINT: it ends at once, and nothing is left or appears later."""
     server.create_bucket(bucket)
-    with subprocess.Popen(
-        [sys.executable, "-c", UPLOADER, bucket],
-        env={**os.environ, **server.environment()},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "sending\n"
-        process.send_signal(signal.SIGINT)
-        said = process.stdout.read()
-        assert process.wait(60) == 0
-    assert said.splitlines()[-1] == "interrupted None"
+    with uploading(UPLOADER, bucket, server) as process:
+        said = process.interrupt()
+    assert said[-1] == "interrupted None"
     assert server.uploads(bucket) == []
 
 
