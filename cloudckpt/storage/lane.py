@@ -165,11 +165,14 @@ class Lane(ABC, Generic[RouteT, ShownT]):
     def _who_asks(self) -> Shown[ShownT]:
         with self._mutex:
             known = self._shown
-        if known is None or known.until < time.monotonic():
-            known = Shown(time.monotonic() + _FRESH_S, self._ask_who())
-            with self._mutex:
-                self._shown = known
-        return known
+        if known is not None and time.monotonic() <= known.until:
+            return known
+        fresh = Shown(time.monotonic() + _FRESH_S, self._ask_who())
+        with self._mutex:
+            # Parts that begin together ask together: all show what came first, so that one refusal is of one showing.
+            if self._shown is None or self._shown is known:
+                self._shown = fresh
+            return self._shown
 
     @abstractmethod
     def _ask_who(self) -> ShownT:
@@ -178,7 +181,9 @@ class Lane(ABC, Generic[RouteT, ShownT]):
     def _forget(self, known: Shown[ShownT]) -> bool:
         """Ask the session again the next time; whether nobody else has found that out before."""
         with self._mutex:
-            is_current, self._shown = self._shown is known, None
+            is_current = self._shown is known
+            if is_current:
+                self._shown = None
         return is_current
 
     @staticmethod

@@ -16,6 +16,7 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
@@ -487,6 +488,23 @@ def test_the_token_is_the_session_s_and_renewed_in_mid_upload() -> None:
         assert storage.size(KEY) == source.size_bytes
         assert server.uploads() == []
         storage.close()
+
+
+def test_parts_that_begin_together_show_one_token(storage: GCSStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may ask the session, and all show what came first: a refusal of any is one of all, and renews it once."""
+    both = threading.Barrier(2, timeout=30)
+    ask = storage.permission
+
+    def asked() -> Any:
+        found = ask()
+        both.wait()
+        return found
+
+    monkeypatch.setattr(storage, "permission", asked)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: storage._lane._who_asks(), range(2))
+    assert one is other
+    assert [storage._lane._forget(one), storage._lane._forget(other)] == [True, False]
 
 
 def test_a_token_that_is_not_taken_is_an_error_that_does_not_show_it() -> None:
