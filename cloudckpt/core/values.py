@@ -10,6 +10,9 @@ tree, about everything but plain numbers and strings. A container that stands at
 Past 350 lines, because encoders, decoders and the strictness between them are read side by side or not at all.
 """
 
+# The tables at the end are the codec's own, and hold its methods.
+# ruff: noqa: SLF001
+
 from __future__ import annotations
 
 import base64
@@ -353,20 +356,20 @@ _ENCODERS: dict[type, Callable[[Codec, Any, Path], Json]] = {
     int: lambda _, v, __: _int(v),
     float: lambda _, v, __: _float(v),
     str: lambda _, v, __: _str(v),
-    list: Codec._list,  # noqa: SLF001 - the codec's own table
-    dict: Codec._dict,  # noqa: SLF001
-    tuple: lambda codec, v, path: {"$tuple": codec._list(v, path)},  # noqa: SLF001
-    set: lambda codec, v, path: {"$set": codec._unordered(v, path)},  # noqa: SLF001
-    frozenset: lambda codec, v, path: {"$frozenset": codec._unordered(v, path)},  # noqa: SLF001
-    OrderedDict: Codec._ordered,  # noqa: SLF001
-    defaultdict: Codec._default,  # noqa: SLF001
-    Counter: Codec._counter,  # noqa: SLF001
-    deque: lambda codec, v, path: {"$deque": {"items": codec._list(v, path), "maxlen": v.maxlen}},  # noqa: SLF001
+    list: Codec._list,
+    dict: Codec._dict,
+    tuple: lambda codec, v, path: {"$tuple": codec._list(v, path)},
+    set: lambda codec, v, path: {"$set": codec._unordered(v, path)},
+    frozenset: lambda codec, v, path: {"$frozenset": codec._unordered(v, path)},
+    OrderedDict: Codec._ordered,
+    defaultdict: Codec._default,
+    Counter: Codec._counter,
+    deque: lambda codec, v, path: {"$deque": {"items": codec._list(v, path), "maxlen": v.maxlen}},
     bytes: lambda _, v, __: {"$bytes": _b64(v)},
     bytearray: lambda _, v, __: {"$bytearray": _b64(v)},
     complex: lambda _, v, __: {"$complex": _complex(v)},
     range: lambda _, v, __: {"$range": [_int(v.start), _int(v.stop), _int(v.step)]},
-    slice: lambda codec, v, path: {"$slice": codec._list([v.start, v.stop, v.step], path)},  # noqa: SLF001
+    slice: lambda codec, v, path: {"$slice": codec._list([v.start, v.stop, v.step], path)},
     datetime: lambda _, v, path: {"$datetime": _clock(v, path)},
     date: lambda _, v, __: {"$date": v.isoformat()},
     time: lambda _, v, path: {"$time": _clock(v, path)},
@@ -381,25 +384,25 @@ _DECODERS: dict[str, Callable[[Codec, Json, Path], Any]] = {
     "$float": lambda _, p, __: _unfloat(p),
     "$int": lambda _, p, __: int(p, 16),
     "$str": lambda _, p, __: _unb64(p).decode("utf-8", "surrogatepass"),
-    "$dict": Codec._decode_pairs,  # noqa: SLF001
-    "$tuple": lambda codec, p, path: tuple(codec._decode_list(p, path)),  # noqa: SLF001
-    "$set": Codec._decode_set,  # noqa: SLF001
-    "$frozenset": lambda codec, p, path: frozenset(codec._decode_set(p, path)),  # noqa: SLF001
-    "$ordered": Codec._decode_ordered,  # noqa: SLF001
-    "$defaultdict": Codec._decode_default,  # noqa: SLF001
-    "$counter": lambda codec, p, path: Counter(codec._decode_pairs(p, path)),  # noqa: SLF001
-    "$deque": Codec._decode_deque,  # noqa: SLF001
+    "$dict": Codec._decode_pairs,
+    "$tuple": lambda codec, p, path: tuple(codec._decode_list(p, path)),
+    "$set": Codec._decode_set,
+    "$frozenset": lambda codec, p, path: frozenset(codec._decode_set(p, path)),
+    "$ordered": Codec._decode_ordered,
+    "$defaultdict": Codec._decode_default,
+    "$counter": lambda codec, p, path: Counter(codec._decode_pairs(p, path)),
+    "$deque": Codec._decode_deque,
     "$bytes": lambda _, p, __: _unb64(p),
     "$bytearray": lambda _, p, __: bytearray(_unb64(p)),
     "$complex": lambda _, p, __: complex(float(p[0]), float(p[1])),
-    "$range": lambda codec, p, path: range(*codec._decode_list(p, path)),  # noqa: SLF001
-    "$slice": Codec._decode_slice,  # noqa: SLF001
+    "$range": lambda codec, p, path: range(*codec._decode_list(p, path)),
+    "$slice": Codec._decode_slice,
     "$datetime": lambda codec, p, path: _unclock(datetime, p, codec, path),
     "$date": lambda _, p, __: date.fromisoformat(p),
     "$time": lambda codec, p, path: _unclock(time, p, codec, path),
     "$timedelta": lambda _, p, __: timedelta(*p),
     "$decimal": lambda _, p, __: _decimal(p),
-    "$fraction": lambda codec, p, path: Fraction(*codec._decode_list(p, path)),  # noqa: SLF001
+    "$fraction": lambda codec, p, path: Fraction(*codec._decode_list(p, path)),
     "$uuid": lambda _, p, __: uuid.UUID(p),
 }
 

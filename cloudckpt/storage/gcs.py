@@ -4,8 +4,6 @@ gcsfs gives the session: credentials and their renewal, endpoint or emulator, re
 API are sent over that session directly, because gcsfs turns a lost answer into "the file exists", repeats requests for
 half a minute by itself, and compares neither sizes nor checksums. Its core class is used, not the extended one, which
 asks another API over gRPC about every bucket first.
-
-Past 350 lines, because the verbs of one backend stand together; what an upload does stands in files of its own.
 """
 
 from __future__ import annotations
@@ -16,19 +14,23 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 import crc32c
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Source, Unknown, Versioned, scatter
+from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Unknown, Versioned, scatter
 from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.gcs_errors import Answer
-from cloudckpt.storage.gcs_parts import UploadInParts
 from cloudckpt.storage.gcs_session import GCSSession
 from cloudckpt.storage.gcs_upload import ResumableUpload
+from cloudckpt.storage.gcs_upload import Session as ResumableSession
 from cloudckpt.storage.gcs_xml import Session, XmlUploads
+from cloudckpt.storage.loop import Running
+from cloudckpt.storage.multipart import Carried
 from cloudckpt.storage.remote import crc32c_b64, each
 
 __all__ = ["GCSStorage"]
@@ -131,42 +133,21 @@ class GCSStorage(GCSSession):
 
     # -- payload ---------------------------------------------------------------------------------------------
 
-    def put(
-        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
-    ) -> None:
-        """See ``Storage.put``: a ``Source`` goes over the direct lane, anything else by the session."""
-        if isinstance(buffers, Source) and size_bytes and buffers.size_bytes == size_bytes:
-            if progress is not None and size_bytes <= self._lane.part_bytes(buffers):
-                # Once, whoever carries it, and before the object becomes visible: the caller may end it all here.
-                progress(size_bytes)
-                progress = None
-            try:
-                self._put_directly(key, buffers, progress or (lambda _: None))
-            except Declined as exc:
-                self._lane.decline_uploads(exc)
-            else:
-                return
-        try:
-            super().put(key, buffers, size_bytes=size_bytes, progress=progress)
-        except StorageError:
-            self._lane.reconsider_uploads()
-            raise
+    def _uploads_of(self, key: str) -> _ObjectUploads:
+        what = self._named("writing", key)
+        return _ObjectUploads(self._parts, partial(self._look, what, key), what, self._key(key), _type_of(key))
 
-    def _put_directly(self, key: str, source: Source, progress: Callable[[int], None]) -> None:
-        self._lane.check_uploads()
-        what, whole, size = self._named("writing", key), self._key(key), source.size_bytes
-        stored = _Stored(self, key, what)
-        if size <= self._lane.part_bytes(source):
-            (carried,) = self._lane.send(what, whole, source, progress, upload_id=None)
-            stored.check(carried.told, size, carried.crc32c)
-            return
-        upload = UploadInParts(self._parts, stored, what=what, key=whole, content_type=_type_of(key))
-        upload.send_by(lambda upload_id: self._lane.send(what, whole, source, progress, upload_id=upload_id))
+    def _check_stored(self, key: str, carried: Carried) -> None:
+        # If the store did not say, or says something else, the object tells.
+        if carried.told != crc32c_b64(carried.crc32c):
+            what = self._named("writing", key)
+            self._run(self._compare(what, key, self._look(what, key), carried.size_bytes, carried.crc32c))
 
-    @property
-    def reads_at_once(self) -> int:
-        """See ``Paced.reads_at_once``."""
-        return self._lane.worthwhile if self._lane.is_used else self._settings.io_threads
+    def _look(self, what: str, key: str) -> Answer:
+        return self._run(self._again(partial(self._metadata, what, key)))
+
+    async def _metadata(self, what: str, key: str) -> Answer:
+        return await self._ask(what, "GET", self._object(key))
 
     @property
     def _parts(self) -> XmlUploads:
@@ -187,8 +168,15 @@ class GCSStorage(GCSSession):
         self, key: str, parts: Iterator[bytearray], size_bytes: int, progress: Callable[[int], None]
     ) -> None:
         what = self._named("writing", key)
-        upload = ResumableUpload(_Session(self, key, what), what=what, bucket=self._bucket, size_bytes=size_bytes)
-        upload.send(parts, progress)
+        session = ResumableSession(
+            run=self._run,
+            again=self._again,
+            begin=partial(self._begin_upload, what, key),
+            send=lambda method, url, headers, data: self._send(what, method, url, headers=headers, data=data),
+            stored=partial(self._metadata, what, key),
+            compare=partial(self._compare, what, key),
+        )
+        ResumableUpload(session, what=what, bucket=self._bucket, size_bytes=size_bytes).send(parts, progress)
 
     async def _begin_upload(self, what: str, key: str) -> str:
         answer = await self._ask(
@@ -217,17 +205,6 @@ class GCSStorage(GCSSession):
         )
 
     # -- reading payload -------------------------------------------------------------------------------------
-
-    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
-        """See ``Storage.read_into``: one ranged GET over the direct lane, or by the session where it declines."""
-        if any(map(len, targets)):
-            try:
-                self._lane.receive(self._named("reading", key), self._key(key), start, targets)
-            except Declined as exc:
-                self._lane.decline(exc)
-            else:
-                return
-        super().read_into(key, start, *targets)
 
     async def _read_into(self, key: str, start: int, targets: Sequence[memoryview]) -> None:
         what = self._named("reading", key)
@@ -304,11 +281,6 @@ class GCSStorage(GCSSession):
             return 0
         return self._parts.abort_each([upload for upload in found if not spare(upload[0][len(self._prefix) :])])
 
-    def close(self) -> None:
-        """See ``Storage.close``."""
-        self._lane.close()
-        super().close()
-
 
 def _total(answer: Answer) -> int:
     """The whole object's size in bytes, as an answer to a download tells it."""
@@ -333,50 +305,27 @@ def _fits(answer: Answer, size_bytes: int, value: int) -> bool:
     return str(found.get("size")) == str(size_bytes) and found.get("crc32c", ours) == ours
 
 
-class _Stored:
-    """The object that an upload over the lane has become."""
+@dataclass(frozen=True, slots=True)
+class _ObjectUploads:
+    """The uploads of one object by the XML API. See ``Uploads``."""
 
-    def __init__(self, storage: GCSStorage, key: str, what: str) -> None:
-        self._storage = storage
-        self._key = key
-        self._what = what
+    parts: XmlUploads
+    look: Callable[[], Answer]
+    what: str
+    key: str
+    content_type: str
 
-    def look(self) -> Answer:
-        storage = self._storage
-        found: Answer = storage._run(  # noqa: SLF001 - another view of the same storage
-            storage._again(lambda: storage._ask(self._what, "GET", storage._object(self._key)))  # noqa: SLF001
-        )
-        return found
+    def begin(self) -> Running[str]:
+        return self.parts.begin(self.what, self.key, self.content_type)
 
-    @staticmethod
-    def fits(found: Answer, size_bytes: int, crc: int) -> bool:
-        return _fits(found, size_bytes, crc)
+    def complete(self, upload_id: str, parts: Sequence[Carried]) -> str:
+        return self.parts.complete(self.what, self.key, upload_id, [part.etag for part in parts]).told_crc32c
 
-    def check(self, told: str, size_bytes: int, crc: int) -> None:
-        if told != crc32c_b64(crc):  # the store did not say, or says something else: the object itself tells
-            storage = self._storage
-            storage._run(storage._compare(self._what, self._key, self.look(), size_bytes, crc))  # noqa: SLF001
+    def has_become(self, whole: Carried) -> bool:
+        return _fits(self.look(), whole.size_bytes, whole.crc32c)
 
+    def abort(self, upload_id: str) -> None:
+        self.parts.abort(f"aborting: {self.what}", self.key, upload_id)
 
-# Another view of the same object, beside it: an upload knows nothing of buckets and credentials.
-class _Session:
-    """The way from one upload to its bucket."""
-
-    def __init__(self, storage: GCSStorage, key: str, what: str) -> None:
-        self._storage = storage
-        self._key = key
-        self._what = what
-        self.run = storage._run  # noqa: SLF001
-        self.again = storage._again  # noqa: SLF001
-
-    async def begin(self) -> str:
-        return await self._storage._begin_upload(self._what, self._key)  # noqa: SLF001
-
-    async def send(self, method: str, url: str, headers: dict[str, str], data: bytes | None) -> Answer:
-        return await self._storage._send(self._what, method, url, headers=headers, data=data)  # noqa: SLF001
-
-    async def stored(self) -> Answer:
-        return await self._storage._ask(self._what, "GET", self._storage._object(self._key))  # noqa: SLF001
-
-    async def compare(self, answer: Answer, size_bytes: int, crc: int) -> None:
-        await self._storage._compare(self._what, self._key, answer, size_bytes, crc)  # noqa: SLF001
+    def abort_strays(self) -> None:
+        self.parts.abort_strays(self.key)

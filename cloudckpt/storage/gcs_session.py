@@ -15,8 +15,8 @@ from cloudckpt.errors import ConfigError, StorageError
 from cloudckpt.storage.base import Buffer, Conditions
 from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, has_secret, without_answer
 from cloudckpt.storage.gcs_lane import GCSLane
-from cloudckpt.storage.gcs_way import Way, way_of
-from cloudckpt.storage.remote import RemoteStorage
+from cloudckpt.storage.gcs_way import Way, location_of, way_of
+from cloudckpt.storage.laned import LanedStorage
 
 __all__ = ["GCSSession"]
 
@@ -25,7 +25,7 @@ _MEBIBYTE = 1024 * 1024
 _OK = (200, 201, 204)
 
 
-class GCSSession(RemoteStorage):
+class GCSSession(LanedStorage):
     """One bucket's session: credentials, endpoint, what is known of the store, and single requests.
 
     Args:
@@ -53,7 +53,7 @@ class GCSSession(RemoteStorage):
         super().__init__(bucket, prefix, options, settings)
         self._spacing_s = spacing_s
         self._last_write: dict[str, float] = {}
-        self._lane = GCSLane(self, bucket, settings)
+        self._lane: GCSLane = GCSLane(self, bucket, settings)
 
     # -- the filesystem --------------------------------------------------------------------------------------
 
@@ -78,8 +78,9 @@ class GCSSession(RemoteStorage):
 
     @staticmethod
     async def _close_filesystem(filesystem: Any) -> None:
-        if filesystem._session is not None:  # noqa: SLF001 - gcsfs closes it only with its own loop
-            await filesystem._session.close()  # noqa: SLF001
+        session = filesystem._session  # noqa: SLF001 - gcsfs closes it only with its own loop
+        if session is not None:
+            await session.close()
 
     async def _send(
         self,
@@ -104,7 +105,7 @@ class GCSSession(RemoteStorage):
         async def send() -> Answer:
             filesystem = await self._fs()
             await filesystem._set_session()  # noqa: SLF001 - the coroutine behind its synchronous twin
-            full = url if url.startswith("http") else f"{filesystem._location}{url}"  # noqa: SLF001
+            full = url if url.startswith("http") else f"{location_of(filesystem)}{url}"
             asked = filesystem._get_params(dict(params or {}))  # noqa: SLF001 - adds userProject
             said = filesystem._get_headers(dict(headers or {}))  # noqa: SLF001 - adds a fresh token
             if query:
@@ -214,12 +215,12 @@ class GCSSession(RemoteStorage):
         """The URL that requests are sent to. Sends nothing to the store."""
 
         async def ask() -> str:
-            return str((await self._connected())._location)  # noqa: SLF001
+            return location_of(await self._connected())
 
         return self._run(ask())
 
     async def _is_google(self) -> bool:
-        return _GOOGLE_HOST.match((await self._connected())._location) is not None  # noqa: SLF001
+        return _GOOGLE_HOST.match(location_of(await self._connected())) is not None
 
     async def _connected(self) -> Any:
         try:
@@ -247,19 +248,17 @@ class GCSSession(RemoteStorage):
             filesystem = await self._connected()
             credentials = filesystem.credentials.credentials
             name = getattr(credentials, "service_account_email", None) or type(credentials).__name__
-            import gcsfs  # noqa: PLC0415 - an extra
-
-            part = self._settings.part_size_bytes // _MEBIBYTE
             return {
-                "endpoint": str(filesystem._location),  # noqa: SLF001
+                "endpoint": location_of(filesystem),
                 "identity": "anonymous" if credentials is None else str(name),
-                "lane": self._lane.describe(
-                    str(filesystem._location),  # noqa: SLF001
-                    f"gcsfs {gcsfs.__version__}, resumable uploads in chunks of {part} MiB",
-                ),
             }
 
-        return self._run(ask())
+        found = self._run(ask())
+        import gcsfs  # noqa: PLC0415 - an extra
+
+        part = self._settings.part_size_bytes // _MEBIBYTE
+        otherwise = f"gcsfs {gcsfs.__version__}, resumable uploads in chunks of {part} MiB"
+        return {**found, "lane": self._lane.describe(otherwise)}
 
 
 def _encoded(url: str) -> Any:

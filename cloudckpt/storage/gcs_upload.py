@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import crc32c
 
@@ -18,32 +20,25 @@ __all__ = ["ResumableUpload", "Session"]
 _INCOMPLETE = 308  # "Resume Incomplete"
 
 
-class Session(Protocol):
-    """How an upload speaks to the store."""
+@dataclass(frozen=True, slots=True)
+class Session:
+    """How an upload speaks to the store.
 
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run a coroutine to its end, or take it down with the caller."""
-        ...
+    Attributes:
+        run: a coroutine to its end, or down with the caller.
+        again: tries under the store's deadline while waiting may help.
+        begin: opens an upload session; its URL.
+        send: one request, once: method, URL, headers, body.
+        stored: the metadata of the finished object.
+        compare: holds what the store says it has against what was sent: the answer, size and sum.
+    """
 
-    async def again(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        """Try under the store's deadline while waiting may help."""
-        ...
-
-    async def begin(self) -> str:
-        """Open an upload session; its URL."""
-        ...
-
-    async def send(self, method: str, url: str, headers: dict[str, str], data: bytes | None) -> Answer:
-        """One request, once."""
-        ...
-
-    async def stored(self) -> Answer:
-        """The metadata of the finished object."""
-        ...
-
-    async def compare(self, answer: Answer, size_bytes: int, crc: int) -> None:
-        """Hold what the store says it has against what was sent."""
-        ...
+    run: Callable[[Coroutine[Any, Any, Any]], Any]
+    again: Callable[[Callable[[], Awaitable[Any]]], Coroutine[Any, Any, Any]]
+    begin: Callable[[], Awaitable[str]]
+    send: Callable[[str, str, dict[str, str], bytes | None], Coroutine[Any, Any, Answer]]
+    stored: Callable[[], Awaitable[Answer]]
+    compare: Callable[[Answer, int, int], Awaitable[None]]
 
 
 class ResumableUpload:
@@ -84,7 +79,7 @@ class ResumableUpload:
                 self._sums.append((crc32c.crc32c(part), len(part)))
                 progress(len(part))
                 chunk = _Chunk(bytes(part), start, combine_all(self._sums) if following is None else None)
-                self._session.run(self._session.again(lambda chunk=chunk: self._deliver(chunk)))  # type: ignore[misc]
+                self._session.run(self._session.again(partial(self._deliver, chunk)))
                 start, part = end, following
         except BaseException:
             if self._url:

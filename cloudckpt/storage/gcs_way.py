@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from cloudckpt.storage.direct import Address, Declined, proxy_of
 
-__all__ = ["Way", "refuse_interception", "way_of"]
+__all__ = ["Way", "location_of", "refuse_interception", "way_of"]
 
 #: What of ``session_kwargs`` the lane does as aiohttp does.
 _UNDERSTOOD = {"trust_env", "proxy"}
@@ -46,6 +46,11 @@ class Way:
         return Address.of(self.location, proxy=self.proxy, tls=tls)
 
 
+def location_of(filesystem: Any) -> str:
+    """The URL that a gcsfs filesystem sends its requests to."""
+    return str(filesystem._location)  # noqa: SLF001 - nothing public tells it
+
+
 def way_of(filesystem: Any) -> Way:
     """The way of a gcsfs filesystem whose session is open.
 
@@ -59,14 +64,14 @@ def way_of(filesystem: Any) -> Way:
     options = dict(filesystem.session_kwargs)
     if strange := sorted(set(options) - _UNDERSTOOD):
         raise Declined(f"session_kwargs has {', '.join(strange)}, which only aiohttp understands")
-    location = str(filesystem._location).rstrip("/")  # noqa: SLF001 - nothing public tells it
+    location = location_of(filesystem).rstrip("/")
     if location.startswith("https://") and getattr(filesystem, "_use_client_cert", False):
         raise Declined("the session shows a certificate of the client")
     parts = urlsplit(location)
     proxy = options.get("proxy")
     if proxy is None and options.get("trust_env"):  # else aiohttp does not look at the environment either
         proxy = proxy_of(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}")
-    payer = filesystem._get_params({}).get("userProject")  # noqa: SLF001 - the same
+    payer = filesystem._get_params({}).get("userProject")  # noqa: SLF001 - nothing public tells it
     return Way(location, None if proxy is None else str(proxy), str(payer or ""))
 
 
@@ -77,5 +82,6 @@ def refuse_interception() -> None:
         Declined: somebody does.
     """
     client: Any = getattr(sys.modules.get("aiohttp"), "ClientSession", None)
-    if client is not None and getattr(client._request, "__module__", "") != "aiohttp.client":  # noqa: SLF001
+    # What mocks and recorders replace.
+    if client is not None and getattr(client._request, "__module__", "") != "aiohttp.client":  # noqa: SLF001 - see above
         raise Declined("aiohttp's requests are intercepted in this process, and whoever does it must see them all")

@@ -4,6 +4,8 @@ fsspec promises little about them, so little is promised here: there are no cond
 with a rename of its own makes an object visible at once. A file is never opened for writing over the network, because
 leaving such a ``with`` block by an exception *publishes* the half-written file; it is written to a local disk first
 and sent whole.
+
+Past 350 lines, because the verbs of one backend stand together, with what is asked of a filesystem before it is used.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from operator import methodcaller
 from typing import Any, TypeVar
 
 import fsspec
@@ -281,7 +285,7 @@ class GenericFsspecStorage:
         for key in [*keys]:
             path = self._path(key)
             try:
-                self._ask(self._named("deleting", key), lambda filesystem, path=path: filesystem.rm_file(path))  # type: ignore[misc]
+                self._ask(self._named("deleting", key), methodcaller("rm_file", path))
             except ObjectNotFoundError:
                 pass
             except StorageError as exc:
@@ -292,7 +296,7 @@ class GenericFsspecStorage:
         for folder in sorted(folders, key=len, reverse=True):
             # rmdir refuses a folder that is not empty, which is what is wanted.
             with contextlib.suppress(StorageError, NotImplementedError):
-                self._ask("tidying", lambda filesystem, folder=folder: _remove_if_empty(filesystem, self._path(folder)))  # type: ignore[misc]
+                self._ask("tidying", partial(_remove_if_empty, path=self._path(folder)))
         return failed
 
     def abort_uploads(
@@ -361,12 +365,15 @@ def _is_passing(exc: Exception) -> bool:
 
 
 def _can_write(kind: Any) -> bool:
-    base = fsspec.AbstractFileSystem
-    if issubclass(kind, AsyncFileSystem):
-        return kind._put_file is not AsyncFileSystem._put_file and kind._rm_file is not AsyncFileSystem._rm_file  # noqa: SLF001
-    return kind._open is not base._open and (  # noqa: SLF001
-        kind._rm is not base._rm or kind.rm_file is not base.rm_file or kind.rm is not base.rm  # noqa: SLF001
-    )
+    base = AsyncFileSystem if issubclass(kind, AsyncFileSystem) else fsspec.AbstractFileSystem
+
+    def has(*names: str) -> bool:
+        """Whether one of these is its own, and not fsspec's, which only raises."""
+        return any(getattr(kind, name) is not getattr(base, name) for name in names)
+
+    if base is AsyncFileSystem:
+        return has("_put_file") and has("_rm_file")
+    return has("_open") and has("_rm", "rm_file", "rm")
 
 
 def _renames(kind: Any) -> bool:

@@ -15,11 +15,12 @@ from typing import Any
 import crc32c
 
 from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Source, Unknown, Versioned
-from cloudckpt.storage.direct import Declined
+from cloudckpt.storage.base import Landed, Listed, Lost, Outcome, Unknown, Versioned
 from cloudckpt.storage.loop import Running
+from cloudckpt.storage.multipart import Carried, UploadInParts
 from cloudckpt.storage.remote import crc32c_b64, each
 from cloudckpt.storage.s3_errors import (
+    AnsweredError,
     code_of,
     explained,
     is_condition_failed,
@@ -27,7 +28,7 @@ from cloudckpt.storage.s3_errors import (
     status_of,
 )
 from cloudckpt.storage.s3_session import S3Session
-from cloudckpt.storage.s3_upload import MultipartUpload
+from cloudckpt.storage.s3_upload import ClientParts, S3Uploads
 
 __all__ = ["S3Storage"]
 
@@ -107,31 +108,11 @@ class S3Storage(S3Session):
 
     # -- payload ---------------------------------------------------------------------------------------------
 
-    def put(
-        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
-    ) -> None:
-        """See ``Storage.put``: a ``Source`` goes over the direct lane, anything else by the client."""
-        if isinstance(buffers, Source) and size_bytes and buffers.size_bytes == size_bytes:
-            try:
-                self._put_directly(key, buffers, progress or (lambda _: None))
-            except Declined as exc:
-                self._lane.decline(exc)
-            else:
-                return
-        try:
-            super().put(key, buffers, size_bytes=size_bytes, progress=progress)
-        except BaseException:
-            self._lane.reconsider()
-            raise
+    def _uploads_of(self, key: str) -> S3Uploads:
+        return S3Uploads(self, what=self._named("writing", key), key=self._key(key))
 
-    def _put_directly(self, key: str, source: Source, progress: Callable[[int], None]) -> None:
-        self._lane.check()
-        what, whole, size = self._named("writing", key), self._key(key), source.size_bytes
-        if size <= self._lane.part_bytes(source):
-            self._lane.send(what, whole, source, progress, upload_id=None)
-            return
-        upload = MultipartUpload(self, what=what, key=whole, size_bytes=size, at_once=self._settings.connections)
-        upload.send_by(lambda upload_id: self._lane.send(what, whole, source, progress, upload_id=upload_id))
+    def _check_stored(self, key: str, carried: Carried) -> None:
+        """The store has compared the sum that came with the bytes, before it took them."""
 
     def _part_bytes(self, size_bytes: int) -> int:
         # Equal parts (R2 wants them), few enough, in whole mebibytes.
@@ -158,21 +139,19 @@ class S3Storage(S3Session):
     def _put_parts(
         self, key: str, parts: Iterator[bytearray], size_bytes: int, progress: Callable[[int], None]
     ) -> None:
-        upload = MultipartUpload(
-            self,
-            what=self._named("writing", key),
-            key=self._key(key),
-            size_bytes=size_bytes,
-            at_once=self._settings.parts_in_flight,
-        )
-        upload.send(parts, progress)
+        what, uploads = self._named("writing", key), self._uploads_of(key)
+        sender = ClientParts(uploads, what=what, size_bytes=size_bytes, at_once=self._settings.parts_in_flight)
+        UploadInParts(uploads, what=what).send_by(lambda upload_id: sender.send(upload_id, parts, progress))
 
-    def request(self, method: str, what: str, *, checksum: dict[str, str], **arguments: Any) -> Running[Any]:
-        """A request of an upload, to be begun beside the caller, tried again under the deadline."""
+    def request(
+        self, method: str, what: str, *, checksum: dict[str, str], field: str = "", **arguments: Any
+    ) -> Running[Any]:
+        """See ``Requests.request``."""
 
         async def attempt() -> Any:
             running.attempts += 1
-            return await self._with_or_without(checksum, method, what, **arguments)
+            answer = await self._with_or_without(checksum, method, what, **arguments)
+            return answer[field] if field else answer
 
         running: Running[Any] = Running(self._running(), lambda: self._again(attempt))
         return running
@@ -188,31 +167,6 @@ class S3Storage(S3Session):
         self._run(self._again(attempt))
 
     # -- reading payload -------------------------------------------------------------------------------------
-
-    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
-        """See ``Storage.read_into``: one ranged GET over the direct lane, or by the client where it declines."""
-        if any(map(len, targets)):
-            try:
-                self._lane.receive(self._named("reading", key), self._key(key), start, targets)
-            except Declined as exc:
-                self._lane.decline(exc)
-            else:
-                return
-        try:
-            super().read_into(key, start, *targets)
-        except BaseException:
-            self._lane.reconsider()
-            raise
-
-    @property
-    def reads_at_once(self) -> int:
-        """See ``Paced.reads_at_once``."""
-        return self._settings.io_threads if self._lane.declined else self._lane.worthwhile
-
-    def close(self) -> None:
-        """See ``Storage.close``."""
-        self._lane.close()
-        super().close()
 
     async def _read_into(self, key: str, start: int, targets: Sequence[memoryview]) -> None:
         what = self._named("reading", key)
@@ -363,10 +317,10 @@ class S3Storage(S3Session):
 
 
 def _as_error(error: Mapping[str, Any], what: str, bucket: str) -> StorageError:
-    response = {"Error": dict(error), "ResponseMetadata": {"HTTPStatusCode": _STATUS.get(str(error.get("Code")), 400)}}
-    shaped = RuntimeError(str(error.get("Code")))
-    shaped.response = response  # type: ignore[attr-defined]
-    return explained(shaped, f"{what}: {error.get('Key')}", bucket=bucket)
+    problem = AnsweredError(
+        {"Error": dict(error), "ResponseMetadata": {"HTTPStatusCode": _STATUS.get(str(error.get("Code")), 400)}}
+    )
+    return explained(problem, f"{what}: {error.get('Key')}", bucket=bucket)
 
 
 #: DeleteObjects answers with codes only.

@@ -15,7 +15,7 @@ from cloudckpt.errors import ConfigError, StorageError
 from cloudckpt.storage.base import Conditions
 from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.direct.sigv4 import Credentials
-from cloudckpt.storage.remote import RemoteStorage
+from cloudckpt.storage.laned import LanedStorage
 from cloudckpt.storage.s3_errors import ExpiredCredentialsError, explained
 from cloudckpt.storage.s3_lane import S3Lane
 from cloudckpt.storage.s3_way import Way, header_names
@@ -42,7 +42,7 @@ class _Shown:
         self.last = (str(request.url), dict(request.headers))
 
 
-class S3Session(RemoteStorage):
+class S3Session(LanedStorage):
     """One bucket's client: credentials, endpoint, what is known of the store, and single requests.
 
     Args:
@@ -60,7 +60,7 @@ class S3Session(RemoteStorage):
     def __init__(self, bucket: str, prefix: str, options: Mapping[str, object], settings: Settings) -> None:
         super().__init__(bucket, prefix, options, settings)
         self._refuse_mock()
-        self._lane = S3Lane(self, bucket, settings)
+        self._lane: S3Lane = S3Lane(self, bucket, settings)
         # Whether the server takes a whole-object checksum; servers that do not are remembered.
         self._checksums = True
         self._bulk_delete = True
@@ -132,8 +132,7 @@ class S3Session(RemoteStorage):
 
         def added(method: str) -> dict[str, str]:
             operation = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[method])
-            verb = getattr(client, method)
-            found = filesystem._get_s3_method_kwargs(verb, filesystem.req_kw, Bucket=self._bucket)  # noqa: SLF001
+            found = self._with_options(filesystem, getattr(client, method))
             return header_names(operation, {name: value for name, value in found.items() if name != "Bucket"})
 
         shown = {name.lower(): value for name, value in headers.items()}
@@ -145,7 +144,7 @@ class S3Session(RemoteStorage):
             endpoint_path=urlsplit(str(client.meta.endpoint_url)).path,
             verify=verify,
             client_certificate=client.meta.config.client_cert,
-            proxies={scheme: str(proxy) for scheme, proxy in (proxies._proxies or {}).items()},  # noqa: SLF001
+            proxies={scheme: str(proxy) for scheme, proxy in (proxies._proxies or {}).items()},  # noqa: SLF001 - the same
             headers={method: added(method) for method in ("put_object", "upload_part", "get_object")},
         )
 
@@ -184,15 +183,19 @@ class S3Session(RemoteStorage):
     def sends_checksums(self, value: bool) -> None:
         self._checksums = value
 
+    def _with_options(self, filesystem: Any, verb: Any, **arguments: Any) -> Mapping[str, Any]:
+        """Arguments with s3_additional_kwargs (SSE-KMS and the like) and RequestPayer, where the verb takes them."""
+        merge = filesystem._get_s3_method_kwargs  # noqa: SLF001 - nothing public merges them
+        found: Mapping[str, Any] = merge(verb, filesystem.req_kw, Bucket=self._bucket, **arguments)
+        return found
+
     async def _call(self, method: str, what: str, **arguments: Any) -> Any:
         """One request, once, with the options of the filesystem; errors as they come."""
 
         async def send() -> Any:
             filesystem, client = await self._client()
             verb = getattr(client, method)
-            # s3_additional_kwargs (SSE-KMS and the like) and RequestPayer, where the operation takes them.
-            kwargs = filesystem._get_s3_method_kwargs(verb, filesystem.req_kw, Bucket=self._bucket, **arguments)  # noqa: SLF001
-            return await verb(**kwargs)
+            return await verb(**self._with_options(filesystem, verb, **arguments))
 
         body = arguments.get("Body", b"")
         try:
@@ -298,16 +301,13 @@ class S3Session(RemoteStorage):
             else:
                 frozen = await credentials.get_frozen_credentials()
                 found["identity"] = f"access key {_masked(frozen.access_key)} (from {credentials.method})"
-            import s3fs  # noqa: PLC0415 - an extra
-
-            found["lane"] = (
-                self._lane.describe()
-                if self._lane.declined is None
-                else f"s3fs {s3fs.__version__}, parts of {self._part_bytes(0) // _MEBIBYTE} MiB: {self._lane.declined}"
-            )
             return found
 
-        return dict(self._run(self._resolved(ask)))
+        found = dict(self._run(self._resolved(ask)))
+        import s3fs  # noqa: PLC0415 - an extra
+
+        part = self._part_bytes(0) // _MEBIBYTE
+        return {**found, "lane": self._lane.describe(f"s3fs {s3fs.__version__}, parts of {part} MiB")}
 
 
 def _masked(access_key: str) -> str:

@@ -2,6 +2,8 @@
 
 It forwards method, path, query, headers (the Host that the client signed included) and body as they are. A fault is
 injected for requests that match; each request is recorded, so that tests can count them exactly.
+
+Past 350 lines, because every fault is a turn that the one way of a request through here may take.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import asyncio
 import contextlib
 import io
 import re
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
+
+from cloudckpt.testing.listening import serve_until
 
 __all__ = ["Action", "FaultProxy", "Injected", "Request"]
 
@@ -35,8 +38,7 @@ _S3_CODES = {
     501: "NotImplemented",
     503: "SlowDown",
 }
-_BACKLOG = 128
-_TURNS_TO_ACCEPT = 10
+_TURNS_TO_CLOSE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ class FaultProxy:
 
         fault = Injected(action, matches, skip, times, status, body, dict(headers or {}), delay_s)
         fault._wake = self._notify  # noqa: SLF001 - two halves of one thing
-        fault._remove = lambda: self._forget(fault)  # noqa: SLF001
+        fault._remove = lambda: self._forget(fault)  # noqa: SLF001 - its own, handed out
         with self._mutex:
             self._faults.append(fault)
         return fault
@@ -224,22 +226,15 @@ class FaultProxy:
         )
         server = web.Server(self._handle, access_log=None)
         runner = web.ServerRunner(server, shutdown_timeout=0.1)
-        await runner.setup()
-        listener = socket.create_server(("127.0.0.1", self._port), backlog=_BACKLOG)
         try:
-            await web.SockSite(runner, listener).start()
-            self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            self._ready.set()
-            await self._end.wait()
-            # A connection that is accepted while asyncio closes its server is never closed: none may be on its way.
-            self._loop.remove_reader(listener)
-            for _ in range(_TURNS_TO_ACCEPT):
-                await asyncio.sleep(0)
+            await serve_until(self._end, runner, started=self._listens, port=self._port)
         finally:
-            await runner.cleanup()
-            listener.close()
             await self._session.close()
             await connector.close()
+
+    def _listens(self, url: str) -> None:
+        self.url = url
+        self._ready.set()
 
     def _notify(self) -> None:
         async def wake() -> None:
@@ -254,7 +249,7 @@ class FaultProxy:
         if self._changed is None:
             return
         async with self._changed:
-            await self._changed.wait_for(fault._released.is_set)  # noqa: SLF001
+            await self._changed.wait_for(fault._released.is_set)  # noqa: SLF001 - the same
 
     def _begin(self, incoming: web.BaseRequest) -> tuple[Request, Injected | None]:
         path, _, query = incoming.raw_path.partition("?")
@@ -347,7 +342,7 @@ async def _ended() -> None:
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
-    for _ in range(_TURNS_TO_ACCEPT):  # what closes, closes in the turns after
+    for _ in range(_TURNS_TO_CLOSE):  # what closes, closes in the turns after
         await asyncio.sleep(0)
 
 

@@ -140,6 +140,14 @@ class _S3Client:
         finally:
             client.close()
 
+    def uploads(self, bucket: str) -> list[str]:
+        """The keys of the uploads in parts that were begun in a bucket, and neither completed nor aborted."""
+        client = self.client()
+        try:
+            return [str(found["Key"]) for found in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())]
+        finally:
+            client.close()
+
 
 class MotoServer(_S3Client):
     """moto's server in a thread of this process."""

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,9 @@ def files(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
 
 
-def put(storage: LocalStorage, source: Views, **words: object) -> None:
+def put(storage: LocalStorage, source: Views, **words: Any) -> None:
     """Put a source where a payload object lies."""
-    storage.put(PAYLOAD, source, size_bytes=source.size_bytes, **words)  # type: ignore[arg-type]
+    storage.put(PAYLOAD, source, size_bytes=source.size_bytes, **words)
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "cached"])
@@ -635,7 +635,7 @@ def test_the_setting_reaches_the_disk(direct_folder: Path, written: Written, sch
 
 
 @pytest.mark.parametrize("wrong", ["on", 1, None])
-def test_a_setting_that_is_neither_is_refused(wrong: Callable[[], None]) -> None:
+def test_a_setting_that_is_neither_is_refused(wrong: Any) -> None:
     """``direct_io`` is True or False; a word such as "on" is not guessed at."""
     with pytest.raises(ConfigError, match=r"direct_io=.*: write True or False"):
-        Settings(direct_io=wrong)  # type: ignore[arg-type]
+        Settings(direct_io=wrong)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ import pytest
 from cloudckpt import Settings, StorageError
 from cloudckpt.storage import Conditions, GCSStorage, S3Storage
 from cloudckpt.storage.base import Buffer
-from cloudckpt.testing import FakeGCS
+from cloudckpt.testing import BytesSource, FakeGCS
 from cloudckpt.testing.fault_proxy import FaultProxy
 from cloudckpt.testing.servers import MotoServer, SeaweedFS
 
@@ -24,6 +22,8 @@ SMALL_PARTS = Settings(
     part_size_bytes=PART, retry_base_s=0.01, retry_cap_s=0.05, storage_deadline_s=5, request_timeout_s=5
 )
 KEY = "checkpoint-1.00000000/payload"
+
+Uploading = Callable[[str, str, Any], AbstractContextManager[Any]]
 
 UPLOADER = """
 import sys
@@ -43,24 +43,6 @@ except KeyboardInterrupt:
     print("interrupted", flush=True)
 storage.close()
 """
-
-
-def open_uploads(server: Any, bucket: str) -> list[Any]:
-    """The multipart uploads that are unfinished in a bucket."""
-    client = server.client()
-    try:
-        return list(client.list_multipart_uploads(Bucket=bucket).get("Uploads", []))
-    finally:
-        client.close()
-
-
-@pytest.fixture(params=["moto", "seaweedfs"])
-def server(request: pytest.FixtureRequest) -> MotoServer | SeaweedFS:
-    """Each S3 server."""
-    found: MotoServer | SeaweedFS = request.getfixturevalue(
-        {"moto": "s3_server", "seaweedfs": "seaweedfs"}[str(request.param)]
-    )
-    return found
 
 
 @pytest.fixture
@@ -90,7 +72,7 @@ def test_what_comes_back_is_what_was_sent(storage: S3Storage, server: Any, bucke
     storage.read_into(KEY, 0, memoryview(found))
     assert found == body
     assert storage.size(KEY) == size
-    assert open_uploads(server, bucket) == []
+    assert server.uploads(bucket) == []
 
 
 class _Stop(Exception):
@@ -112,48 +94,33 @@ def test_no_exit_leaves_an_upload(
 
     with pytest.raises(ends_by):
         storage.put(KEY, buffers(), size_bytes=9 * PART)
-    assert open_uploads(server, bucket) == []
+    assert server.uploads(bucket) == []
     assert [*storage.list("")] == []
 
 
 @pytest.mark.processes
-def test_ctrl_c_of_a_real_process_leaves_no_upload(server: MotoServer | SeaweedFS, bucket: str) -> None:
+def test_ctrl_c_of_a_real_process_leaves_no_upload(
+    server: MotoServer | SeaweedFS, bucket: str, uploading: Uploading
+) -> None:
     """A process in the middle of an upload gets SIGINT: it ends at once, and nothing is left or appears later."""
-    with subprocess.Popen(
-        [sys.executable, "-c", UPLOADER, bucket],
-        env={**os.environ, **server.environment()},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "sending\n"
-        process.send_signal(signal.SIGINT)
-        said = process.stdout.read()
-        assert process.wait(60) == 0
-    assert said == "interrupted\n"
-    assert open_uploads(server, bucket) == []
+    with uploading(UPLOADER, bucket, server) as process:
+        said = process.interrupt()
+    assert said == ["interrupted"]
+    assert server.uploads(bucket) == []
 
 
 @pytest.mark.processes
 def test_kill_9_leaves_an_upload_that_can_be_aborted_by_its_folder(
-    server: MotoServer | SeaweedFS, bucket: str, storage: S3Storage
+    server: MotoServer | SeaweedFS, bucket: str, storage: S3Storage, uploading: Uploading
 ) -> None:
     """Only SIGKILL leaves something: invisible, and gone when its folder's uploads are aborted; others are spared."""
-    with subprocess.Popen(
-        [sys.executable, "-c", UPLOADER, bucket],
-        env={**os.environ, **server.environment()},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "sending\n"
+    with uploading(UPLOADER, bucket, server) as process:
         process.kill()
-        process.wait(60)
-    assert len(open_uploads(server, bucket)) == 1
+    assert len(server.uploads(bucket)) == 1
     assert [*storage.list("")] == []
     assert storage.abort_uploads("checkpoint-2.00000000/") == 0
     assert storage.abort_uploads("checkpoint-1.00000000/") == 1
-    assert open_uploads(server, bucket) == []
+    assert server.uploads(bucket) == []
 
 
 def faulty(server: MotoServer, proxy: FaultProxy, bucket: str) -> S3Storage:
@@ -183,7 +150,24 @@ def test_an_upload_whose_id_was_never_learnt_is_aborted_too(
     else:
         with pytest.raises(StorageError):
             storage.put(KEY, buffers(), size_bytes=2 * PART)
-    assert open_uploads(s3_server, name) == []
+    assert s3_server.uploads(name) == []
+    storage.close()
+
+
+@pytest.mark.parametrize("source", [list, lambda buffers: BytesSource(*buffers)], ids=["buffers", "source"])
+def test_an_upload_that_was_refused_is_not_looked_for(
+    s3_server: MotoServer, s3_faults: FaultProxy, source: Any
+) -> None:
+    """A plain no to the beginning has begun nothing: one request, by the client or for the lane, and no listing."""
+    name = f"u-{uuid.uuid4().hex[:10]}"
+    s3_server.create_bucket(name)
+    storage = faulty(s3_server, s3_faults, name)
+    storage.put(KEY, [b"whole"], size_bytes=5)
+    s3_faults.clear()
+    s3_faults.inject("status", method="POST", match="uploads", status=403)
+    with pytest.raises(StorageError, match=f"{KEY}.*403"):
+        storage.put(KEY, source([bytes(2 * PART)]), size_bytes=2 * PART)
+    assert [(request.method, request.status) for request in s3_faults.requests] == [("POST", 403)]
     storage.close()
 
 

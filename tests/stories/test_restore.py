@@ -1,4 +1,7 @@
-"""What a restore does, and what it refuses, without harming the state it was given."""
+"""What a restore does, and what it refuses, without harming the state it was given.
+
+(Past 350 lines: everything that a restore may be given is one list.)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""FakeGCS, spoken to in plain HTTP: each condition, each refusal, and what a client does after a lost answer."""
+"""FakeGCS, spoken to in plain HTTP: each condition, each refusal, and what a client does after a lost answer.
+
+(Past 350 lines: every rule of the JSON API that the fake keeps is one list.)
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -159,14 +162,6 @@ class Client:
 
     def list(self, **query: str) -> Reply:
         return self("GET", OBJECTS, **query)
-
-
-@pytest.fixture
-def gcs() -> Iterator[FakeGCS]:
-    """A server with an empty bucket."""
-    with FakeGCS() as server:
-        server.create_bucket("bkt")
-        yield server
 
 
 @pytest.fixture

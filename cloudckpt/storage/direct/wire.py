@@ -3,6 +3,8 @@
 A connection is used again while both sides keep it. A request on one that the server had given up meanwhile is sent
 anew at once: all requests of a lane (a part by its number, a range) can be repeated. Nothing waits for ever: each
 slice of a body, and each answer, must come within one time-out.
+
+Past 350 lines, because a request, its answer and the connection they share are kept or given up together.
 """
 
 from __future__ import annotations

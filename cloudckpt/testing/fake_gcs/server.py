@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,14 +17,12 @@ from cloudckpt.testing.fake_gcs.requests import Asked, Operation, Seen
 from cloudckpt.testing.fake_gcs.resumable import ResumableUploads
 from cloudckpt.testing.fake_gcs.store import Store
 from cloudckpt.testing.fake_gcs.xml_api import XmlApi
+from cloudckpt.testing.listening import serve_until
 
 __all__ = ["FakeGCS"]
 
 #: How long a request that is under way when the server stops may take to end by itself.
 _PATIENCE_S: Final = 1.0
-#: Turns of the event loop in which a connection that was accepted is surely known: CPython takes about three.
-_TURNS_TO_ACCEPT: Final = 10
-_BACKLOG: Final = 128
 
 
 class FakeGCS:
@@ -167,20 +164,11 @@ class FakeGCS:
         app.router.add_route("*", r"/{path:[\s\S]*}", self._handle)
         # Bytes are stored as they come: a gzipped body is no business of a store's.
         runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=_PATIENCE_S)
-        await runner.setup()
-        listener = socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG)
-        try:
-            await web.SockSite(runner, listener).start()
-            self._url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            self._ready.set()
-            await self._stop.wait()
-            # A connection that is accepted while asyncio closes its server is never closed: none may be on its way.
-            self._loop.remove_reader(listener)
-            for _ in range(_TURNS_TO_ACCEPT):
-                await asyncio.sleep(0)
-        finally:
-            await runner.cleanup()
-            listener.close()
+        await serve_until(self._stop, runner, started=self._listens)
+
+    def _listens(self, url: str) -> None:
+        self._url = url
+        self._ready.set()
 
     # -- one request -----------------------------------------------------------------------------------------
 

@@ -1,9 +1,11 @@
-"""A certificate for servers that speak TLS, and TLS before a server that does not."""
+"""What stands between a lane and its server: a certificate, TLS before a server that speaks none, and a proxy."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import http.server
 import ipaddress
 import ssl
 import threading
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from cryptography import x509
@@ -89,3 +92,48 @@ def tls_before(certificate: Path) -> Callable[[str], AbstractContextManager[str]
                 thread.join(30)
 
     return started
+
+
+@pytest.fixture
+def http_proxy() -> Iterator[tuple[str, list[str]]]:
+    """A plain HTTP proxy, which asks for the absolute URL that it was given: its own URL, and the lines it got."""
+    lines: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _carry(self) -> None:
+            lines.append(self.requestline)
+            place = urlsplit(self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            far = http.client.HTTPConnection(place.netloc, timeout=30)
+            far.putrequest(
+                self.command, self.path.partition(place.netloc)[2], skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in self.headers.items():
+                if name.lower() not in {"proxy-connection", "expect"}:
+                    far.putheader(name, value)
+            far.endheaders(body or None)
+            answer = far.getresponse()
+            data = answer.read()
+            self.send_response_only(answer.status, answer.reason)
+            for name, value in answer.headers.items():
+                if name.lower() not in {"transfer-encoding", "connection", "content-length"}:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            far.close()
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _carry  # noqa: N815 - the names that http.server looks for
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", lines
+        server.shutdown()
+        thread.join(10)

@@ -1,4 +1,7 @@
-"""The direct lane of GCS: what it sends, what it does when something goes wrong, and when it leaves payload alone."""
+"""The direct lane of GCS: what it sends, what it does when something goes wrong, and when it leaves payload alone.
+
+(Past 350 lines: everything that may happen between the lane and one strict store is one list.)
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +41,8 @@ FAST = Settings(
 )
 KEY = "checkpoint-1.00000000/payload"
 BODY = os.urandom(2 * PART + 12_345)
+
+Uploading = Callable[[str, str, Any], AbstractContextManager[Any]]
 
 UPLOADER = r"""
 import contextlib, os, sys
@@ -249,11 +254,11 @@ BROKEN = ("drop_before", "drop_after", "truncate", "503", "429", "500", "409")
     [*((action, number) for action in BROKEN for number in range(5)), *(("flip_request", n) for n in (1, 2, 3))],
 )
 def test_a_fault_at_any_request_is_got_over(  # noqa: PLR0917 - fixtures
-    storage: GCSStorage, gcs_faults: FaultProxy, gcs_server: FakeGCS, bucket: str, action: str, number: int
+    storage: GCSStorage, gcs_faults: FaultProxy, gcs_server: FakeGCS, bucket: str, action: Any, number: int
 ) -> None:
     """Whichever request is broken and however, the object is whole and no upload is left."""
     how: dict[str, Any] = {"status": int(action)} if action.isdigit() else {}
-    broken = gcs_faults.inject("status" if action.isdigit() else action, skip=number, **how)  # type: ignore[arg-type]
+    broken = gcs_faults.inject("status" if action.isdigit() else action, skip=number, **how)
     put(storage)
     assert broken.hits == 1
     gcs_faults.clear()
@@ -402,40 +407,23 @@ def test_an_upload_whose_id_was_never_learnt_is_aborted_too(
     assert gcs_server.uploads() == []
 
 
-def child(bucket: str, server: FakeGCS) -> subprocess.Popen[str]:
-    """A process in the middle of an upload that never ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", UPLOADER, bucket],
-        env={**os.environ, **server.environment()},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "sending\n"
-    return process
-
-
 @pytest.mark.processes
-def test_ctrl_c_of_a_real_process_leaves_no_upload(gcs_server: FakeGCS, bucket: str) -> None:
+def test_ctrl_c_of_a_real_process_leaves_no_upload(gcs_server: FakeGCS, bucket: str, uploading: Uploading) -> None:
     """A process in the middle of an upload gets SIGINT: it ends at once, and nothing is left or appears later."""
-    with child(bucket, gcs_server) as process:
-        process.send_signal(signal.SIGINT)
-        assert process.stdout is not None
-        said = process.stdout.read()
-        assert process.wait(60) == 0
-    assert said.splitlines()[-1] == "interrupted"
+    with uploading(UPLOADER, bucket, gcs_server) as process:
+        said = process.interrupt()
+    assert said[-1] == "interrupted"
     assert gcs_server.uploads() == []
     assert gcs_server.objects(bucket) == {}
 
 
 @pytest.mark.processes
 def test_kill_9_leaves_an_upload_that_can_be_aborted_by_its_folder(
-    gcs_server: FakeGCS, bucket: str, storage: GCSStorage
+    gcs_server: FakeGCS, bucket: str, storage: GCSStorage, uploading: Uploading
 ) -> None:
     """Only SIGKILL leaves something: invisible, billed, and gone when its folder's uploads are aborted."""
-    with child(bucket, gcs_server) as process:
+    with uploading(UPLOADER, bucket, gcs_server) as process:
         process.kill()
-        process.wait(60)
     assert gcs_server.uploads() == [f"run/{KEY}"]
     assert [*storage.list("")] == []
     assert storage.abort_uploads("checkpoint-2.00000000/") == 0
@@ -500,6 +488,23 @@ def test_the_token_is_the_session_s_and_renewed_in_mid_upload() -> None:
         assert storage.size(KEY) == source.size_bytes
         assert server.uploads() == []
         storage.close()
+
+
+def test_parts_that_begin_together_show_one_token(storage: GCSStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may ask the session, and all show what came first: a refusal of any is one of all, and renews it once."""
+    both = threading.Barrier(2, timeout=30)
+    ask = storage.permission
+
+    def asked() -> Any:
+        found = ask()
+        both.wait()
+        return found
+
+    monkeypatch.setattr(storage, "permission", asked)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: storage._lane._who_asks(), range(2))
+    assert one is other
+    assert [storage._lane._forget(one), storage._lane._forget(other)] == [True, False]
 
 
 def test_a_token_that_is_not_taken_is_an_error_that_does_not_show_it() -> None:

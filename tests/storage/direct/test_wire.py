@@ -1,4 +1,7 @@
-"""Connections of a lane against servers that behave, and against servers that do not."""
+"""Connections of a lane against servers that behave, and against servers that do not.
+
+(Past 350 lines: every way a server may behave is one list.)
+"""
 
 from __future__ import annotations
 
