@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import cloudckpt
 from cloudckpt import CheckpointManager, ConfigError, SaveError, Settings, StorageError
 from cloudckpt.events import Event, SaveFailed
 from cloudckpt.storage import MemoryStorage
-from cloudckpt.tensors import overlap
+from cloudckpt.tensors import overlap, staging
 
 pytestmark = pytest.mark.memory_only
 
@@ -98,17 +99,63 @@ def test_the_save_after_an_interrupted_one_is_not_written_over(
             copies.append(thread)
             raise KeyboardInterrupt
 
+    # The copy goes on once the next save is staged, or when that waits for the copy: then it never will be.
+    staged = threading.Event()
+    release = threading.Thread(target=lambda: (staged.wait(1), held.set()))
+    release.start()
     with CheckpointManager(storage, settings=OVERLAP) as ckpts:
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", start_and_interrupt)
             with pytest.raises(KeyboardInterrupt):
                 ckpts.save(1, {"model": model, "optimizer": optimizer})
-        threading.Timer(0.2, held.set).start()  # only as long as the next save does not wait for it
         emergency = {"values": torch.arange(600_000, dtype=torch.float32)}
         pending = ckpts.save(2, emergency)
-        held.set()
-        for thread in copies:
+        staged.set()
+        for thread in (release, *copies):
             thread.join()
+        storage.gate.set()
+        pending.wait()
+    assert torch.equal(cloudckpt.open(storage).load(2)["values"], emergency["values"])
+
+
+@pytest.mark.xfail(strict=True, reason="helpers of an interrupted copy go on into memory that the next save uses")
+def test_the_save_after_a_copy_that_was_interrupted_twice_is_not_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the copy, and once more while it waits for its helpers: the next save waits for them."""
+    me = threading.current_thread()
+    first, helping, staged = threading.Event(), threading.Event(), threading.Event()
+    plain, shutdown = staging.copy_large, ThreadPoolExecutor.shutdown
+    helpers: list[threading.Thread] = []
+
+    def copy(target: int, source: int, size_bytes: int) -> object:
+        if threading.current_thread() is me:
+            if not first.is_set():
+                raise KeyboardInterrupt
+        elif not first.is_set():
+            helpers.append(threading.current_thread())
+            helping.set()
+            staged.wait(1)  # until the next save is staged, or for ever if that waits for this
+        return plain(target, source, size_bytes)
+
+    def shut_down_and_interrupt(pool: ThreadPoolExecutor, wait: bool = True, **words: Any) -> None:
+        if pool._thread_name_prefix == "cloudckpt-stage" and not first.is_set():  # type: ignore[attr-defined]  # its own
+            assert helping.wait(60)
+            shutdown(pool, wait=False)
+            raise KeyboardInterrupt
+        shutdown(pool, wait, **words)
+
+    monkeypatch.setattr(staging, "copy_large", copy)
+    monkeypatch.setattr(staging, "cpus", lambda: 2)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shut_down_and_interrupt)
+    storage = Gated()
+    with CheckpointManager(storage) as ckpts:
+        with pytest.raises(KeyboardInterrupt):
+            ckpts.save(1, {"before": torch.ones(10_000_000)})
+        first.set()
+        emergency = {"values": torch.arange(10_000_000, dtype=torch.float32)}
+        pending = ckpts.save(2, emergency)
+        staged.set()
+        for helper in helpers:
+            helper.join()
         storage.gate.set()
         pending.wait()
     assert torch.equal(cloudckpt.open(storage).load(2)["values"], emergency["values"])
