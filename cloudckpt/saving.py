@@ -114,7 +114,9 @@ class _Job:
 
 def _let_go_of_values(error: BaseException | None) -> None:
     """An error that is kept would keep the state alive: the frames it came through have ended, and need no values."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
@@ -204,10 +206,11 @@ class Saver:
         pending = PendingSave(entry, plan.size_bytes)
         direct = sources is None
         job = _Job(plan, sources if sources is not None else self._tensor_sources(plan), pending, began, direct)
-        self._current = pending
-        self._names[entry.id] = job.names
         submitted = False
         try:
+            # In here, so that an interrupt leaves no save that nobody ends, and that everybody waits for.
+            self._current = pending
+            self._names[entry.id] = job.names
             self._pool.submit(self._run, [job])
             submitted = True
             if not direct:
