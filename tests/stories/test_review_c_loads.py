@@ -97,3 +97,27 @@ def test_a_whole_number_may_be_spelled_as_a_float() -> None:
     settings = Settings(staging_limit_bytes=8e9, io_threads=4.0)  # type: ignore[arg-type]  # on purpose
     assert (settings.staging_limit_bytes, settings.io_threads) == (8_000_000_000, 4)
     assert type(settings.staging_limit_bytes) is type(settings.io_threads) is int
+
+
+class Wrapper(torch.optim.Optimizer):
+    """What many trainers make: an optimizer by name, that passes everything on and has nothing of its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
+
+
+@pytest.mark.xfail(strict=True, reason="the walks of check_fits and fill look for param_groups in it")
+def test_an_optimizer_without_groups_of_its_own_is_restored() -> None:
+    """A wrapper without param_groups is given its state dict, like anything else that has one."""
+    model = torch.nn.Linear(3, 3)
+    storage = saved({"optimizer": Wrapper(torch.optim.SGD(model.parameters(), lr=0.25))})
+    inner = torch.optim.SGD(model.parameters(), lr=0.5)
+    with CheckpointManager(storage) as ckpts:
+        ckpts.restore({"optimizer": Wrapper(inner)})
+    assert inner.param_groups[0]["lr"] == 0.25
