@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 
 from cloudckpt.errors import ConfigError
 
@@ -85,11 +85,15 @@ class Settings:
     max_fallbacks: int = 10
 
     def __post_init__(self) -> None:
-        found = (self._problem(field.name, field.default) for field in fields(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if _is_whole(field) and isinstance(value, float) and value.is_integer():
+                object.__setattr__(self, field.name, int(value))  # 8e9 bytes, say
+        found = (self._problem(field.name, field.default, whole=_is_whole(field)) for field in fields(self))
         if problems := [problem for problem in found if problem is not None]:
             raise ConfigError("these settings cannot be used: " + "; ".join(problems))
 
-    def _problem(self, name: str, default: object) -> str | None:
+    def _problem(self, name: str, default: object, *, whole: bool) -> str | None:
         value = getattr(self, name)
         if name in _WORDS:
             asked = " or ".join(map(_quoted, _WORDS[name]))
@@ -100,7 +104,13 @@ class Settings:
             return None
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         is_fine = is_number and math.isfinite(value) and value > 0
+        if whole and not isinstance(value, int):
+            return f"{name}={value!r}: write a positive whole number"
         return None if is_fine else f"{name}={value!r}: write a positive number"
+
+
+def _is_whole(field: Field[object]) -> bool:
+    return str(field.type) in {"int", "int | None"}
 
 
 def _quoted(word: str) -> str:

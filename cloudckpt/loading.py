@@ -239,8 +239,9 @@ def _load(
         values = unflatten(structure, outline.tensor, outline.array, allow_pickle=request.allow_pickle)
     else:
         _check_names(index, components, request.names, checkpoint)
-        asked = {c: [n for n in index.tensors.get(c, {}) if n in request.names] for c in components}
-        values = {c: {n: outline.tensor(c, n) for n in names} for c, names in asked.items()}
+        names = frozenset(request.names)
+        asked = {c: [n for n in index.tensors.get(c, {}) if n in names] for c in components}
+        values = {c: {n: outline.tensor(c, n) for n in own} for c, own in asked.items()}
     if find_homes is not None:
         homes = find_homes(outline, values)
     else:

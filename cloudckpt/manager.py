@@ -160,6 +160,7 @@ class CheckpointManager(Run):
         self._saver: Saver | None = None
         self._claim: claiming.Claim | None = None
         self._closed = False
+        self._pid = os.getpid()
         self._mutex = threading.Lock()
         self._inside: int | None = None
         self._warned: set[str] = set()
@@ -176,9 +177,23 @@ class CheckpointManager(Run):
 
     # -- becoming the writer ---------------------------------------------------------------------------------
 
-    def _writer(self) -> tuple[Saver, claiming.Claim]:
+    def _check_usable(self) -> None:
         if self._closed:
             raise ConfigError(f"this manager of {self.url} is closed: make a new one")
+
+    def _check_process(self) -> None:
+        if self._forked:
+            raise ConfigError(
+                f"this manager of {self.url} came into this process by a fork: its threads and its memory did not, and "
+                "the run belongs to the process that made it. Save there; to read here, use cloudckpt.open()"
+            )
+
+    @property
+    def _forked(self) -> bool:
+        return self._pid != os.getpid()
+
+    def _writer(self) -> tuple[Saver, claiming.Claim]:
+        self._check_usable()
         if self._saver is None or self._claim is None:
             self._claim = claiming.claim_run(
                 self._store,
@@ -263,6 +278,7 @@ class CheckpointManager(Run):
     @contextlib.contextmanager
     def _one_at_a_time(self, call: str) -> Iterator[None]:
         """Threads queue up: there is one arena, and one writer to become. A signal handler cannot queue up."""
+        self._check_process()  # first: a lock may have been held when the process forked
         me = threading.get_ident()
         if self._inside == me:
             raise SaveError(
@@ -314,8 +330,10 @@ class CheckpointManager(Run):
 
         Raises:
             TypeError: something in the state cannot be stored; names its path.
+            ConfigError: the manager is closed, or came into this process by a fork.
         """
         with self._one_at_a_time("prepare"):
+            self._check_usable()
             self._wait_for_save()
             self._prepare(state, 0)
             if self._claim is None:
@@ -343,6 +361,7 @@ class CheckpointManager(Run):
             SaveError: it did not become visible.
             ConflictError: a newer writer owns the run.
         """
+        self._check_process()
         self._wait_for_save()
         self._arena.wait_prepared()
 
@@ -465,7 +484,7 @@ class CheckpointManager(Run):
 
     def _announced(self) -> ManifestStore:
         # Right after save() the announce may still be under way, and what is meant is not in the manifest yet.
-        if self._saver is not None and (in_flight := self._saver.busy_with) is not None:
+        if self._saver is not None and not self._forked and (in_flight := self._saver.busy_with) is not None:
             in_flight.wait_announced()
         return self._store
 
@@ -538,7 +557,7 @@ class CheckpointManager(Run):
             ConflictError: a newer writer owns the run.
         """
         if not self._closed:
-            wrote = self._saver is not None
+            wrote = self._saver is not None and not self._forked
             self._finish()
             if wrote:
                 metric, values, best = self._last_best()
@@ -559,6 +578,8 @@ class CheckpointManager(Run):
         if self._finalizer is not None:
             self._finalizer.detach()
         saver = self._saver
+        if self._forked:
+            return  # the run goes on, in the process that it belongs to
         if saver is None:
             self._arena.close()
             self._store.storage.close()

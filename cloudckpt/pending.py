@@ -91,9 +91,10 @@ class PendingSave:
         Already so when ``save()`` returned, but with ``Settings(stage="overlap")``: then forward, backward and the
         optimizer's own step need no call, and everything else that writes to weights or optimizer state does.
         """
+        give_back = self._give_back
         try:
-            if self._give_back is not None:
-                self._give_back()
+            if give_back is not None:
+                give_back()
             else:
                 self._staged.wait()
         except BaseException:
@@ -119,10 +120,14 @@ class PendingSave:
         """``save()`` must not return before the state is sent; what to do if it is interrupted and does."""
         self._on_interrupt = on_interrupt
         self._keeps_state = True
+        if self._staged.is_set():
+            self._on_interrupt = None
 
     def lend_state(self, give_back: Callable[[], None]) -> None:
         """The state may still be copied when ``save()`` returns; what ``wait_staged`` waits for."""
         self._give_back = give_back
+        if self._outcome.done():
+            self._give_back = None
 
     def wait_for_state(self) -> None:
         """Wait until ``save()`` may return."""
@@ -161,4 +166,5 @@ class PendingSave:
         else:
             self.enter("failed")
             self._outcome.set_exception(outcome)
+        self._give_back = None  # nothing copies any more; and it would keep the state alive as long as this
         self._announced.set()

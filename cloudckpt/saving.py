@@ -16,8 +16,10 @@ import json
 import platform
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import traceback
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +50,7 @@ from cloudckpt.sealed import summed
 from cloudckpt.storage import Body, ManifestStore
 from cloudckpt.sweeping import delete_bytes
 from cloudckpt.tensors.arena import Arena, positions
-from cloudckpt.tensors.beside import stage_beside, why_not_beside
+from cloudckpt.tensors.beside import Beside, stage_beside, why_not_beside
 from cloudckpt.tensors.forecast import optimizer_growth_bytes
 from cloudckpt.tensors.planning import Plan, Planner
 from cloudckpt.tensors.sources import ArenaSource, Buffers, PayloadSource, TensorSource
@@ -64,7 +66,7 @@ _REASON_LENGTH = 500
 _LARGE_BYTES = 8 * 1024 * 1024
 
 #: More objects than this at once gain nothing: each is sent in several parts at a time.
-_OBJECTS_AT_ONCE = 2
+_OBJECTS_AT_ONCE = 2  # by the thread that saves and one more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,15 @@ class _Job:
     def stop(self, reason: str) -> None:
         for source in self.sources:
             source.stop(reason)
+
+
+def _let_go_of_values(error: BaseException | None) -> None:
+    """An error that is kept would keep the state alive: the frames it came through have ended, and need no values."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _too_large(entry: Checkpoint, index: Index, size_bytes: int) -> str:
@@ -196,14 +207,15 @@ class Saver:
         pending = PendingSave(entry, plan.size_bytes)
         direct = sources is None
         job = _Job(plan, sources if sources is not None else self._tensor_sources(plan), pending, began, direct)
-        self._current = pending
-        self._names[entry.id] = job.names
         submitted = False
         try:
-            self._pool.submit(self._run, job)
+            # In here, so that an interrupt leaves no save that nobody ends, and that everybody waits for.
+            self._current = pending
+            self._names[entry.id] = job.names
+            self._pool.submit(self._run, [job])
             submitted = True
             if not direct:
-                job.staging = self._stage(request.state, plan)
+                self._stage(job, request.state)
         except BaseException as exc:
             job.stage_failed = exc
             pending.mark_seen()
@@ -240,18 +252,23 @@ class Saver:
         placed_at = zip(plan.payloads, starts, strict=True)
         return [ArenaSource(p, self._arena, start, together_bytes=plan.size_bytes) for p, start in placed_at]
 
-    def _stage(self, state: Mapping[str, object], plan: Plan) -> Staging:
+    def _stage(self, job: _Job, state: Mapping[str, object]) -> None:
+        # The job knows of the copy before it begins: whatever interrupts it, the next save waits for what still copies.
+        payloads = job.plan.payloads
         if self._store.settings.stage == "overlap":
-            reason = why_not_beside(state, plan.payloads)
+            reason = why_not_beside(state, payloads)
             if reason is None:
                 borrow_bytes = self._store.settings.overlap_device_bytes or 0
-                return stage_beside(state, plan.payloads, self._arena, borrow_bytes=borrow_bytes)
+                job.staging = beside = Beside()
+                stage_beside(beside, state, payloads, self._arena, borrow_bytes=borrow_bytes)
+                return
             if reason not in self._told_overlap:
                 self._told_overlap.add(reason)
                 self._listener(
                     Warned(message=f'stage="overlap" is not used, save() copies before it returns: {reason}')
                 )
-        return stage(plan.payloads, self._arena)
+        job.staging = staged = Staged()
+        stage(payloads, self._arena, staged)
 
     def _tensor_sources(self, plan: Plan) -> list[PayloadSource]:
         devices = {tensor.device for payload in plan.payloads for tensor in payload.tensors if tensor.is_cuda}
@@ -269,7 +286,12 @@ class Saver:
 
     # -- the background thread -------------------------------------------------------------------------------
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, box: list[_Job]) -> None:
+        # The job is taken out of the box: a failure that is kept knows this frame and the pool's, and these the box.
+        _let_go_of_values(self._save_and_tell(box))
+
+    def _save_and_tell(self, box: list[_Job]) -> BaseException | None:
+        job = box.pop()
         entry = job.pending.checkpoint
         try:
             committed = self._save(job, entry)
@@ -280,9 +302,11 @@ class Saver:
                 job.staging.wait_staged()
             job.pending.mark_staged()
             error = self._failed(job, entry, exc)
-            self._listener(SaveFailed(url=entry.url, step=entry.step, error=error))
-            job.pending.end(error)
-            return
+            try:
+                self._listener(SaveFailed(url=entry.url, step=entry.step, error=error))
+            finally:
+                job.pending.end(error)
+            return None if exc is job.stage_failed else error
         # From here on the save has succeeded, whatever becomes of the clean-up.
         try:
             self._tell_committed(job, committed)
@@ -291,6 +315,7 @@ class Saver:
             job.pending.enter("done")
         finally:
             job.pending.end(placed(committed, entry.root))
+        return None
 
     def _failed(self, job: _Job, entry: Checkpoint, exc: BaseException) -> BaseException:
         if isinstance(exc, FencedError):
@@ -356,18 +381,40 @@ class Saver:
             if source not in side_by_side:
                 self._put(job, entry, source)
         if side_by_side:
-            with ThreadPoolExecutor(_OBJECTS_AT_ONCE, thread_name_prefix="cloudckpt-put") as pool:
-                running = [pool.submit(self._put, job, entry, source) for source in side_by_side]
-                done, _ = wait(running, return_when=FIRST_EXCEPTION)
-                failure = next((error for put in done if (error := put.exception()) is not None), None)
-                if failure is not None:
-                    job.stop(f"another object failed: {failure}")
-                    raise failure
+            self._put_side_by_side(job, entry, side_by_side)
         for source in job.sources:
             # Here and not when the index is written: the caller may have the state back before.
             sealed, sums = source.seal()
             job.objects.append(sealed)
             job.sums += sums
+
+    def _put_side_by_side(self, job: _Job, entry: Checkpoint, sources: Sequence[PayloadSource]) -> None:
+        """Put them in this thread and one more. No pool: while a process ends, it takes no work any more."""
+        left = deque(sources)
+        failures: list[BaseException] = []
+
+        def put_what_is_left() -> None:
+            while not failures:
+                try:
+                    source = left.popleft()
+                except IndexError:
+                    return
+                try:
+                    self._put(job, entry, source)
+                except BaseException as exc:  # noqa: BLE001 - raised below, in the thread that saves
+                    failures.append(exc)
+                    job.stop(f"another object failed: {exc}")
+
+        helper = threading.Thread(target=put_what_is_left, name="cloudckpt-put", daemon=False)
+        try:
+            helper.start()
+        except RuntimeError:  # no further thread is to be had: one after the other
+            put_what_is_left()
+        else:
+            put_what_is_left()
+            helper.join()
+        if failures:
+            raise failures[0]
 
     def _put(self, job: _Job, entry: Checkpoint, source: PayloadSource) -> None:
         self._store.storage.put(

@@ -18,22 +18,29 @@ __all__ = ["Beside", "optimizers_of", "stage_beside", "why_not_beside"]
 
 
 class Beside:
-    """A copy that goes on while training does."""
+    """A copy that goes on while training does. Made before it begins, so that an interrupt loses no sight of it."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
+    def __init__(self) -> None:
+        self._snapshot: Snapshot | None = None
 
     def wait_staged(self) -> None:
         """See ``Staging.wait_staged``."""
-        self._snapshot.wait_copied()
+        if self._snapshot is not None:
+            self._snapshot.wait_copied()
 
     def confirm(self) -> None:
         """See ``Staging.confirm``."""
-        self._snapshot.confirm()
+        if self._snapshot is not None:
+            self._snapshot.confirm()
 
     def give_back(self) -> None:
         """See ``Staging.give_back``."""
-        self._snapshot.wait()
+        if self._snapshot is not None:
+            self._snapshot.wait()
+
+    def follow(self, snapshot: Snapshot) -> None:
+        """This is the copy."""
+        self._snapshot = snapshot
 
 
 def optimizers_of(state: Mapping[str, object]) -> list[Optimizer]:
@@ -47,14 +54,15 @@ def why_not_beside(state: Mapping[str, object], payloads: Sequence[Payload]) -> 
 
 
 def stage_beside(
-    state: Mapping[str, object], payloads: Sequence[Payload], arena: Arena, *, borrow_bytes: int = 0
-) -> Beside:
+    beside: Beside, state: Mapping[str, object], payloads: Sequence[Payload], arena: Arena, *, borrow_bytes: int = 0
+) -> None:
     """Begin to copy every payload object to its place in the arena, which is large enough.
 
     What no optimizer of the state writes to is copied when this returns; the rest is copied beside training, as it
     is now.
 
     Args:
+        beside: told of the copy before it goes on in the background.
         borrow_bytes: CUDA memory that may be used while the copy lasts.
     """
     starts, _ = positions([payload.size_bytes for payload in payloads])
@@ -65,11 +73,13 @@ def stage_beside(
             if place.size_bytes:
                 copies += _copies(f"{payload.component}.{box.name}", tensor, arena, start + place.start)
     with no_collections():
-        return Beside(overlap.begin(copies, optimizers_of(state), borrow_bytes=borrow_bytes))
+        overlap.begin(copies, optimizers_of(state), borrow_bytes=borrow_bytes, tell=beside.follow)
 
 
 def _copies(path: str, tensor: torch.Tensor, arena: Arena, at: int) -> Iterator[Copying]:
     """One copy of a tensor that lies within a segment; of one that crosses into the next, a copy for each."""
+    # A tensor of our own over the same memory: model.half() or ``p.data = ...`` would give the caller's another.
+    tensor = tensor.detach()
     size, item = tensor.dtype.itemsize * tensor.numel(), tensor.dtype.itemsize
     pieces = [*arena.pieces(at, size)]
     done = 0
@@ -79,9 +89,9 @@ def _copies(path: str, tensor: torch.Tensor, arena: Arena, at: int) -> Iterator[
         if len(pieces) == 1:
             yield Copying(path=path, source=tensor, target=target.view(tensor.shape))
         elif tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-            source = tensor.detach().view(-1)[done // item : (done + length) // item]
+            source = tensor.view(-1)[done // item : (done + length) // item]
             yield Copying(path=path, source=source, target=target)
         else:
             # Odd strides over a boundary between segments: rare and not worth a way of its own.
-            copy_elements(target, tensor.detach(), done // item, (done + length) // item)
+            copy_elements(target, tensor, done // item, (done + length) // item)
         done += length

@@ -30,10 +30,12 @@ def optimizer_growth_bytes(state: Mapping[str, object]) -> int:
     growth = 0
     seen: set[int] = set()
     for optimizer in _optimizers(state, seen):
-        for group in optimizer.param_groups:
+        # A wrapper may have neither: it passes its state dict on, and has nothing of its own that could grow.
+        held: Mapping[Any, Any] = getattr(optimizer, "state", {})
+        for group in getattr(optimizer, "param_groups", ()):
             factor = _factor(type(optimizer), group)
             for parameter in group["params"]:
-                if factor and parameter.requires_grad and not optimizer.state.get(parameter):
+                if factor and parameter.requires_grad and not held.get(parameter):
                     growth += factor * parameter.numel() * parameter.element_size() + _EACH_BYTES
     return growth
 

@@ -101,7 +101,7 @@ class Ferry:
             try:
                 found = self._free.popleft()
             except IndexError:
-                found = Buffer(torch.empty(self._size_bytes, dtype=torch.uint8, pin_memory=bool(self._streams)))
+                found = self._made()
             for event in found.copied:
                 event.synchronize()
             found.copied.clear()
@@ -109,6 +109,10 @@ class Ferry:
                 yield found
             finally:
                 self._free.append(found)
+
+    def _made(self) -> Buffer:
+        pinned = bool(self._streams)
+        return Buffer(torch.empty(self._size_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned))
 
     def carry(self, buffer: Buffer, start: int, target: torch.Tensor) -> None:
         """Copy bytes of a buffer from ``start`` into all of ``target`` (flat bytes). Returns at once for CUDA."""

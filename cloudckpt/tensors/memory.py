@@ -65,7 +65,19 @@ def is_plain(tensor: torch.Tensor) -> bool:
         type(tensor) in _PLAIN
         and tensor.layout is torch.strided
         and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
+        and _has_memory(tensor)
     )
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie in its storage. One that was freed or cut is read, and crashes, like any other."""
+    elements = tensor.numel()
+    if not elements:
+        return True
+    if not tensor.is_contiguous():
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + elements) * tensor.dtype.itemsize
+    return tensor.data_ptr() != 0 and end <= tensor.untyped_storage().nbytes()
 
 
 def lies_flat(tensor: torch.Tensor) -> bool:
@@ -77,11 +89,13 @@ def check_storable(tensor: torch.Tensor, path: str) -> None:
     """Refuse tensors whose bytes alone are not their value.
 
     Raises:
-        TypeError: it is sparse, quantized, nested, on the meta device, fake, or a subclass with parts of its own;
-            names the path.
+        TypeError: it is sparse, quantized, nested, on the meta device, fake, lazy, without memory, or a subclass with
+            parts of its own; names the path.
     """
     problem = None
-    if tensor.device.type == "meta":
+    if torch.nn.parameter.is_lazy(tensor):
+        problem = "is not initialised yet: run the lazy module once before you save it"
+    elif tensor.device.type == "meta":
         problem = "is on the meta device and has no data: materialise it first (to_empty, then initialise)"
     elif isinstance(tensor, torch._subclasses.FakeTensor):  # noqa: SLF001 - its only name
         problem = "is a fake tensor and has no data"
@@ -91,6 +105,11 @@ def check_storable(tensor: torch.Tensor, path: str) -> None:
         problem = f"has layout {tensor.layout}: save its indices and values, or to_dense(), instead"
     elif type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         problem = f"is a {type(tensor).__qualname__}, a tensor made of several: save its parts"
+    elif not hasattr(tensor, "__tensor_flatten__") and not _has_memory(tensor):
+        problem = (
+            "has no memory, or less than its shape needs (its storage was freed, or it is a wrapper around another "
+            "tensor): give it some first, or save what it stands for"
+        )
     if problem is not None:
         raise TypeError(f"{path}: this tensor {problem}")
 
@@ -145,7 +164,7 @@ def copy_elements(
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared with it."""
-    flat = torch.empty(0, dtype=torch.uint8)
+    flat = torch.empty(0, dtype=torch.uint8, device="cpu")
     start = tensor.storage_offset() * tensor.dtype.itemsize
     flat.set_(tensor.untyped_storage(), start, (tensor.numel() * tensor.dtype.itemsize,))  # type: ignore[call-overload]  # torch's stub lacks the untyped overload
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # an ndarray is a buffer; its stub says so from 3.12 on

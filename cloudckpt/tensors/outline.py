@@ -23,8 +23,8 @@ __all__ = ["Outline", "Place"]
 Place = tuple[str, str]
 
 #: One element of any dtype, which every tensor without memory of its own shows over and over.
-_STAND_IN_STORAGE = torch.zeros(16, dtype=torch.uint8).untyped_storage()
-_HOST = torch.device("cpu")
+_HOST = torch.device("cpu")  # said everywhere: without it torch takes the default device
+_STAND_IN_STORAGE = torch.zeros(16, dtype=torch.uint8, device=_HOST).untyped_storage()
 
 
 class Outline:
@@ -71,7 +71,9 @@ class Outline:
             return blank(dtype, entry.shape, torch.device("meta"))
         with torch.inference_mode(mode=False):
             # Of half-precision complex numbers torch warns, and only when it makes them itself.
-            nothing = blank(dtype, (0,), _HOST) if dtype == torch.complex32 else torch.empty(0, dtype=dtype)
+            nothing = (
+                blank(dtype, (0,), _HOST) if dtype == torch.complex32 else torch.empty(0, dtype=dtype, device=_HOST)
+            )
             # Not an expanded view: all of them would share one version counter, and stay tied to their base.
             return nothing.set_(_STAND_IN_STORAGE, 0, entry.shape, (0,) * len(entry.shape))
 
@@ -86,7 +88,7 @@ class Outline:
         if entry.dtype != "uint8" or len(entry.shape) != 1:
             raise self._corrupt(f"{component}.{name} is referred to as an array's bytes, and is no row of bytes")
         if place not in self.arrays:
-            self.arrays[place] = torch.empty(entry.shape, dtype=torch.uint8)
+            self.arrays[place] = torch.empty(entry.shape, dtype=torch.uint8, device=_HOST)
         return self.arrays[place]
 
     def place_of(self, tensor: torch.Tensor) -> Place | None:

@@ -8,8 +8,9 @@ itself (host memory). What changes otherwise shows in the tensors' version count
 The hook is installed once and stays: PyTorch walks its table of hooks without a lock, so taking one out while
 another thread steps, or sits in that very hook, breaks the step. Between saves it costs a look at an empty tuple.
 
-What cannot be seen: writes through ``.data`` (it has a version counter of its own), by replayed CUDA graphs, and by
-kernels that get a bare address, before the first step after the save. ``why_not`` declines what can be recognised.
+What cannot be seen: writes through ``.data`` (it has a version counter of its own), by collectives of
+``torch.distributed`` (they move none), through NumPy, by replayed CUDA graphs, and by kernels that get a bare address,
+before the first step after the save. ``why_not`` declines what can be recognised.
 
 (Past 350 lines: the hook, the snapshot and the copies hold one protocol between three threads, and are read together.)
 """
@@ -106,6 +107,7 @@ class Snapshot:
         self._gates = dict(gates)
         self._ends = dict(ends)
         self._lock = threading.Lock()
+        self._carried = False
         self._on_host = threading.Event()
         self._over = threading.Event()
         self._ended = False
@@ -183,7 +185,15 @@ class Snapshot:
     # -- the thread that copies ------------------------------------------------------------------------------
 
     def carry(self, copy: Callable[[Copying], None], in_thread: Sequence[Copying]) -> None:
-        """Make the copies that need a thread, wait for those that the devices make, and look for changes."""
+        """Make the copies that need a thread, wait for those that the devices make, and look for changes.
+
+        Whoever comes second waits until the first is through.
+        """
+        with self._lock:
+            second, self._carried = self._carried, True
+        if second:
+            self._over.wait()
+            return
         failures: list[BaseException] = []
         try:
             for copying in in_thread:
@@ -274,6 +284,7 @@ def begin(
     *,
     copy: Callable[[Copying], None] | None = None,
     borrow_bytes: int = 0,
+    tell: Callable[[Snapshot], None] = lambda _: None,
 ) -> Snapshot:
     """Start to copy. What no optimizer covers (buffers, EMA, RNG, small host tensors) is copied on return.
 
@@ -287,9 +298,10 @@ def begin(
         borrow_bytes: CUDA memory that may be used while the copy lasts. So much of the state is first copied within
             the device, far faster than to the host, and no step waits for it. 0: a step that comes before the copy
             is over waits for the rest of it.
+        tell: told of the snapshot before anything goes on in the background.
 
     Raises:
-        Exception: whatever a copy that is made at once raises. Nothing is under way then.
+        BaseException: whatever a copy that is made at once raises. Nothing is under way then.
     """
     watch()
     make = copy or _plain_copy
@@ -298,6 +310,7 @@ def begin(
     counters = {id(c): _watched(c, owners) for c in (*plan.on_stream, *plan.through_device, *plan.in_thread)}
     here = {c.source.device: torch.cuda.current_stream(c.source.device) for c in copies if c.source.is_cuda}
     aside = {device: _side_stream(device) for device in here}
+    snapshot: Snapshot | None = None
     try:
         for device, side in aside.items():
             side.wait_stream(here[device])
@@ -313,25 +326,36 @@ def begin(
                 make(copying)
         for event in first.values():
             event.synchronize()
+        read_later = [*plan.on_stream, *plan.in_thread]
+        snapshot = Snapshot([*read_later, *twins], [counters[id(c)] for c in read_later], gates, ends)
+        _follow(snapshot)
+        tell(snapshot)
     except BaseException:
         for device, side in aside.items():
             here[device].synchronize()
             side.synchronize()
+        if snapshot is not None:
+            snapshot.carry(make, ())  # nobody waits for it any more, no step either
         raise
-    read_later = [*plan.on_stream, *plan.in_thread]
-    snapshot = Snapshot([*read_later, *twins], [counters[id(c)] for c in read_later], gates, ends)
-    _follow(snapshot)
-    if not read_later and not twins:
+    if read_later or twins:
+        _carry_in_background(snapshot, make, plan.in_thread)
+    else:
         snapshot.carry(make, ())
-        return snapshot
+    return snapshot
+
+
+def _carry_in_background(snapshot: Snapshot, make: Callable[[Copying], None], in_thread: Sequence[Copying]) -> None:
     # No daemon: a process that exits waits for the copy, instead of taking the memory away under it.
-    thread = threading.Thread(target=snapshot.carry, args=(make, plan.in_thread), name="cloudckpt-copy", daemon=False)
+    thread = threading.Thread(target=snapshot.carry, args=(make, in_thread), name="cloudckpt-copy", daemon=False)
     try:
         thread.start()
     except RuntimeError:
         # No thread is to be had (the interpreter is on its way out): then the caller waits for the copy.
-        snapshot.carry(make, plan.in_thread)
-    return snapshot
+        snapshot.carry(make, in_thread)
+    except BaseException:
+        # Interrupted, and the thread may run or not: if it does, the memory is not free before it is through.
+        snapshot.carry(make, ())
+        raise
 
 
 def _plan(copies: Sequence[Copying], owners: Mapping[int, Any], borrow_bytes: int) -> _Plan:

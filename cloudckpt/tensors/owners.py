@@ -29,10 +29,13 @@ def storages(tensor: torch.Tensor) -> list[int]:
 
 
 def covered(optimizers: Iterable[Optimizer]) -> dict[int, list[torch.Tensor]]:
-    """Storage -> the tensors over it that these optimizers hold in their param_groups and their state."""
+    """Storage -> the tensors over it that these optimizers hold as parameters and in their state.
+
+    A group's other tensors, such as a learning rate on the device, belong to schedulers: they change at any time.
+    """
     found: dict[int, list[torch.Tensor]] = {}
     for optimizer in optimizers:
-        for tensor in _tensors([optimizer.param_groups, optimizer.state]):
+        for tensor in _tensors([[group["params"] for group in optimizer.param_groups], optimizer.state]):
             if not tensor.is_inference():
                 for key in storages(tensor):
                     found.setdefault(key, []).append(tensor)

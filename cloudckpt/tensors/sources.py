@@ -35,6 +35,8 @@ _SMALL_BYTES = 64 * 1024
 
 _ALIGNMENT = 64
 
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+
 
 class PayloadSource(ABC):
     """A payload object of one save: a ``Source`` that can be stopped, and that knows its sums at the end."""
@@ -128,10 +130,10 @@ class Buffers:
             try:
                 found = self._kept.pop()
             except IndexError:
-                found = torch.empty(0, dtype=torch.uint8)
+                found = torch.empty(0, dtype=torch.uint8, device="cpu")
             if found.numel() < size_bytes:
                 try:
-                    found = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+                    found = torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
                 except RuntimeError as exc:
                     free = available_bytes()
                     has = "" if free is None else f", and the host has {format_bytes(free)} to give"
@@ -171,7 +173,7 @@ class TensorSource(PayloadSource):
         self._held.add((start, length))
         runs = self._runs(start, start + length)
         need = sum(stop - begin + 4 * _ALIGNMENT for begin, stop, alone in runs if not alone)
-        with self._buffers.lend(need) if need else contextlib.nullcontext(torch.empty(0, dtype=torch.uint8)) as buffer:
+        with self._buffers.lend(need) if need else contextlib.nullcontext(_NOTHING) as buffer:
             views, at = [], 0
             for begin, stop, alone in runs:
                 if alone:

@@ -7,7 +7,9 @@ half as long again (docs/adr/0014).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -61,10 +63,32 @@ class Staging(Protocol):
 
 
 class Staged:
-    """A copy that was finished when ``stage`` returned."""
+    """A copy that is finished when ``stage`` returns. If that is interrupted, its helpers may still be at work."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._at_work = 0
+        self._over = False
+
+    @contextlib.contextmanager
+    def helping(self) -> Iterator[bool]:
+        """While a helper copies. False: it comes too late, and must not begin."""
+        with self._changed:
+            in_time = not self._over
+            self._at_work += in_time
+        try:
+            yield in_time
+        finally:
+            with self._changed:
+                self._at_work -= in_time
+                self._changed.notify_all()
 
     def wait_staged(self) -> None:
-        """Nothing to wait for."""
+        """Wait until no helper is at work; from now on none begins."""
+        with self._changed:
+            self._over = True
+            while self._at_work:
+                self._changed.wait()
 
     def confirm(self) -> None:
         """Nothing can have changed."""
@@ -73,21 +97,28 @@ class Staged:
         """Nothing to wait for."""
 
 
-def stage(payloads: Sequence[Payload], arena: Arena) -> Staging:
+def stage(payloads: Sequence[Payload], arena: Arena, staged: Staged | None = None) -> Staged:
     """Copy every payload object to its place in the arena (``arena.positions``), which is large enough.
 
     Returns when all of it is there: the state may change from now on.
+
+    Args:
+        staged: what is returned; the caller's own where it must be known however this ends: if it is interrupted,
+            that is what to wait for before the arena is used again.
     """
+    staged = staged or Staged()
     starts, _ = positions([payload.size_bytes for payload in payloads])
     jobs: list[_Job] = []
     devices: set[torch.device] = set()
     for payload, start in zip(payloads, starts, strict=True):
         put_header(arena, start, payload.layout.header)
         _collect(payload, start, arena, jobs, devices)
-    _run(jobs, arena)
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
-    return Staged()
+    try:
+        _run(jobs, arena, staged)
+    finally:
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+    return staged
 
 
 def put_header(arena: Arena, start: int, header: bytes) -> None:
@@ -128,7 +159,7 @@ def _collect(payload: Payload, start: int, arena: Arena, jobs: list[_Job], devic
             at, done, left = at + size, done + size, left - size
 
 
-def _run(jobs: Sequence[_Job], arena: Arena) -> None:
+def _run(jobs: Sequence[_Job], arena: Arena, staged: Staged) -> None:
     total = sum(job[3] for job in jobs)
     threads = max(1, min(_MOST_THREADS, cpus(), total // _THREAD_BYTES))
     if threads == 1:
@@ -136,7 +167,7 @@ def _run(jobs: Sequence[_Job], arena: Arena) -> None:
         return
     first, *others = _shares(jobs, total, threads)
     with ThreadPoolExecutor(threads - 1, thread_name_prefix="cloudckpt-stage") as pool:
-        running = [pool.submit(_copy, share, arena) for share in others]
+        running = [pool.submit(_help, share, arena, staged) for share in others]
         _copy(first, arena)
         for copied in running:
             copied.result()
@@ -156,6 +187,12 @@ def _shares(jobs: Sequence[_Job], total: int, threads: int) -> list[list[_Job]]:
             shares[-1].append((segment, target + done, source + done, step))
             done, room = done + step, room - step
     return shares
+
+
+def _help(jobs: Sequence[_Job], arena: Arena, staged: Staged) -> None:
+    with staged.helping() as in_time:
+        if in_time:
+            _copy(jobs, arena)
 
 
 def _copy(jobs: Sequence[_Job], arena: Arena) -> None:

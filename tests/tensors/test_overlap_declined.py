@@ -133,6 +133,13 @@ def test_other_devices() -> None:
     assert "tensors on meta" in str(why_not([adam()], [torch.ones(3), torch.ones(3, device="meta")]))
 
 
+def test_a_learning_rate_that_is_a_tensor_is_not_covered() -> None:
+    """Schedulers write to it between steps, so it is copied at once wherever it lies, and never waited for."""
+    rate, weight = torch.tensor(0.5), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight], lr=rate, foreach=False)
+    assert [*covered([optimizer])] == [weight.untyped_storage()._cdata]
+
+
 def test_what_is_covered() -> None:
     """An optimizer covers the memory of its parameters and its state, as views and detached tensors share it."""
     base, other = nn.Parameter(torch.ones(6, 2)), nn.Parameter(torch.ones(2))
