@@ -4,6 +4,8 @@ Nothing about the store is worked out a second time. The session's client has ju
 before every upload, an index before every load), and that request shows the way: endpoint, addressing style, region,
 whether it is signed at all. What the client adds to an operation (requester pays, SSE-KMS) is asked of it as headers.
 What cannot be shown that way declines the lane, and the client carries the payload itself.
+
+Past 350 lines, because finding the way, signing and both directions share one route and one set of credentials.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import crc32c
 
@@ -38,6 +40,7 @@ __all__ = ["LaneFacts", "S3Lane"]
 
 _LOG = logging.getLogger("cloudckpt")
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^/]+/\d{8}/([^/]+)/([^/]+)/aws4_request")
+_FIRST_BYTE = re.compile(r"(\d+)-", re.ASCII)
 #: How long credentials are used without asking the session again, in seconds; it renews them minutes ahead.
 _CREDENTIALS_S = 20.0
 _MEBIBYTE = 1024 * 1024
@@ -59,6 +62,10 @@ class LaneFacts(Protocol):
 
     def renew_credentials(self) -> None:
         """Let the session read them anew."""
+        ...
+
+    def credentials_were_taken(self) -> None:
+        """The store has accepted what it was shown."""
         ...
 
     def explain(self, exc: BaseException, what: str) -> StorageError:
@@ -154,14 +161,16 @@ class S3Lane:
         address = Address.of(origin, proxy=proxy_of(origin, way.proxies), tls=tls)
         wire = Wire(address, progress_s=self._settings.request_timeout_s, throttle=self._throttle)
         region, service = (scope[1], scope[2]) if scope else ("", "")
-        base = self._base_path(parts.hostname or "", parts.path, way.endpoint_path.rstrip("/"))
+        base = self._base_path(parts.hostname or "", parts.path, urlsplit(way.endpoint))
         return _Route(wire, base, region, service, scope is not None, way.headers)
 
-    def _base_path(self, host: str, path: str, endpoint_path: str) -> str:
+    def _base_path(self, host: str, path: str, endpoint: SplitResult) -> str:
+        root = endpoint.path.rstrip("/")
         name = self._bucket.rpartition("/")[2].rpartition(":")[2]
-        if host.startswith((f"{self._bucket}.", f"{name}-")):  # virtual-hosted, or an access point
-            return f"{endpoint_path}/"
-        in_path = f"{endpoint_path}/{quoted_path(self._bucket)}"
+        # Virtual-hosted, or an access point. The endpoint's own host is no bucket's, whatever it begins with.
+        if host != endpoint.hostname and host.startswith((f"{self._bucket}.", f"{name}-")):
+            return f"{root}/"
+        in_path = f"{root}/{quoted_path(self._bucket)}"
         if path == in_path or path.startswith(f"{in_path}/"):
             return f"{in_path}/"
         raise Declined("the bucket is found neither in the host's name nor in the path")
@@ -173,12 +182,8 @@ class S3Lane:
 
     # -- requests --------------------------------------------------------------------------------------------
 
-    def _headers(
-        self, route: _Route, method: str, target: tuple[str, str], headers: Mapping[str, str]
-    ) -> Mapping[str, str]:
-        named = {"Host": route.wire.address.name, **headers}
-        if not route.is_signed:
-            return named
+    def _shown(self) -> Credentials:
+        """What requests are signed with now."""
         with self._mutex:
             known = self._credentials
         if known is None or known[0] < time.monotonic():
@@ -187,11 +192,24 @@ class S3Lane:
                 self._credentials = known
         if known[1] is None:
             raise StorageError(f"{self._bucket}: the session has no credentials any more")
+        return known[1]
+
+    def _headers(
+        self,
+        route: _Route,
+        method: str,
+        target: tuple[str, str],
+        headers: Mapping[str, str],
+        credentials: Credentials | None,
+    ) -> Mapping[str, str]:
+        named = {"Host": route.wire.address.name, **headers}
+        if credentials is None:
+            return named
         return signed(
             method,
             *target,
             named,
-            credentials=known[1],
+            credentials=credentials,
             region=route.region,
             service=route.service,
             now=datetime.fromtimestamp(time.time(), UTC),
@@ -200,7 +218,8 @@ class S3Lane:
     def _ask(self, route: _Route, what: str, request: _Wanted, stop: Stop) -> Answer:
         """One request, once; anything but a success is raised."""
         target = (route.base_path + quoted_path(request.key), quoted_query(request.query))
-        headers = self._headers(route, request.method, target, request.headers)
+        credentials = self._shown() if route.is_signed else None
+        headers = self._headers(route, request.method, target, request.headers, credentials)
         spelled = target[0] + (f"?{target[1]}" if target[1] else "")
         sent = Request(
             method=request.method, target=spelled, headers=headers, views=request.views, targets=request.targets
@@ -210,15 +229,20 @@ class S3Lane:
         except WireError as exc:
             raise StorageError(f"{what}: {exc}", retryable=True) from exc
         if answer.status not in {200, 206}:
-            self._refused(AnsweredError.of(answer.status, answer.headers, answer.body), what)
+            self._refused(AnsweredError.of(answer.status, answer.headers, answer.body), what, credentials)
+        self._facts.credentials_were_taken()
         return answer
 
-    def _refused(self, exc: AnsweredError, what: str) -> NoReturn:
+    def _refused(self, exc: AnsweredError, what: str, credentials: Credentials | None) -> NoReturn:
         problem = self._facts.explain(exc, what)
         if isinstance(problem, ExpiredCredentialsError):
+            # Once for all requests that showed these.
             with self._mutex:
-                self._credentials = None
-            self._facts.renew_credentials()
+                is_current = self._credentials is not None and self._credentials[1] is credentials
+                if is_current:
+                    self._credentials = None
+            if is_current:
+                self._facts.renew_credentials()
         elif not problem.retryable and not self._proven and status_of(exc) in _REFUSALS | {301, 307}:
             raise Declined(f"the store refused its first request ({status_of(exc)} {code_of(exc)})") from exc
         raise problem from exc
@@ -281,8 +305,10 @@ class S3Lane:
 
     def _carry(self, route: _Route, what: str, wanted: _Wanted, part: Part, stop: Stop) -> str:
         attempts = self._crew.attempts(stop, self._backoff())
+        bare = False
 
         def attempt() -> str:
+            nonlocal bare
             if attempts.count > 1 and _sum(part.views) != part.crc32c:
                 raise StorageError(
                     f"{what}: the bytes in memory changed while they were being sent: a tensor was written to during "
@@ -291,7 +317,7 @@ class S3Lane:
                 )
             checksum = (
                 {"x-amz-checksum-crc32c": crc32c_b64(part.crc32c), "x-amz-sdk-checksum-algorithm": "CRC32C"}
-                if self._facts.sends_checksums
+                if self._facts.sends_checksums and not bare
                 else {}
             )
             summed = replace(wanted, headers={**wanted.headers, **checksum})
@@ -302,7 +328,7 @@ class S3Lane:
                 if code_of(cause or exc) == "BadDigest" and _sum(part.views) == part.crc32c:
                     raise StorageError(f"{exc}: damaged on the way", retryable=True) from cause
                 if checksum and cause is not None and is_unsupported(cause):
-                    self._facts.sends_checksums = False
+                    bare = True  # whether that was the reason shows when it is taken without
                     raise StorageError(str(exc), retryable=True) from cause
                 raise
             if not etag:
@@ -312,6 +338,8 @@ class S3Lane:
 
         found = attempts.run(attempt, is_throttled=_is_throttled, size_bytes=part.size_bytes)
         self._proven = True
+        if bare:
+            self._facts.sends_checksums = False
         return found
 
     # -- down ------------------------------------------------------------------------------------------------
@@ -341,12 +369,15 @@ class S3Lane:
         ranged = answer.headers.get("content-range")  # some servers send one with a plain 200
         said = answer.headers.get("content-length", "") if ranged is None and answer.status == 200 else ranged or ""
         total = said.rpartition("/")[2]
+        first = _FIRST_BYTE.search(ranged or "")
         if total.isdecimal() and int(total) < end:
             raise ObjectNotFoundError(missing)
         if total.isdecimal() and ranged is None and (start or int(total) != end):
             raise Declined(f"the server does not answer ranges ({total} bytes came for {length})")
-        if not total.isdecimal() or answer.filled != length:
-            raise StorageError(f"{what}: {answer.filled} of {length} bytes came", retryable=True)
+        if not total.isdecimal() or answer.filled != length or (first is not None and int(first[1]) != start):
+            raise StorageError(
+                f"{what}: {answer.filled} of {length} bytes came ({said or 'of no range'})", retryable=True
+            )
         self._proven = True
 
     # -- the end ---------------------------------------------------------------------------------------------
@@ -361,6 +392,8 @@ class S3Lane:
 
     def close(self) -> None:
         """Let threads and connections go; both come again when needed."""
+        if self._pid != os.getpid():
+            return  # they are the parent's
         self._crew.close()
         with self._mutex:
             route, self._route, self._credentials = self._route, None, None
