@@ -121,9 +121,14 @@ class _Exchange:
     @property
     def is_dropped(self) -> bool:
         """Whether the server has closed it, or sent something nobody asked for."""
-        if self.connection.sock is None:
+        sock = self.connection.sock
+        if sock is None:
             return True
-        return bool(select.select([self.connection.sock], [], [], 0)[0])
+        if not hasattr(select, "poll"):  # Windows, where any number will do for select
+            return bool(select.select([sock], [], [], 0)[0])
+        asked = select.poll()
+        asked.register(sock, select.POLLIN)
+        return bool(asked.poll(0))
 
     def break_off(self) -> None:
         """From another thread: whoever waits for this connection stops waiting."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import linecache
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -389,3 +390,21 @@ def test_giving_up_ends_a_handshake() -> None:
         assert closed.wait(5)
         thread.join(20)
         assert not thread.is_alive()
+
+
+def test_a_process_with_a_thousand_open_files_uses_connections_again() -> None:
+    """The number of a socket may be larger than what ``select`` takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1200
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        pytest.skip(f"this machine allows {hard} open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    with contextlib.ExitStack() as files:
+        files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1050):
+            files.enter_context(open(os.devnull, "rb"))  # noqa: PTH123 - a number of its own is all it is for
+        with Server(echo) as server:
+            wire = wire_to(server)
+            assert [wire.send(GET, Stop()).status for _ in range(3)] == [200, 200, 200]
+            assert server.accepted == 1
+            wire.close()
