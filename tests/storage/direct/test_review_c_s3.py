@@ -180,11 +180,10 @@ def test_a_close_in_mid_upload_is_an_error_of_the_storage(s3_server: MotoServer,
 
         def close() -> None:
             assert held.wait()
-            pool = storage._lane._crew._pool
             thread = threading.Thread(target=storage.close)
             thread.start()
             closing.append(thread)
-            while not pool._shutdown:  # type: ignore[union-attr]
+            while storage._lane._crew._pool is not None:
                 threading.Event().wait(0.001)
             held.release()
 
