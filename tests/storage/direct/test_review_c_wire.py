@@ -408,3 +408,55 @@ def test_a_process_with_a_thousand_open_files_uses_connections_again() -> None:
             assert [wire.send(GET, Stop()).status for _ in range(3)] == [200, 200, 200]
             assert server.accepted == 1
             wire.close()
+
+
+def test_a_refusal_in_mid_body_is_heard_over_tls(certificate: Path) -> None:
+    """A server that refuses while the body is still coming, and hangs up, is understood over TLS as well."""
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(certificate)
+
+    def refuse(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(answer(b"<Code>AccessDenied</Code>", "403 Forbidden", "Connection: close"))
+        socket.socket.shutdown(connection, socket.SHUT_WR)
+        while socket.socket.recv(connection, 65536):
+            pass
+
+    with Server(refuse, tls=server_side) as server:
+        tls = ssl.create_default_context(cafile=str(certificate))
+        wire = Wire(Address.of(f"https://localhost:{server.port}", tls=tls), progress_s=30)
+        views = [memoryview(bytes(16 * 1024 * 1024))]
+        assert wire.send(Request(method="PUT", target="/x", headers={"Host": "x"}, views=views), Stop()).status == 403
+
+
+def test_a_refusal_and_a_reset_in_mid_body_over_tls_is_tried_again(certificate: Path) -> None:
+    """A server that hangs up in mid-body is an error of the wire, whatever TLS calls it."""
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(certificate)
+
+    def refuse(connection: socket.socket) -> None:
+        connection.recv(65536)
+
+    with Server(refuse, tls=server_side) as server:
+        tls = ssl.create_default_context(cafile=str(certificate))
+        wire = Wire(Address.of(f"https://localhost:{server.port}", tls=tls), progress_s=30)
+        views = [memoryview(bytes(16 * 1024 * 1024))]
+        with pytest.raises(WireError):
+            wire.send(Request(method="PUT", target="/x", headers={"Host": "x"}, views=views), Stop())
+
+
+def test_a_kept_tls_connection_that_the_server_gave_up_is_replaced_at_once(certificate: Path) -> None:
+    """As over plain HTTP: a request on a connection that the server has closed is sent over a new one."""
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(certificate)
+
+    def half(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(answer(b"once"))
+        read_request(connection)  # the next one comes, and gets no answer
+
+    with Server(half, echo, tls=server_side) as server:
+        tls = ssl.create_default_context(cafile=str(certificate))
+        wire = Wire(Address.of(f"https://localhost:{server.port}", tls=tls), progress_s=30)
+        assert [wire.send(GET, Stop()).status for _ in range(2)] == [200, 200]
+        assert server.accepted == 2
