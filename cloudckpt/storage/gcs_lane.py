@@ -205,12 +205,12 @@ class GCSLane(Lane[_Route, Mapping[str, str]]):
         target = f"/download/storage/v1/b/{self._bucket}/o/{quote(key, safe='')}?{query}"
         headers = {"Range": f"bytes={start}-{end - 1}"}
         stop = Stop()
-        with self._crew.once(stop, length):
+        with self._crew.once(stop, length, is_throttled=self._is_throttled):
             answer, filled = self._ask(
                 route, what, Request(method="GET", target=target, headers=headers, targets=targets), stop
             )
-        if answer.status not in {200, 206, 416}:
-            raise self._facts.explain(answer, what)
+            if answer.status not in {200, 206, 416}:  # which says nothing about how fast the line is
+                raise self._facts.explain(answer, what)
         said = answer.headers.get("content-range" if answer.status == 206 else "content-length", "")
         found = _RANGE.fullmatch(said)
         if answer.status == 416 or (found is not None and int(found["total"]) < end):

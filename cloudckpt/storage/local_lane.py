@@ -112,10 +112,20 @@ class _Writing:
             self._fail(exc)
             raise
         finally:
-            for helper in started:
-                helper.join()
+            self._join(started)
         if self._failure is not None:
             raise self._failure
+
+    def _join(self, helpers: list[threading.Thread]) -> None:
+        """Wait until nobody reads the source any more. A Ctrl-C ends the work first, and only a second one the wait."""
+        try:
+            for helper in helpers:
+                helper.join()
+        except BaseException as exc:
+            self._fail(exc)
+            for helper in helpers:
+                helper.join()
+            raise
 
     def _help(self) -> None:
         try:
@@ -133,7 +143,9 @@ class _Writing:
             return None if self._failure is not None else next(self._starts, None)
 
     def _write(self) -> None:
-        with _Descriptors(self._buffered, self._direct) as file:
+        with mapped(self._path):
+            descriptors = _Descriptors(self._buffered, self._direct)
+        with descriptors as file:
             while (start := self._take()) is not None:
                 length = min(_PART_BYTES, self._source.size_bytes - start)
                 with self._source.hold(start, length) as part:
@@ -155,9 +167,13 @@ class _Descriptors:
     """
 
     def __init__(self, buffered: int, direct: int | None) -> None:
-        self._buffered = os.dup(buffered)
-        self._direct = None if direct is None else os.dup(direct)
         self._aligned: mmap.mmap | None = None
+        self._buffered = os.dup(buffered)
+        try:
+            self._direct = None if direct is None else os.dup(direct)
+        except OSError:
+            os.close(self._buffered)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -244,10 +260,9 @@ def _open_direct(temporary: Path, descriptor: int) -> int | None:
         return None
     try:
         direct = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | flag)
-    except OSError as exc:
-        if exc.errno in _NOT_DIRECT:
-            return None
-        raise
+    except OSError:
+        # No such thing here, or not twice: a file that its umask has made read-only can be opened for writing once.
+        return None
     if os.path.sameopenfile(direct, descriptor):
         return direct
     os.close(direct)  # somebody has put another file there

@@ -4,6 +4,8 @@ Nothing about the store is worked out a second time. The session's client has ju
 before every upload, an index before every load), and that request shows the way: endpoint, addressing style, region,
 whether it is signed at all. What the client adds to an operation (requester pays, SSE-KMS) is asked of it as headers.
 What cannot be shown that way declines the lane, and the client carries the payload itself.
+
+Past 350 lines, because finding the way, signing and both directions share one route and one set of credentials.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from cloudckpt.config import Settings
 from cloudckpt.errors import ObjectNotFoundError, StorageError
@@ -31,6 +33,7 @@ from cloudckpt.storage.s3_way import Way, tls_context
 __all__ = ["LaneFacts", "S3Lane"]
 
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^/]+/\d{8}/([^/]+)/([^/]+)/aws4_request")
+_FIRST_BYTE = re.compile(r"(\d+)-", re.ASCII)
 _REFUSALS = {301, 307, 400, 403, 405, 501}
 
 
@@ -47,6 +50,10 @@ class LaneFacts(Protocol):
 
     def renew_credentials(self) -> None:
         """Let the session read them anew."""
+        ...
+
+    def credentials_were_taken(self) -> None:
+        """The store has accepted what it was shown."""
         ...
 
     def explain(self, exc: BaseException, what: str) -> StorageError:
@@ -119,14 +126,16 @@ class S3Lane(Lane[_Route, Credentials]):
         address = Address.of(origin, proxy=proxy_of(origin, way.proxies), tls=tls)
         wire = Wire(address, progress_s=self._settings.request_timeout_s, throttle=self._throttle)
         region, service = (scope[1], scope[2]) if scope else ("", "")
-        base = self._base_path(parts.hostname or "", parts.path, way.endpoint_path.rstrip("/"))
+        base = self._base_path(parts.hostname or "", parts.path, urlsplit(way.endpoint))
         return _Route(wire, base, region, service, scope is not None, way.headers)
 
-    def _base_path(self, host: str, path: str, endpoint_path: str) -> str:
+    def _base_path(self, host: str, path: str, endpoint: SplitResult) -> str:
+        root = endpoint.path.rstrip("/")
         name = self._bucket.rpartition("/")[2].rpartition(":")[2]
-        if host.startswith((f"{self._bucket}.", f"{name}-")):  # virtual-hosted, or an access point
-            return f"{endpoint_path}/"
-        in_path = f"{endpoint_path}/{quoted_path(self._bucket)}"
+        # Virtual-hosted, or an access point. The endpoint's own host is no bucket's, whatever it begins with.
+        if host != endpoint.hostname and host.startswith((f"{self._bucket}.", f"{name}-")):
+            return f"{root}/"
+        in_path = f"{root}/{quoted_path(self._bucket)}"
         if path == in_path or path.startswith(f"{in_path}/"):
             return f"{in_path}/"
         raise Declined("the bucket is found neither in the host's name nor in the path")
@@ -162,6 +171,7 @@ class S3Lane(Lane[_Route, Credentials]):
         answer = self._over(route, what, sent, stop)
         if answer.status not in {200, 206}:
             self._refused(AnsweredError.of(answer.status, answer.headers, answer.body), what, shown)
+        self._facts.credentials_were_taken()
         return answer
 
     def _refused(self, exc: AnsweredError, what: str, shown: Shown[Credentials] | None) -> NoReturn:
@@ -179,25 +189,29 @@ class S3Lane(Lane[_Route, Credentials]):
     def _put(self, route: _Route, what: str, outgoing: Outgoing, part: Part, stop: Stop) -> Carried:
         is_whole = outgoing.upload_id is None
         query = {} if is_whole else {"partNumber": str(outgoing.number), "uploadId": str(outgoing.upload_id)}
-        checksum = (
-            {"x-amz-checksum-crc32c": crc32c_b64(part.crc32c), "x-amz-sdk-checksum-algorithm": "CRC32C"}
-            if self._facts.sends_checksums
-            else {}
-        )
-        headers = {**route.headers["put_object" if is_whole else "upload_part"], **checksum}
-        wanted = _Wanted("PUT", outgoing.key, query, headers, views=part.views)
-        try:
+        own = route.headers["put_object" if is_whole else "upload_part"]
+
+        def send(checksum: Mapping[str, str]) -> Carried:
+            wanted = _Wanted("PUT", outgoing.key, query, {**own, **checksum}, views=part.views)
             answer = self._ask(route, what, wanted, stop)
+            return Carried(answer.headers.get("etag", ""), part.crc32c, part.size_bytes)
+
+        if not self._facts.sends_checksums:
+            return send({})
+        try:
+            return send({"x-amz-checksum-crc32c": crc32c_b64(part.crc32c), "x-amz-sdk-checksum-algorithm": "CRC32C"})
         except StorageError as exc:
             cause = exc.__cause__
             if code_of(cause or exc) == "BadDigest":
                 check_memory(what, part)
                 raise StorageError(f"{exc}: damaged on the way", retryable=True) from cause
-            if checksum and cause is not None and is_unsupported(cause):
-                self._facts.sends_checksums = False
-                raise StorageError(str(exc), retryable=True) from cause
-            raise
-        return Carried(answer.headers.get("etag", ""), part.crc32c, part.size_bytes)
+            if cause is None or not is_unsupported(cause):
+                raise
+        check_memory(what, part)
+        carried = send({})
+        # Only now is it known that the checksum was the reason.
+        self._facts.sends_checksums = False
+        return carried
 
     @staticmethod
     def _is_throttled(exc: StorageError) -> bool:
@@ -214,7 +228,7 @@ class S3Lane(Lane[_Route, Credentials]):
         missing = f"{what}: bytes {start}..{end} do not exist"
         try:
             stop = Stop()
-            with self._crew.once(stop, length):
+            with self._crew.once(stop, length, is_throttled=self._is_throttled):
                 answer = self._ask(route, what, _Wanted("GET", key, {}, headers, targets=targets), stop)
         except StorageError as exc:
             if status_of(exc.__cause__ or exc) == 416:
@@ -224,12 +238,15 @@ class S3Lane(Lane[_Route, Credentials]):
         ranged = answer.headers.get("content-range")  # some servers send one with a plain 200
         said = answer.headers.get("content-length", "") if ranged is None and answer.status == 200 else ranged or ""
         total = said.rpartition("/")[2]
+        first = _FIRST_BYTE.search(ranged or "")
         if total.isdecimal() and int(total) < end:
             raise ObjectNotFoundError(missing)
         if total.isdecimal() and ranged is None and (start or int(total) != end):
             raise Declined(f"the server does not answer ranges ({total} bytes came for {length})")
-        if not total.isdecimal() or answer.filled != length:
-            raise StorageError(f"{what}: {answer.filled} of {length} bytes came", retryable=True)
+        if not total.isdecimal() or answer.filled != length or (first is not None and int(first[1]) != start):
+            raise StorageError(
+                f"{what}: {answer.filled} of {length} bytes came ({said or 'of no range'})", retryable=True
+            )
         self._proven = True
 
 

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 from cloudckpt.config import Settings
 from cloudckpt.errors import ConfigError, StorageError
@@ -141,7 +140,7 @@ class S3Session(LanedStorage):
             url=url,
             authorization=authorization.decode() if isinstance(authorization, bytes) else str(authorization),
             is_session_bound="x-amz-s3session-token" in shown,
-            endpoint_path=urlsplit(str(client.meta.endpoint_url)).path,
+            endpoint=str(client.meta.endpoint_url),
             verify=verify,
             client_certificate=client.meta.config.client_cert,
             proxies={scheme: str(proxy) for scheme, proxy in (proxies._proxies or {}).items()},  # noqa: SLF001 - the same
@@ -169,6 +168,10 @@ class S3Session(LanedStorage):
             self._renew()
 
         self._run(renew())
+
+    def credentials_were_taken(self) -> None:
+        """See ``LaneFacts.credentials_were_taken``."""
+        self._refused_at = None
 
     def explain(self, exc: BaseException, what: str) -> StorageError:
         """See ``LaneFacts.explain``."""

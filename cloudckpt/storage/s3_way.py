@@ -24,7 +24,7 @@ class Way:
         url: the URL of the request, without its query.
         authorization: its Authorization header; empty for an anonymous one.
         is_session_bound: whether it was signed for a session of the bucket (S3 Express).
-        endpoint_path: the path of the endpoint's own URL.
+        endpoint: the client's own endpoint, before a bucket is put into it.
         verify: False, True, or a file of certificates.
         client_certificate: a file, or a file and its key's file.
         proxies: by scheme.
@@ -34,7 +34,7 @@ class Way:
     url: str
     authorization: str
     is_session_bound: bool
-    endpoint_path: str
+    endpoint: str
     verify: bool | str
     client_certificate: str | tuple[str, str] | None
     proxies: Mapping[str, str]

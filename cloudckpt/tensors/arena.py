@@ -157,8 +157,9 @@ class Arena:
             self._pinning = pinned and torch.cuda.is_available()
             if self._worker is None:
                 self._stop = False
-                self._worker = threading.Thread(target=self._work, name="cloudckpt-arena", daemon=True)
-                self._worker.start()
+                worker = threading.Thread(target=self._work, name="cloudckpt-arena", daemon=True)
+                worker.start()
+                self._worker = worker
 
     def _grow(self, size_bytes: int) -> None:
         have, wanted = self.size_bytes, aligned(size_bytes)

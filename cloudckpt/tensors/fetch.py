@@ -51,7 +51,7 @@ def fetch(
     for place, entry in wanted.items():
         pieces = _where_chunks_go(entry, memory[place])
         if pieces is None:
-            pieces = [torch.empty(chunk.length, dtype=torch.uint8) for chunk in entry.chunks]
+            pieces = [torch.empty(chunk.length, dtype=torch.uint8, device="cpu") for chunk in entry.chunks]
             scattered.append((place, pieces))
         chunks += [_Chunk(chunk, home) for chunk, home in zip(entry.chunks, pieces, strict=True)]
     _Reading(storage, outline.checkpoint, chunks, settings).run()
@@ -193,7 +193,10 @@ class _Reading:
         """Where each span goes; None if any belongs on a device."""
         found = []
         for span in read.spans:
-            view = self._waste if span.item is None else self._chunks[span.item].view
+            if span.item is None:
+                found.append(self._waste[: span.length])  # wherever in a gap it begins
+                continue
+            view = self._chunks[span.item].view
             if view is None:
                 return None
             found.append(view[span.start : span.start + span.length])

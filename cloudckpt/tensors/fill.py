@@ -9,7 +9,7 @@ import torch
 
 from cloudckpt.core.values import Path, render_path
 from cloudckpt.errors import StateMismatchError
-from cloudckpt.tensors.leaves import has_state
+from cloudckpt.tensors.leaves import has_state, is_optimizer
 from cloudckpt.tensors.memory import copy_bits
 from cloudckpt.tensors.targets import group_sizes, same_groups, same_memory
 
@@ -50,7 +50,7 @@ def _check(target: object, stored: Any, path: Path, problems: list[str]) -> None
     here = render_path(path)
     if isinstance(target, torch.nn.Module):
         _check_named(target.state_dict(), stored, here, problems)
-    elif isinstance(target, torch.optim.Optimizer):
+    elif is_optimizer(target):
         _check_optimizer(target, stored, here, problems)
     elif has_state(target):
         return
@@ -144,7 +144,7 @@ def _fill(target: Any, stored: Any, *, strict: bool) -> Any:
         target.load_state_dict(stored if strict else _fitting(target, stored), strict=strict)
         return target
     if has_state(target):
-        if strict or not isinstance(target, torch.optim.Optimizer) or same_groups(target, stored):
+        if strict or not is_optimizer(target) or same_groups(target, stored):
             target.load_state_dict(stored)  # otherwise it was warned about
         return target
     if isinstance(target, torch.Tensor):

@@ -10,7 +10,7 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -19,7 +19,22 @@ from cloudckpt.core.values import SKIP, Codec, Path, render_path
 from cloudckpt.errors import ConfigError, FormatError
 from cloudckpt.tensors.memory import check_storable, dtype_name, dtype_named, is_plain
 
-__all__ = ["ArrayLeaf", "EnumLeaf", "PickleLeaf", "ScalarLeaf", "StatefulLeaf", "TensorLeaf", "TorchLeaf", "has_state"]
+__all__ = [
+    "ArrayLeaf",
+    "EnumLeaf",
+    "PickleLeaf",
+    "ScalarLeaf",
+    "StatefulLeaf",
+    "TensorLeaf",
+    "TorchLeaf",
+    "has_state",
+    "is_optimizer",
+]
+
+
+def is_optimizer(value: object) -> TypeGuard[torch.optim.Optimizer]:
+    """Whether it is a torch optimizer with groups of its own; a wrapper may lack them, and passes its state dict on."""
+    return isinstance(value, torch.optim.Optimizer) and hasattr(value, "param_groups")
 
 
 def has_state(value: object) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cloudckpt.core.values import Path, render_path
-from cloudckpt.tensors.leaves import has_state
+from cloudckpt.tensors.leaves import has_state, is_optimizer
 from cloudckpt.tensors.outline import Outline, Place
 
 __all__ = [
@@ -97,7 +97,7 @@ def find_uses(state: Mapping[str, object], values: Mapping[str, Any], outline: O
 def _walk(target: object, stored: Any, path: Path, outline: Outline) -> Iterator[Use]:
     if isinstance(target, torch.nn.Module):
         yield from _of_module(target, stored, render_path(path), outline)
-    elif isinstance(target, torch.optim.Optimizer):
+    elif is_optimizer(target):
         yield from _of_optimizer(target, stored, render_path(path), outline)
     elif has_state(target):
         return  # its state dict may be a copy that it makes up: it gets fresh tensors

@@ -181,7 +181,6 @@ def test_the_last_save_of_a_script_that_never_closes_is_committed(tmp_path: Path
     assert [c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()] == [1], done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="the lane's crew is a pool, which takes no work once the interpreter ends")
 def test_the_last_save_of_a_script_to_a_bucket_is_committed_as_well(gcs_root: str) -> None:
     """The same over the direct lane: what is still to be sent is sent before the process ends."""
     script = (
@@ -223,7 +222,6 @@ def test_a_listener_that_exits_hangs_nobody() -> None:
     ckpts.close()
 
 
-@pytest.mark.xfail(strict=True, reason="the background counts as at work although its thread never began")
 def test_memory_whose_thread_cannot_be_had_is_waited_for_by_nobody(tmp_path: Path) -> None:
     """No further thread for prepare(): that is told, and wait(), the next save and close() go on without."""
     script = (

@@ -50,6 +50,9 @@ class Address:
             raise Declined("what proves the host's identity is not known")
         if proxy is not None and urlsplit(proxy).scheme != "http":
             raise Declined(f"the proxy speaks {urlsplit(proxy).scheme or 'no known protocol'}, not http")
+        if proxy is not None and tls is not None and ":" in parts.hostname:
+            # http.client asks for it without brackets, up to Python 3.12.
+            raise Declined("the endpoint is an IPv6 address behind a proxy")
         return cls(parts.scheme, parts.hostname, parts.port or _PORTS[parts.scheme], proxy, tls)
 
     @property
@@ -69,13 +72,15 @@ class Address:
 
 
 def proxy_of(url: str, given: Mapping[str, str] | None = None) -> str | None:
-    """The proxy for a URL: the one given for its scheme, else the environment's (HTTPS_PROXY, NO_PROXY, …)."""
+    """The proxy for a URL: the one given for its scheme, else the environment's (HTTPS_PROXY, NO_PROXY, …).
+
+    Not ALL_PROXY: neither botocore nor aiohttp looks at it, and the lane goes where the session goes.
+    """
     parts = urlsplit(url)
     if given is not None:
-        found = given.get(parts.scheme) or given.get("all")
+        found = given.get(parts.scheme)
     else:
-        proxies = urllib.request.getproxies()
-        found = proxies.get(parts.scheme) or proxies.get("all")
+        found = urllib.request.getproxies().get(parts.scheme)
         if found and urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
             return None
     if not found:

@@ -8,7 +8,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from cloudckpt.errors import StorageError
@@ -173,6 +174,66 @@ class _Gate:
             self._changed.notify_all()
 
 
+class _Threads:
+    """At most so many threads, which take jobs in turn; made when they are needed.
+
+    No ``ThreadPoolExecutor``: that takes no work once the main thread has ended, and a save in the background goes on
+    then; it keeps a job for whose thread there was no room; and it lets nobody go on after a ``close``.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._mutex = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._alive: list[threading.Thread] = []
+
+    def submit(self, job: Callable[[Stop], _T], stop: Stop) -> Future[_T]:
+        """Have the job done by a thread, or at once by the caller where not one can be started."""
+        future: Future[_T] = Future()
+        with self._mutex:
+            jobs = self._jobs
+            jobs.put(lambda: _carry_out(future, job, stop))
+            if not self._idle.acquire(blocking=False) and len(self._alive) < self._most:
+                thread = threading.Thread(target=_work, args=(jobs, self._idle), name="cloudckpt-lane", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no more threads in this process: fewer will do
+                    thread.start()
+                    self._alive.append(thread)
+            has_none = not self._alive
+        if has_none:
+            with contextlib.suppress(Empty):
+                (jobs.get_nowait() or (lambda: None))()
+        return future
+
+    def close(self) -> None:
+        """End the threads once they have done what was submitted."""
+        with self._mutex:
+            jobs, alive = self._jobs, self._alive
+            self._open()
+        for _ in alive:
+            jobs.put(None)
+        for thread in alive:
+            thread.join()
+
+
+def _work(jobs: SimpleQueue[Callable[[], None] | None], idle: threading.Semaphore) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job
+        idle.release()
+
+
+def _carry_out(future: Future[_T], job: Callable[[Stop], _T], stop: Stop) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(job(stop))
+        except BaseException as exc:  # noqa: BLE001 - raised by whoever waits for the future
+            future.set_exception(exc)
+
+
 class Crew:
     """Threads shared by all transfers of one storage, made when they are first needed and again in a forked child.
 
@@ -186,7 +247,7 @@ class Crew:
         self._now = now
         self._mutex = threading.Lock()
         self._pid = os.getpid()
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: _Threads | None = None
         self._gate = _Gate(most, now)
 
     @property
@@ -199,14 +260,14 @@ class Crew:
         """How many connections are worth having to this store, as far as is known."""
         return self._gate.enough
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _threads(self) -> _Threads:
         if self._pid != os.getpid():
             # Neither the threads nor what a thread may have held exist in a forked child.
             self._mutex, self._pid, self._pool = threading.Lock(), os.getpid(), None
             self._gate = _Gate(self._most, self._now)
         with self._mutex:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._most, thread_name_prefix="cloudckpt-lane")
+                self._pool = _Threads(self._most)
             return self._pool
 
     def each(self, jobs: Iterable[Callable[[Stop], _T]]) -> list[_T]:
@@ -251,13 +312,20 @@ class Crew:
         return Attempts(self._gate, stop, backoff, now=self._now)
 
     @contextlib.contextmanager
-    def once(self, stop: Stop, size_bytes: int) -> Iterator[None]:
+    def once(
+        self, stop: Stop, size_bytes: int, *, is_throttled: Callable[[StorageError], bool] = lambda _: False
+    ) -> Iterator[None]:
         """One request of so many bytes in the caller's thread, in its turn."""
         self._threads()
         gate = self._gate
         with gate.passed(stop):
             began = self._now()
-            yield
+            try:
+                yield
+            except StorageError as exc:
+                if is_throttled(exc):
+                    gate.refused()
+                raise
             gate.went_well(size_bytes, self._now() - began)
 
     def close(self) -> None:
@@ -267,7 +335,7 @@ class Crew:
         with self._mutex:
             pool, self._pool = self._pool, None
         if pool is not None:
-            pool.shutdown(wait=True)
+            pool.close()
 
 
 class Attempts:

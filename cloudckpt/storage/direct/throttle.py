@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ class Throttle:
     def __init__(self, rate: float | None, *, now: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
         self._now = now
-        self._mutex = threading.Lock()
+        self._mutex, self._pid = threading.Lock(), os.getpid()
         self._free_at = 0.0
 
     @property
@@ -32,6 +33,9 @@ class Throttle:
         """How long to wait before this many bytes may leave, in seconds. They count as sent from here on."""
         if self._rate is None:
             return 0.0
+        if self._pid != os.getpid():
+            # A thread that held it when the process was forked will never give it back.
+            self._mutex, self._pid = threading.Lock(), os.getpid()
         with self._mutex:
             now = self._now()
             at = max(now, self._free_at)

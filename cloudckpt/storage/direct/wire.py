@@ -4,7 +4,7 @@ A connection is used again while both sides keep it. A request on one that the s
 anew at once: all requests of a lane (a part by its number, a range) can be repeated. Nothing waits for ever: each
 slice of a body, and each answer, must come within one time-out.
 
-Past 350 lines, because a request, its answer and the connection they share are kept or given up together.
+Past 350 lines, because what one connection can do wrong is told in one place.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from cloudckpt.storage.direct.address import Address
@@ -28,13 +29,19 @@ from cloudckpt.storage.direct.throttle import Throttle
 
 __all__ = ["Answer", "Request", "Wire", "WireError"]
 
-#: What is handed to the socket at once: large enough to cost nothing, small enough for the time-out to mean something.
+#: What is handed to the socket at once: large enough to cost nothing, and on a line that is slow small enough for the
+#: time-out to mean silence: 32 connections that share 5 Mbit/s each move the smaller one in less than a minute.
 _SLICE_BYTES = 4 * 1024 * 1024
+_SLOW_SLICE_BYTES = 1024 * 1024
+#: So many times as long as the last rate tells may a large slice take within the time-out.
+_MARGIN = 4
 _CONNECT_S = 10.0
 #: Answers that are no payload are small; more than this is not read.
 _SMALL_BYTES = 1024 * 1024
 _BODILESS = {204, 304}
 _WITH_BODY = {"PUT", "POST"}
+#: Interim answers; http.client itself passes over 100.
+_NOT_YET = {102, 103}
 
 
 class WireError(OSError):
@@ -90,6 +97,7 @@ class _Exchange:
             )
         else:
             self.connection = http.client.HTTPConnection(host, port, timeout=_CONNECT_S)
+        self.connection.response_class = _Response
         if place is not None and not self._through_proxy:
             self.connection.set_tunnel(address.host, address.port, address.proxy_headers)
         self._prefix = f"{address.scheme}://{address.name}" if self._through_proxy else ""
@@ -113,20 +121,28 @@ class _Exchange:
     @property
     def is_dropped(self) -> bool:
         """Whether the server has closed it, or sent something nobody asked for."""
-        if self.connection.sock is None:
+        sock = self.connection.sock
+        if sock is None:
             return True
-        return bool(select.select([self.connection.sock], [], [], 0)[0])
+        if not hasattr(select, "poll"):  # Windows, where any number will do for select
+            return bool(select.select([sock], [], [], 0)[0])
+        asked = select.poll()
+        asked.register(sock, select.POLLIN)
+        return bool(asked.poll(0))
 
     def break_off(self) -> None:
         """From another thread: whoever waits for this connection stops waiting."""
-        with contextlib.suppress(OSError):
-            if self.connection.sock is not None:
-                self.connection.sock.shutdown(socket.SHUT_RDWR)
+        sock = self.connection.sock  # looked at once: its own thread may be closing it
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                # Not ``SSLSocket.shutdown``: it forgets the encryption first, and what the other thread then sends or
+                # receives, before the socket is down, goes as it is.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.connection.close()
 
-    def send(self, request: Request, moved: Callable[[int], None], slice_bytes: int) -> None:
+    def send(self, request: Request, moved: Callable[[int], None], pace: _Pace) -> None:
         connection = self.connection
         connection.putrequest(request.method, self._prefix + request.target, skip_host=True, skip_accept_encoding=True)
         for name, value in (*request.headers.items(), *self._proxy_headers.items()):
@@ -136,24 +152,28 @@ class _Exchange:
         connection.endheaders()
         sock = self._socket
         for view in request.views:
-            for at in range(0, len(view), slice_bytes):
-                piece = view[at : at + slice_bytes]
+            at = 0
+            while at < len(view):
+                piece = view[at : at + pace.slice_bytes]
                 moved(len(piece))
-                sock.sendall(piece)
+                with pace.of(len(piece)):
+                    sock.sendall(piece)
+                at += len(piece)
 
-    def receive(self, targets: Sequence[memoryview], moved: Callable[[int], None]) -> tuple[Answer, bool]:
+    def receive(self, targets: Sequence[memoryview], moved: Callable[[int], None], pace: _Pace) -> tuple[Answer, bool]:
         """The answer, and whether the connection can be used again."""
         response = self.connection.getresponse()
         headers: dict[str, str] = {}
         for name, value in response.headers.items():
             known = headers.get(name.lower())
             headers[name.lower()] = value if known is None else f"{known}, {value}"
-        # A whole object that was asked for by its whole range may come as a plain 200.
-        length = int(headers.get("content-length", -1))
         filled, body = 0, b""
-        if targets and response.status in {200, 206} and length == sum(map(len, targets)):
+        if targets and self._is_wanted(response, sum(map(len, targets))):
             for target in targets:
-                filled += self._fill(response, target, moved)
+                filled += self._fill(response, target, moved, pace)
+            # Of a body in chunks the end is to be read, and more than was asked for is something else.
+            if response.chunked and response.read(1):
+                filled = 0
         elif response.status not in _BODILESS:
             body = response.read(_SMALL_BYTES)
         keeps = response.isclosed() or (response.length == 0 and not response.will_close)
@@ -162,15 +182,88 @@ class _Exchange:
         return Answer(response.status, headers, body, filled), keeps and self.connection.sock is not None
 
     @staticmethod
-    def _fill(response: http.client.HTTPResponse, target: memoryview, moved: Callable[[int], None]) -> int:
+    def _is_wanted(response: http.client.HTTPResponse, size_bytes: int) -> bool:
+        """Whether the body is what the targets are for, as far as its headers tell."""
+        if response.chunked:  # its length shows at its end
+            return response.status == 206
+        # A whole object that was asked for by its whole range may come as a plain 200.
+        return response.status in {200, 206} and response.length == size_bytes
+
+    @staticmethod
+    def _fill(response: http.client.HTTPResponse, target: memoryview, moved: Callable[[int], None], pace: _Pace) -> int:
         done = 0
         while done < len(target):
-            count = response.readinto(target[done : done + _SLICE_BYTES])
+            piece = target[done : done + pace.slice_bytes]
+            with pace.of(len(piece)):
+                count = response.readinto(piece)
             if not count:
                 break
             done += count
             moved(count)
         return done
+
+
+class _Pace:
+    """How much of a body is moved between two looks at the clock.
+
+    Args:
+        progress_s: how long one slice may take, in seconds.
+        most_bytes: of a slice.
+    """
+
+    def __init__(self, progress_s: float, most_bytes: int) -> None:
+        self._progress_s = progress_s
+        self._most_bytes = most_bytes
+        self.slice_bytes = min(_SLOW_SLICE_BYTES, most_bytes)
+
+    @contextlib.contextmanager
+    def of(self, size_bytes: int) -> Iterator[None]:
+        """The block moves this many bytes; a quick line is given more the next time, a slow one less."""
+        began = time.monotonic()
+        yield
+        if size_bytes >= self.slice_bytes:
+            expected_s = (time.monotonic() - began) * self._most_bytes / size_bytes
+            is_quick = expected_s * _MARGIN < self._progress_s
+            self.slice_bytes = self._most_bytes if is_quick else min(_SLOW_SLICE_BYTES, self._most_bytes)
+
+
+class _Response(http.client.HTTPResponse):
+    """An answer whose headers came to their end, after whatever a server says before its answer."""
+
+    def begin(self) -> None:
+        lines = _Lines(self.fp)
+        self.fp: Any = lines
+        try:
+            super().begin()
+        finally:
+            if self.fp is not None:
+                self.fp = lines.file
+        if lines.last not in {b"\r\n", b"\n"}:
+            # http.client takes the end of the connection for the end of the headers, and half a number for a number.
+            raise http.client.IncompleteRead(lines.last)
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if found[1] in _NOT_YET:
+                http.client.parse_headers(self.fp)
+            else:
+                return found
+
+
+class _Lines:
+    """A file that remembers the line it gave out last."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.last = b""
+
+    def readline(self, limit: int = -1) -> bytes:
+        self.last = self.file.readline(limit)
+        return self.last
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class _Secure(http.client.HTTPConnection):
@@ -185,7 +278,9 @@ class _Secure(http.client.HTTPConnection):
 
     def connect(self) -> None:
         super().connect()
-        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._server_name)
+        # In this order, so that whoever gives up finds the socket while hands are being shaken.
+        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._server_name, do_handshake_on_connect=False)
+        self.sock.do_handshake()
 
 
 class _Watcher:
@@ -195,6 +290,7 @@ class _Watcher:
         self._changed = threading.Condition()
         self._due: dict[_Exchange, float] = {}
         self._running = False
+        self._rests = False
 
     def expect(self, exchange: _Exchange, within_s: float) -> None:
         """It must move within so many seconds."""
@@ -202,15 +298,26 @@ class _Watcher:
         with self._changed:
             known = exchange in self._due
             self._due[exchange] = due
+            self._rests = False
             if not self._running:
+                try:
+                    threading.Thread(target=self._watch, name="cloudckpt-lane-watch", daemon=True).start()
+                except RuntimeError as exc:  # too many of them, or the process is ending
+                    del self._due[exchange]
+                    raise WireError(f"no thread to watch the connection: {exc}") from exc
                 self._running = True
-                threading.Thread(target=self._watch, name="cloudckpt-lane-watch", daemon=True).start()
             elif not known and len(self._due) == 1:
                 self._changed.notify_all()
 
     def forget(self, exchange: _Exchange) -> None:
         with self._changed:
             self._due.pop(exchange, None)
+
+    def rest(self) -> None:
+        """Nothing more is to come for now: the thread need not wait for it."""
+        with self._changed:
+            self._rests = True
+            self._changed.notify_all()
 
     def _watch(self) -> None:
         with self._changed:
@@ -222,9 +329,10 @@ class _Watcher:
                         exchange.late = True
                         exchange.break_off()
                 nearest = min(self._due.values(), default=None)
-                # Idle for a while: the thread goes, and the next request brings another.
-                came = self._changed.wait(_CONNECT_S if nearest is None else max(nearest - now, 0.001))
-                if nearest is None and not came and not self._due:
+                if nearest is not None:
+                    self._changed.wait(max(nearest - now, 0.001))
+                elif self._rests or not (self._changed.wait(_CONNECT_S) or self._due):
+                    # Idle for a while: the thread goes, and the next request brings another.
                     self._running = False
                     return
 
@@ -281,6 +389,7 @@ class Wire:
         keeps = False
 
         def moving(size_bytes: int) -> None:
+            stop.check()  # it may have come before there was a socket to shut down
             if pause := self._throttle.pause(size_bytes):
                 self._watcher.forget(exchange)  # it is us who wait
                 stop.sleep(pause)
@@ -291,7 +400,9 @@ class Wire:
 
         try:
             if not exchange.used:
+                self._watcher.expect(exchange, self._progress_s)
                 exchange.connect()
+                stop.check()
             broken = self._send(exchange, request, moving)
             answer, keeps = self._receive(exchange, request, moved, broken)
             if exchange.late:
@@ -306,7 +417,7 @@ class Wire:
         """Send it. A server may refuse in mid-body and hang up: what it said explains more than the broken pipe."""
         self._watcher.expect(exchange, self._progress_s)
         try:
-            exchange.send(request, moving, self._throttle.slice_bytes or _SLICE_BYTES)
+            exchange.send(request, moving, _Pace(self._progress_s, self._throttle.slice_bytes or _SLICE_BYTES))
         except _STALE as exc:
             return exc
         return None
@@ -316,7 +427,7 @@ class Wire:
     ) -> tuple[Answer, bool]:
         self._watcher.expect(exchange, self._progress_s)
         try:
-            answer, keeps = exchange.receive(request.targets, moved)
+            answer, keeps = exchange.receive(request.targets, moved, _Pace(self._progress_s, _SLICE_BYTES))
         except (OSError, http.client.HTTPException):
             if broken is not None:
                 raise broken from None
@@ -356,6 +467,7 @@ class Wire:
             return
         with self._mutex:
             _close_idle(self._idle, self._pid)
+        self._watcher.rest()
 
 
 def _close_idle(idle: list[_Exchange], pid: int) -> None:
