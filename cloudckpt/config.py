@@ -31,8 +31,8 @@ class Settings:
         retry_cap_s: upper bound of any pause between tries.
         copy_every_revisions: how often an immutable copy of the manifest is written for ``repair``.
         read_gap_bytes: ranged reads closer than this are merged: reading past a gap is cheaper than a request.
-        max_read_bytes: larger ranged reads are split, so that several run at once. 16 MiB keep 16 connections busy from
-            256 MiB on, and cost a near store nothing.
+        max_read_bytes: larger ranged reads are split, so that several run at once. Beside a near store each
+            request costs about a millisecond; a far one gets smaller ones, as many as there are connections.
         io_threads: how many payload reads run at once. 16 connections of 85 MB/s each, what a far store gives one, fill
             a 10 Gbit/s line.
         read_in_place: whether ``restore()`` reads straight into the tensors it was given: no second copy in memory and
@@ -69,7 +69,7 @@ class Settings:
     retry_cap_s: float = 5.0
     copy_every_revisions: int = 20
     read_gap_bytes: int = 256 * 1024
-    max_read_bytes: int = 16 * 1024 * 1024
+    max_read_bytes: int = 32 * 1024 * 1024
     io_threads: int = 16
     read_in_place: bool = True
     request_timeout_s: float = 60.0

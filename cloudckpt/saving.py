@@ -49,6 +49,7 @@ from cloudckpt.pending import PendingSave
 from cloudckpt.sealed import summed
 from cloudckpt.storage import Body, ManifestStore
 from cloudckpt.sweeping import delete_bytes
+from cloudckpt.tensors.ahead import summed_ahead
 from cloudckpt.tensors.arena import Arena, positions
 from cloudckpt.tensors.beside import Beside, stage_beside, why_not_beside
 from cloudckpt.tensors.forecast import optimizer_growth_bytes
@@ -332,17 +333,18 @@ class Saver:
         return error
 
     def _save(self, job: _Job, entry: Checkpoint) -> Checkpoint:
-        announced = self._announce(entry)
-        job.pending.mark_announced()
-        self._listener(SaveStarted(checkpoint=placed(announced, entry.root)))
-        job.staged.wait()
-        if job.stage_failed is not None:
-            raise job.stage_failed
-        job.staging.wait_staged()
-        if not job.direct:
-            job.pending.mark_staged()
-        job.pending.enter("upload")
-        self._upload(job, announced)
+        with summed_ahead(job.sources if job.direct else ()):
+            announced = self._announce(entry)
+            job.pending.mark_announced()
+            self._listener(SaveStarted(checkpoint=placed(announced, entry.root)))
+            job.staged.wait()
+            if job.stage_failed is not None:
+                raise job.stage_failed
+            job.staging.wait_staged()
+            if not job.direct:
+                job.pending.mark_staged()
+            job.pending.enter("upload")
+            self._upload(job, announced)
         if job.direct:
             job.blocked = time.monotonic() - job.started
             job.pending.mark_staged()

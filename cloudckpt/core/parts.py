@@ -6,6 +6,9 @@ __all__ = ["plan_part_bytes"]
 
 _MEBIBYTE = 1024 * 1024
 
+#: Where nothing else decides, parts are whole multiples of this: what is summed before it is sent comes in such pieces.
+_GRAIN_BYTES = 2 * _MEBIBYTE
+
 #: A part that must be sent again should not cost much, nor a part's buffer; beyond this a larger one gains nothing.
 _LARGEST_BYTES = 64 * _MEBIBYTE
 
@@ -27,6 +30,10 @@ def plan_part_bytes(
     # Each object ends in a shorter part: room is left for those, so that they need no round of their own.
     full = connections - connections // 8
     rounds = -(-together_bytes // (full * _LARGEST_BYTES)) or 1
-    spread = -(-together_bytes // (rounds * full))
-    wanted = max(least_bytes, spread, -(-size_bytes // most_parts))
-    return wanted if wanted <= _MEBIBYTE else -(-wanted // _MEBIBYTE) * _MEBIBYTE
+    spread = _in_whole(-(-together_bytes // (rounds * full)), _GRAIN_BYTES)
+    return _in_whole(max(least_bytes, spread, -(-size_bytes // most_parts)), _MEBIBYTE)
+
+
+def _in_whole(size_bytes: int, grain_bytes: int) -> int:
+    """Rounded up to whole grains, unless it is less than one."""
+    return size_bytes if size_bytes <= grain_bytes else -(-size_bytes // grain_bytes) * grain_bytes

@@ -23,7 +23,7 @@ from cloudckpt.tensors.arena import Arena
 from cloudckpt.tensors.host import available_bytes, copy_large, copy_small
 from cloudckpt.tensors.memory import byte_view, copy_elements, lies_flat
 from cloudckpt.tensors.planning import Payload
-from cloudckpt.tensors.sums import Sums
+from cloudckpt.tensors.sums import CELL_BYTES, Sums
 
 __all__ = ["ArenaSource", "Buffers", "PayloadSource", "TensorSource"]
 
@@ -46,6 +46,9 @@ class PayloadSource(ABC):
         self.together_bytes = together_bytes
         self._sums = Sums(payload.bounds)
         self._stopped: str | None = None
+        self._asked_for = False
+        # Shared by all threads that sum ahead: each takes the next.
+        self._ahead = iter(range(0, payload.size_bytes, CELL_BYTES))
 
     @property
     def size_bytes(self) -> int:
@@ -60,6 +63,22 @@ class PayloadSource(ABC):
         for start in range(0, self.size_bytes, _SLICE_BYTES):
             with self.hold(start, min(_SLICE_BYTES, self.size_bytes - start)) as part:
                 yield from part.views
+
+    def sum_ahead(self) -> None:
+        """Sum what lies in host memory as it is stored, from the front, until somebody asks for any of it."""
+        for start in self._ahead:
+            if self._asked_for or self._stopped is not None:
+                return
+            if views := self._at_rest(start, min(CELL_BYTES, self.size_bytes - start)):
+                self._sums.cell(start, views)
+
+    def asked_for(self) -> None:
+        """From now on sums are taken by whoever holds the bytes."""
+        self._asked_for = True
+
+    @abstractmethod
+    def _at_rest(self, start: int, length: int) -> tuple[memoryview, ...]:
+        """The bytes where they are, without a copy; nothing if that is not how they are sent."""
 
     def stop(self, reason: str) -> None:
         """Give out no further bytes: whoever asks gets a ``SaveError`` with this reason."""
@@ -80,6 +99,7 @@ class PayloadSource(ABC):
             """Held to be summed."""
 
     def _check(self, start: int, length: int) -> None:
+        self.asked_for()
         if self._stopped is not None:
             raise SaveError(f"{self.payload.name} is not sent any further: {self._stopped}")
         if start < 0 or length < 0 or start + length > self.size_bytes:
@@ -97,6 +117,9 @@ class ArenaSource(PayloadSource):
         super().__init__(payload, max(together_bytes, payload.size_bytes))
         self._arena = arena
         self._start = start
+
+    def _at_rest(self, start: int, length: int) -> tuple[memoryview, ...]:
+        return self._arena.views(self._start + start, length)
 
     @contextlib.contextmanager
     def hold(self, start: int, length: int) -> Iterator[Part]:
@@ -185,6 +208,10 @@ class TensorSource(PayloadSource):
                     views.append(byte_view(buffer[at : at + stop - begin]))
                     at += stop - begin + _ALIGNMENT // 4
             yield Part(tuple(views), self._sums.part(start, views))
+
+    def _at_rest(self, start: int, length: int) -> tuple[memoryview, ...]:
+        runs = self._runs(start, start + length)
+        return tuple(self._own(begin, stop) for begin, stop, _ in runs) if all(alone for *_, alone in runs) else ()
 
     def _runs(self, start: int, stop: int) -> list[tuple[int, int, bool]]:
         """The range as runs: a large tensor's own memory stands alone, what lies between is joined."""

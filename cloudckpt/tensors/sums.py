@@ -10,7 +10,10 @@ from crc32c import crc32c
 
 from cloudckpt.core.checksum import combine, combine_all
 
-__all__ = ["Sums"]
+__all__ = ["CELL_BYTES", "Sums"]
+
+#: What is summed before anybody asks comes in cells of this size. Parts are multiples of it, so that none is cut.
+CELL_BYTES = 2 * 1024 * 1024
 
 #: Shorter pieces are summed twice, each for itself and all neighbours together: joining two sums costs what summing
 #: this much does.
@@ -31,6 +34,8 @@ class Sums:
         # Pieces that parts cut: (number, start) -> (stop, sum). And the parts: start -> {stop: sum}.
         self._cut: dict[tuple[int, int], tuple[int, int]] = {}
         self._parts: dict[int, dict[int, int]] = {}
+        # What was summed before anybody asked: start -> (stop, sum).
+        self._cells: dict[int, tuple[int, int]] = {}
 
     def part(self, start: int, views: Sequence[memoryview]) -> int:
         """The sum of the bytes from ``start`` as they were when they were first looked at; ``views`` are them now."""
@@ -38,9 +43,26 @@ class Sums:
         known = self._parts.get(start, {}).get(stop)
         if known is not None:
             return known
-        total = self._sum(start, views)
+        total = self._sum_of_cells(start, stop, views) if self._cells else self._sum(start, views)
         with self._mutex:
             return self._parts.setdefault(start, {}).setdefault(stop, total)
+
+    def cell(self, start: int, views: Sequence[memoryview]) -> None:
+        """Sum some bytes before anybody asks for them. ``start`` is a multiple of ``CELL_BYTES``, which they fill."""
+        self._cells[start] = (start + sum(view.nbytes for view in views), self._sum(start, views))
+
+    def _sum_of_cells(self, start: int, stop: int, views: Sequence[memoryview]) -> int:
+        total, at = 0, start
+        while at < stop:
+            end, value = self._cells.get(at, (at, 0))
+            if not at < end <= stop:
+                end = at
+                while end < stop and (end == at or end not in self._cells):
+                    end = min(stop, end - end % CELL_BYTES + CELL_BYTES)
+                value = self._sum(at, _between(views, at - start, end - start))
+            total = combine(total, value, end - at)
+            at = end
+        return total
 
     def _sum(self, start: int, views: Sequence[memoryview]) -> int:
         # A hundred thousand small tensors pass through this loop; it is written for that.
@@ -112,6 +134,16 @@ class Sums:
             parts.append((found[stop], stop - at))
             at = stop
         return combine_all(parts)
+
+
+def _between(views: Sequence[memoryview], start: int, stop: int) -> list[memoryview]:
+    """The bytes ``start`` to ``stop`` of views laid end to end."""
+    found, at = [], 0
+    for view in views:
+        if (piece := view[max(0, start - at) : max(0, stop - at)]).nbytes:
+            found.append(piece)
+        at += view.nbytes
+    return found
 
 
 def _extended(total: int, short: memoryview) -> int:

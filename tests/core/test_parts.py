@@ -14,11 +14,11 @@ MIB = 1024 * 1024
 @pytest.mark.parametrize(
     ("size_mib", "together_mib", "connections", "part_mib"),
     [
-        (345, 517, 18, 33),  # one round over all of them
-        (172, 517, 18, 33),  # the same for the smaller object beside it
+        (345, 517, 18, 34),  # one round over all of them
+        (172, 517, 18, 34),  # the same for the smaller object beside it
         (345, 517, 2, 52),  # few connections: rounds of large parts
         (10, 10, 16, 16),  # never less than asked for
-        (2048, 2048, 16, 49),
+        (2048, 2048, 16, 50),
     ],
 )
 def test_parts_of_usual_states(size_mib: int, together_mib: int, connections: int, part_mib: int) -> None:

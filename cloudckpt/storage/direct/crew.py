@@ -20,7 +20,7 @@ __all__ = ["Attempts", "BrokenOff", "Crew", "Stop"]
 _T = TypeVar("_T")
 
 #: Bytes a second that all connections together should carry: what a large machine is lent, and a small one computes.
-_ENOUGH = 1.8e9
+_ENOUGH = 2.7e9
 #: Never fewer than this: one that waits for its answer leaves the line idle.
 _LEAST = 2
 #: With so many connections a lane begins.

@@ -180,8 +180,8 @@ def test_connections_are_as_many_as_are_worth_having() -> None:
                 now[0] += (16 << 20) / rate
         return crew
 
-    assert crew_at(1.2e9).worthwhile == 2
-    assert crew_at(85e6).worthwhile == 22
+    assert crew_at(1.4e9).worthwhile == 2
+    assert crew_at(100e6).worthwhile == 28
     assert crew_at(20e6).worthwhile == 32
     crew = Crew(8)
     assert crew.worthwhile == 8
