@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.charts import draw_bars, draw_lines
+from benchmarks.gpu_page import gpu_section
 from benchmarks.plans import LINKS, PLANS
 from benchmarks.state import GIB
 from benchmarks.tables import Results, bars_table, floor_of, good, judged, median_of, read_results, tables
@@ -71,13 +72,14 @@ def write_page(results: Path, docs: Path) -> None:
     found = read_results(results)
     drawn = _draw(found, docs / "performance")
     notes: dict[str, str] = tomllib.loads(_NOTES.read_text(encoding="utf-8"))
-    (docs / "performance.md").write_text(page(found, notes, drawn), encoding="utf-8")
+    gpu = gpu_section(results / "gpu" / "saves.jsonl")
+    (docs / "performance.md").write_text(page(found, notes, drawn, gpu=gpu), encoding="utf-8")
 
 
-def page(results: Results, notes: Mapping[str, str], charts: Mapping[str, str]) -> str:
-    """The whole page; ``charts`` are file names by plan."""
+def page(results: Results, notes: Mapping[str, str], charts: Mapping[str, str], *, gpu: str = "") -> str:
+    """The whole page; ``charts`` are file names by plan, ``gpu`` is the section about it."""
     parts = [_INTRODUCTION, _machine(results), "## The bars", "", _bars_said(), bars_table(results), ""]
-    parts += [_not_met(results, notes)]
+    parts += [_not_met(results, notes), *([gpu] if gpu else [])]
     for name, plan in PLANS.items():
         rows = results.rows.get(name)
         if not rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks import bars
 from benchmarks.bars import BARS, Bar, judge
+from benchmarks.gpu_page import gpu_section
 from benchmarks.machine import facts, without_paths
 from benchmarks.plans import BARS as BAR_PLANS
 from benchmarks.plans import PLANS, quick
@@ -136,3 +138,31 @@ def test_every_plan_is_told_on_the_page() -> None:
     for name, plan in PLANS.items():
         rows = [{**each, "group": plan.group, "link": plan.link, "first": later, "later": later} for each in one]
         assert f"`.venv-bench/bin/python -m benchmarks {name}`" in page(Results({name: list(rows)}, {}), {}, {})
+
+
+def test_the_page_tells_of_one_gpu(tmp_path: Path) -> None:
+    """What gpu_saves.py printed becomes a section with its bars: the worst save is held against each."""
+    save = {"blocked_s": 0.4, "of_raw": 0.99, "lost_of_step": 1.5}
+    lines = [
+        {"case": "machine", "device": "A GPU", "torch": "2.11", "gib": 20.0, "step_s": 0.25},
+        {"case": "raw", "gib_s": 50.0},
+        {"case": "prepare", "worst_step": 1.5},
+        {"case": "copy", **save},
+        {"case": "copy", **save, "of_raw": 0.85},
+        {"case": "overlap", **save, "lost_of_step": 0.04},
+        {"case": "overlap", **save, "lost_of_step": 0.06},
+        {"case": "restore", "s": 1.0, "gib_s": 20.0, "exact": True},
+    ]
+    path = tmp_path / "saves.jsonl"
+    assert not gpu_section(path)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    text = gpu_section(path)
+
+    assert "| `save()` blocks, copy mode, of the raw rate | ≥ 90.0% | 85.0% | **missed** |" in text
+    assert "| first save, 30 s after `prepare`, by a later one | ≤ 2.00 | 1.00 | met |" in text
+    assert "| training lost, overlap, of a step | ≤ 5.0% | 6.0% | **missed** |" in text
+    assert "accumulated" not in text
+    assert "a copy takes 0.40 s" in text
+    assert "equal bit for bit" in text
+    assert text in page(Results({}, {}), {}, {}, gpu=text)

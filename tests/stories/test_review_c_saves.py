@@ -355,6 +355,8 @@ def test_a_learning_rate_on_the_device_may_change_right_after_save() -> None:
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     storage = MemoryStorage()
     with CheckpointManager(storage, settings=OVERLAP) as ckpts:
+        model(torch.ones(2, 8, device="cuda")).sum().backward()
+        optimizer.step()
         pending = ckpts.save(1, {"model": model, "optimizer": optimizer, "scheduler": scheduler})
         scheduler.step()
         pending.wait()
