@@ -33,7 +33,7 @@ def gpu_section(path: Path) -> str:
     copy_s = machine["gib"] / raw["gib_s"]
     facts = (
         f"{machine['device']}, torch {machine['torch']}; {machine['gib']:.1f} GiB of parameters under fused AdamW, a "
-        f"step of {machine['step_s']:.2f} s. The floor is the link's own rate to pinned memory, {raw['gib_s']:.1f} GiB/s: "
+        f"step of {machine['step_s']:.2f} s. Floor: the link's own rate to pinned memory, {raw['gib_s']:.1f} GiB/s: "
         f"a copy takes {copy_s:.2f} s, whoever makes it. An update within that time waits for the rest of it, unless "
         "`overlap_device_bytes` lends memory of the device. Command: `python benchmarks/gpu_saves.py --gib 20 > "
         "benchmarks/results/gpu/saves.jsonl`, then `make bench-report`."
