@@ -46,7 +46,7 @@ check: .venv/.dev ## format, lint, types, floors
 	$(BIN)/lint-imports
 
 cov: .venv/.dev ## the pure core, with all of its branches
-	$(BIN)/python -m pytest tests/core -q --cov=cloudckpt.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+	$(BIN)/python -m pytest tests/core -q -n 2 --cov=cloudckpt.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 unit: .venv/.dev ## every other suite but the slow ones
 	$(BIN)/python -m pytest tests --ignore=tests/core -m "not slow" -n 2 --dist loadfile
