@@ -6,6 +6,7 @@ Each is a process of its own (moto: a thread) in a folder of its own. All of the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -149,8 +151,25 @@ class _S3Client:
             client.close()
 
 
+class _OneByOne:
+    """A WSGI application that takes conditional writes one by one.
+
+    moto looks at what there is and writes in two steps, each request in a thread of its own: between them another
+    request can write, and of some ten thousand changes one is lost. A store that honours conditions does both in one.
+    """
+
+    def __init__(self, app: Callable[..., Any]) -> None:
+        self._app = app
+        self._mutex = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        conditional = not {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"}.isdisjoint(environ)
+        with self._mutex if conditional and environ["REQUEST_METHOD"] == "PUT" else contextlib.nullcontext():
+            return self._app(environ, start_response)
+
+
 class MotoServer(_S3Client):
-    """moto's server in a thread of this process."""
+    """moto's server in a thread of this process; unlike moto's own, it honours conditions of writes that race."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
@@ -167,6 +186,8 @@ class MotoServer(_S3Client):
         # One line a request would drown what a failing test has to say.
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server.start()
+        serving: Any = self._server._server  # noqa: SLF001 - moto has no way to put something before its application
+        serving.app = _OneByOne(serving.app)
         host, port = self._server.get_host_and_port()
         self.url = f"http://{host}:{port}"
         return self

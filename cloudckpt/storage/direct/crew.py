@@ -197,11 +197,16 @@ class _Threads:
         with self._mutex:
             jobs = self._jobs
             jobs.put(lambda: _carry_out(future, job, stop))
+            # But those whose start was interrupted before they were.
+            self._alive = [thread for thread in self._alive if thread.is_alive()]
             if not self._idle.acquire(blocking=False) and len(self._alive) < self._most:
                 thread = threading.Thread(target=_work, args=(jobs, self._idle), name="cloudckpt-lane", daemon=True)
-                with contextlib.suppress(RuntimeError):  # no more threads in this process: fewer will do
+                # Noted first: an interrupt in ``start`` does not tell whether there is a thread.
+                self._alive.append(thread)
+                try:
                     thread.start()
-                    self._alive.append(thread)
+                except RuntimeError:  # no more threads in this process: fewer will do
+                    self._alive.remove(thread)
             has_none = not self._alive
         if has_none:
             with contextlib.suppress(Empty):
@@ -213,10 +218,10 @@ class _Threads:
         with self._mutex:
             jobs, alive = self._jobs, self._alive
             self._open()
-        for _ in alive:
-            jobs.put(None)
+        jobs.put(None)
         for thread in alive:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
 
 def _work(jobs: SimpleQueue[Callable[[], None] | None], idle: threading.Semaphore) -> None:
@@ -224,6 +229,7 @@ def _work(jobs: SimpleQueue[Callable[[], None] | None], idle: threading.Semaphor
         job()
         del job
         idle.release()
+    jobs.put(None)  # for the next thread, however many there are
 
 
 def _carry_out(future: Future[_T], job: Callable[[Stop], _T], stop: Stop) -> None:

@@ -45,6 +45,28 @@ def test_a_thread_that_cannot_start_leaves_no_job_behind(monkeypatch: pytest.Mon
     assert late == []
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_while_a_thread_starts_hangs_nobody(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as a thread of the crew starts: work goes on with the next call, and a close ends."""
+    crew = Crew(1)
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if when == "after":
+            start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            crew.each([lambda _: None])
+    assert crew.each([lambda _: 1, lambda _: 2]) == [1, 2]
+    closer = threading.Thread(target=crew.close, daemon=True)
+    closer.start()
+    closer.join(30)
+    assert not closer.is_alive()
+
+
 AT_EXIT = """
 import threading
 from cloudckpt.storage.direct import Crew
