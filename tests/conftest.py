@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -24,6 +25,12 @@ IMPATIENT = Settings(
 )
 #: What the stories and the crash suite can be run on: ``--on seaweedfs``.
 BACKENDS = ("memory", "local", "moto", "seaweedfs", "gcs", "fake-gcs-server")
+
+
+def pytest_configure() -> None:
+    """Give SIGINT its meaning back where a shell took it (``&``, ``nohup``): children that get Ctrl-C would inherit it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
