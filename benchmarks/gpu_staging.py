@@ -14,6 +14,8 @@ steps; a step comes every 0.24 s and the copy takes longer, so without borrowed 
 ``dcp`` PyTorch's own asynchronous saves to a RAM disk.
 
 ``--device cpu --gib 0.05`` runs the same lines without a GPU, to see that they run.
+
+(Past 350 lines: one program that runs from a bare checkout, and nothing else of it is shared.)
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class MasterAdamW(torch.optim.Optimizer):
             }
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
         """Update every tensor in place."""
         for p in self.param_groups[0]["params"]:
             state, grad = self.state[p], p.grad.float()

@@ -5,6 +5,8 @@
 
 A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- /generated -->``. Everything in it is made by
 the package's own functions with a fixed clock and fixed tokens, so that equal code gives equal text.
+
+(Past 350 lines: each generated part is a function here, and the list of them is the program.)
 """
 
 from __future__ import annotations

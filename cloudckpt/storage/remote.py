@@ -145,8 +145,8 @@ class RemoteStorage(ABC):
             await self._read(key, limit_bytes)
         finally:
             if gc.isenabled():
-                # The client's library has made so many objects that the collector is due: walking all that there is
-                # takes 0.2 s, now or in the middle of the first save.
+                # The client's library has made so many objects that the collector is due: it walks all that there is,
+                # now or in the middle of the first save.
                 gc.collect()
 
     def _run(self, work: Coroutine[Any, Any, _T]) -> _T:

@@ -1,7 +1,6 @@
 """Sums taken while the announce is on its way.
 
-The processors have nothing else to do then, and afterwards all parts can start at once. Beside a store 20 ms away that
-is a sixth of a blocking save.
+The processors have nothing else to do then, and afterwards all parts can start at once (docs/adr/0014).
 """
 
 from __future__ import annotations

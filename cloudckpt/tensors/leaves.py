@@ -1,5 +1,7 @@
 """The leaves that only torch and NumPy know: how the codec stores tensors, dtypes, scalars, arrays, enums."""
 
+# ruff: noqa: ARG002 - every leaf has the shape of a handler, whatever it looks at
+
 from __future__ import annotations
 
 import base64
@@ -59,7 +61,7 @@ class TensorLeaf:
     fetch: Callable[[str], torch.Tensor]
     tag: str = "tensor"
 
-    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002 - the handler's shape
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
         """See ``Handler.encode``."""
         if not isinstance(value, torch.Tensor):
             return SKIP
@@ -67,7 +69,7 @@ class TensorLeaf:
             check_storable(value, render_path(path))
         return self.store(value, path)
 
-    def decode(self, payload: Any, path: Path, codec: Codec) -> torch.Tensor:  # noqa: ARG002
+    def decode(self, payload: Any, path: Path, codec: Codec) -> torch.Tensor:
         """See ``Handler.decode``."""
         if not isinstance(payload, str):
             raise FormatError(f"{render_path(path)}: a tensor is referred to by name")
@@ -95,7 +97,7 @@ class TorchLeaf:
 
     tag: str = "torch"
 
-    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
         """See ``Handler.encode``."""
         match value:
             case torch.Size():
@@ -108,7 +110,7 @@ class TorchLeaf:
                 return {"constant": str(value).removeprefix("torch.")}
         return SKIP
 
-    def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:
         """See ``Handler.decode``."""
         ((kind, value),) = payload.items()
         match kind:
@@ -129,13 +131,13 @@ class ScalarLeaf:
 
     tag: str = "numpy"
 
-    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
         """See ``Handler.encode``."""
         if not isinstance(value, np.generic) or value.dtype.hasobject or isinstance(value, np.void):
             return SKIP
         return {"dtype": value.dtype.str, "bytes": base64.b64encode(value.tobytes()).decode("ascii")}
 
-    def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:
         """See ``Handler.decode``."""
         raw, dtype = base64.b64decode(payload["bytes"], validate=True), _plain(payload["dtype"], path)
         # NumPy's own way back takes zeros off the end of a text, and knows no text of length zero.
@@ -160,7 +162,7 @@ class ArrayLeaf:
     fetch: Callable[[str], torch.Tensor]
     tag: str = "ndarray"
 
-    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
         """See ``Handler.encode``."""
         if type(value) is not np.ndarray or value.dtype.hasobject or value.dtype.names is not None:
             return SKIP
@@ -168,7 +170,7 @@ class ArrayLeaf:
         tensor = torch.from_numpy(raw.copy())
         return {"tensor": self.store(tensor, path), "dtype": value.dtype.str, "shape": list(value.shape)}
 
-    def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:
         """See ``Handler.decode``."""
         raw = self.fetch(payload["tensor"]).numpy()
         return raw.view(_plain(payload["dtype"], path)).reshape(payload["shape"])
@@ -220,7 +222,7 @@ class PickleLeaf:
     known: Codec
     tag: str = "pickle"
 
-    def encode(self, value: object, path: Path, codec: Codec) -> Any:  # noqa: ARG002
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
         """See ``Handler.encode``."""
         if not self.allowed or self._can_be_stored(value):
             return SKIP
@@ -243,7 +245,7 @@ class PickleLeaf:
             return False
         return True
 
-    def decode(self, payload: Any, path: Path, codec: Codec) -> object:  # noqa: ARG002
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:
         """See ``Handler.decode``."""
         if not self.allowed:
             raise ConfigError(

@@ -75,7 +75,7 @@ class _Watched:
         if self.source is not None and self.source._version != self.version:  # noqa: SLF001 - its only name
             return True
         alive = ((owner(), version) for owner, version in self.owners)
-        return any(owner is not None and owner._version != version for owner, version in alive)  # noqa: SLF001
+        return any(owner is not None and owner._version != version for owner, version in alive)  # noqa: SLF001 - its name
 
 
 @dataclass(slots=True)
@@ -274,7 +274,7 @@ def watch() -> None:
     with _registry:
         if not _installed:
             # Compiled code must call the hook, not run what it once saw of it.
-            register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))  # type: ignore[no-untyped-call]
+            register_optimizer_step_pre_hook(torch.compiler.disable(_before_step))  # type: ignore[no-untyped-call]  # no types
             _installed = True
 
 
@@ -382,7 +382,7 @@ def _watched(copying: Copying, owners: Mapping[int, Sequence[torch.Tensor]]) -> 
     source = copying.source
     own = storages(source)
     held = [(weakref.ref(o), o._version) for key in own for o in owners.get(key, ())]  # noqa: SLF001 - its only name
-    return _Watched(copying.path, source, source._version, own, held, not source.is_cuda)  # noqa: SLF001
+    return _Watched(copying.path, source, source._version, own, held, not source.is_cuda)  # noqa: SLF001 - its name
 
 
 def _plain_copy(copying: Copying) -> None:

@@ -2,6 +2,8 @@
 
 Each is a process of its own (moto: a thread) in a folder of its own. All of them have ``url``, ``version``,
 ``create_bucket``, ``storage_options()`` for the filesystem, and ``environment()`` for child processes.
+
+(Past 350 lines: five servers behind one surface, started and stopped by the same few rules.)
 """
 
 from __future__ import annotations

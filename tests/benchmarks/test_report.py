@@ -105,7 +105,7 @@ def results() -> Results:
 def test_the_page_tells_ratios_commands_verdicts_and_failures(results: Results) -> None:
     """Each table has its command, each bar its verdict, a peer that failed its reason, and a miss its note."""
     text = page(results, {"save-s3": "The uploader\nis slow.", "save-s3-tls": "not shown"}, {"save-s3": "save-s3.svg"})
-    assert "| **cloudckpt** | 3 | 1.100 (1.000–1.200) | 0.45 | 1.10 |" in text  # noqa: RUF001
+    assert "| **cloudckpt** | 3 | 1.100 (1.000–1.200) | 0.45 | 1.10 |" in text  # noqa: RUF001 - a dash
     assert ".venv-bench/bin/python -m benchmarks save-s3`" in text
     assert "![Save to S3](performance/save-s3.svg)" in text
     assert "| obstore_put | 0 | failed: No module named 'obstore' |" in text

@@ -1,3 +1,8 @@
+"""Every transition of the manifest, and what each refuses.
+
+(Past 350 lines: the transitions are one table, and their invariants hold over all of them.)
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,3 +1,8 @@
+"""What retention keeps and lets go, against a plain model of its rules.
+
+(Past 350 lines: the rules are one table.)
+"""
+
 from __future__ import annotations
 
 import math

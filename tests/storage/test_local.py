@@ -1,4 +1,7 @@
-"""LocalStorage keeps every promise of a storage, and those that only a disk can be asked to keep."""
+"""LocalStorage keeps every promise of a storage, and those that only a disk can be asked to keep.
+
+(Past 350 lines: what a disk can be asked to keep is one list.)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``transact``: what becomes of a write that landed, was lost, or got no answer. No test sleeps."""
+"""``transact``: what becomes of a write that landed, was lost, or got no answer. No test sleeps.
+
+(Past 350 lines: every answer a store can give to one write, or not give, is one table.)
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ class Store(ManifestStore):
         self._tokens = itertools.count(random.Random(0).getrandbits(60) + id(self))
         super().__init__(
             storage,
-            Settings(manifest_deadline_s=DEADLINE_S, storage_deadline_s=DEADLINE_S, **settings),  # type: ignore[arg-type]
+            Settings(manifest_deadline_s=DEADLINE_S, storage_deadline_s=DEADLINE_S, **settings),  # type: ignore[arg-type]  # any
             clock=lambda: AT,
             token=lambda digits: f"{next(self._tokens):0{digits}x}"[-digits:],
         )

@@ -1,4 +1,7 @@
-"""What can be wrong about a bucket, its rights and its settings: each is a clear message, and nothing is harmed."""
+"""What can be wrong about a bucket, its rights and its settings: each is a clear message, and nothing is harmed.
+
+(Past 350 lines: what can be wrong about a bucket is one list.)
+"""
 
 from __future__ import annotations
 

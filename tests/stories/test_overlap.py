@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -70,22 +69,10 @@ def storage() -> Storage:
     return MemoryStorage()
 
 
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The thread that copies waits until the event is set."""
-    go = threading.Event()
-    plain = overlap._plain_copy
-    me = threading.current_thread()
-    monkeypatch.setattr(overlap, "AT_ONCE_BYTES", 0)
-
-    def copy(copying: overlap.Copying) -> None:
-        if threading.current_thread() is not me:
-            assert go.wait(60)
-        plain(copying)
-
-    monkeypatch.setattr(overlap, "_plain_copy", copy)
-    yield go
-    go.set()
+@pytest.fixture(autouse=True)
+def _even_small_tensors_are_copied_beside(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "held" in request.fixturenames:
+        monkeypatch.setattr(overlap, "AT_ONCE_BYTES", 0)
 
 
 def test_what_is_saved_is_the_state_at_the_call(storage: Storage, held: threading.Event) -> None:

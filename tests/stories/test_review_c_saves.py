@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,28 +20,12 @@ import cloudckpt
 from cloudckpt import CheckpointManager, ConfigError, SaveError, Settings, StorageError
 from cloudckpt.events import Event, SaveFailed
 from cloudckpt.storage import MemoryStorage
-from cloudckpt.tensors import host, overlap, staging
+from cloudckpt.tensors import host, staging
+from tests.stories.test_review_c_loads import Wrapper
 
 pytestmark = pytest.mark.memory_only
 
 OVERLAP = Settings(stage="overlap")
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The thread that copies waits until the event is set."""
-    go = threading.Event()
-    plain = overlap._plain_copy
-    me = threading.current_thread()
-
-    def copy(copying: overlap.Copying) -> None:
-        if threading.current_thread() is not me:
-            assert go.wait(60)
-        plain(copying)
-
-    monkeypatch.setattr(overlap, "_plain_copy", copy)
-    yield go
-    go.set()
 
 
 # -- wrong bits ------------------------------------------------------------------------------------------------
@@ -166,6 +149,13 @@ def test_the_save_after_a_copy_that_was_interrupted_twice_is_not_written_over(mo
 # -- lost saves ------------------------------------------------------------------------------------------------
 
 
+def run_to_the_end(script: str, *arguments: str) -> None:
+    """Run a program in a process of its own, which ends well."""
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_last_save_of_a_script_that_never_closes_is_committed(tmp_path: Path) -> None:
     """Several large objects, no wait(), no close(): the process ends when the save is committed."""
     script = (
@@ -174,11 +164,8 @@ def test_the_last_save_of_a_script_that_never_closes_is_committed(tmp_path: Path
         "ckpts = CheckpointManager(sys.argv[1])\n"
         "ckpts.save(1, {name: torch.ones(4_000_000) for name in 'abc'})\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert [c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()] == [1], done.stderr
+    run_to_the_end(script, str(tmp_path / "run"))
+    assert [c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()] == [1]
 
 
 def test_the_last_save_of_a_script_to_a_bucket_is_committed_as_well(gcs_root: str) -> None:
@@ -189,11 +176,8 @@ def test_the_last_save_of_a_script_to_a_bucket_is_committed_as_well(gcs_root: st
         "ckpts = CheckpointManager(sys.argv[1])\n"
         "ckpts.save(1, {name: torch.ones(30_000_000) for name in 'ab'})\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, gcs_root], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert [c.step for c in cloudckpt.open(gcs_root).checkpoints()] == [1], done.stderr
+    run_to_the_end(script, gcs_root)
+    assert [c.step for c in cloudckpt.open(gcs_root).checkpoints()] == [1]
 
 
 # -- hangs -----------------------------------------------------------------------------------------------------
@@ -239,10 +223,7 @@ def test_memory_whose_thread_cannot_be_had_is_waited_for_by_nobody(tmp_path: Pat
         "    ckpts.wait()\n"
         "    ckpts.save(1, state)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_to_the_end(script, str(tmp_path / "run"))
     assert [c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()] == [1]
 
 
@@ -288,19 +269,6 @@ def test_a_forked_child_that_saves_is_told_not_to(call: str, tmp_path: Path) -> 
     )
     assert done.returncode == 7, (done.returncode, done.stderr)
     assert [c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()] == [1, 3]
-
-
-class Wrapper(torch.optim.Optimizer):
-    """What many trainers make: an optimizer by name, that passes everything on and has nothing of its own."""
-
-    def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner = inner
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state_dict)
 
 
 @pytest.mark.parametrize("stage", ["copy", "overlap"])

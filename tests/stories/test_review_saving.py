@@ -185,10 +185,10 @@ def test_an_interrupted_wait_does_not_swallow_the_failure() -> None:
         pending = ckpts.save(1, state_of(1))
         pending.wait_quietly()
         real = pending._outcome.result
-        pending._outcome.result = raising(KeyboardInterrupt(), "")  # type: ignore[assignment,method-assign]
+        pending._outcome.result = raising(KeyboardInterrupt(), "")  # type: ignore[assignment,method-assign]  # a stand-in
         with pytest.raises((KeyboardInterrupt, TypeError)):
             pending.wait()
-        pending._outcome.result = real  # type: ignore[method-assign]
+        pending._outcome.result = real  # type: ignore[method-assign]  # undone
 
 
 def test_a_fenced_manager_does_not_prune() -> None:

@@ -1,4 +1,7 @@
-"""Stored bytes into memory: which requests are made, where the bytes go, and how damage is found on the way."""
+"""Stored bytes into memory: which requests are made, where the bytes go, and how damage is found on the way.
+
+(Past 350 lines: the requests, the places and the damage of a load are told over the same states.)
+"""
 
 from __future__ import annotations
 

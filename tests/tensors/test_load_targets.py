@@ -1,4 +1,7 @@
-"""Into place: which of the caller's own tensors are read into, and that the outcome never depends on it."""
+"""Into place: which of the caller's own tensors are read into, and that the outcome never depends on it.
+
+(Past 350 lines: which tensors are read into, and which are not, is one table.)
+"""
 
 from __future__ import annotations
 

@@ -641,9 +641,9 @@ def test_a_compiled_step(trainer: Make, device: str, how: str, options: dict[str
     optimizer = it.optimizers[0]
     plain = optimizer.step
     if how == "in place":
-        compiled = optimizer.step = torch.compile(plain, **options)  # type: ignore[method-assign, call-overload]
+        compiled = optimizer.step = torch.compile(plain, **options)  # type: ignore[method-assign, call-overload]  # as users do
     else:
-        compiled = torch.compile(lambda: plain(), **options)  # type: ignore[call-overload]
+        compiled = torch.compile(lambda: plain(), **options)  # type: ignore[call-overload]  # options by name
     if how == "compiled before":
         it.backward()
         compiled()

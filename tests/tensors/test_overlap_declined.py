@@ -30,7 +30,7 @@ def scheduled() -> torch.optim.Optimizer:
 def compiled() -> torch.optim.Optimizer:
     """Its step is compiled in place."""
     optimizer = adam()
-    optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
+    optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]  # as users do
     return optimizer
 
 
@@ -47,7 +47,7 @@ def subclassed() -> torch.optim.Optimizer:
 def bound_again() -> torch.optim.Optimizer:
     """Its step was taken off and put back, as accelerate does."""
     optimizer = adam()
-    optimizer.step = types.MethodType(type(optimizer).step, optimizer)  # type: ignore[method-assign]
+    optimizer.step = types.MethodType(type(optimizer).step, optimizer)  # type: ignore[method-assign]  # as users do
     return optimizer
 
 
@@ -67,7 +67,7 @@ def not_an_optimizer() -> object:
 def replaced() -> object:
     """Somebody put another step in its place."""
     optimizer = adam()
-    optimizer.step = lambda: None  # type: ignore[assignment, method-assign, misc]
+    optimizer.step = lambda: None  # type: ignore[assignment, method-assign, misc]  # as users do
     return optimizer
 
 

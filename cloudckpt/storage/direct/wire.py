@@ -244,7 +244,7 @@ class _Response(http.client.HTTPResponse):
 
     def _read_status(self) -> tuple[str, int, str]:
         while True:
-            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]  # its stub lacks it
             if found[1] in _NOT_YET:
                 http.client.parse_headers(self.fp)
             else:

@@ -7,6 +7,8 @@ import contextlib
 import http.client
 import http.server
 import ipaddress
+import os
+import signal
 import ssl
 import threading
 import time
@@ -137,3 +139,36 @@ def http_proxy() -> Iterator[tuple[str, list[str]]]:
         yield f"http://127.0.0.1:{server.server_port}", lines
         server.shutdown()
         thread.join(10)
+
+
+#: What ``forked_while_held`` gives: called with the lock and with what the child does.
+Forked = Callable[[AbstractContextManager[object], Callable[[], object]], int]
+
+
+@pytest.fixture
+def forked_while_held() -> Forked:
+    """Does something in a child that is forked while another thread holds a lock; 0 if it did not hang."""
+
+    def run(lock: AbstractContextManager[object], act: Callable[[], object]) -> int:
+        held, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with lock:
+                held.set()
+                release.wait(30)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(30)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            act()
+            os._exit(0)
+        try:
+            return os.waitpid(child, 0)[1]
+        finally:
+            release.set()
+            holder.join()
+
+    return run

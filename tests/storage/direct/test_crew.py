@@ -28,7 +28,7 @@ def test_jobs_run_side_by_side_and_answer_in_order() -> None:
         together.wait()
         return number
 
-    assert crew.each([lambda stop, n=n: job(n, stop) for n in range(4)]) == [0, 1, 2, 3]  # type: ignore[misc]
+    assert crew.each([lambda stop, n=n: job(n, stop) for n in range(4)]) == [0, 1, 2, 3]  # type: ignore[misc]  # n=n
     crew.close()
 
 

@@ -468,7 +468,7 @@ def test_the_token_is_the_session_s_and_renewed_in_mid_upload() -> None:
     """A token that the store takes no longer is replaced by a fresh one; no part is lost, and no request is anonymous."""
     with FakeGCS(required_token="first") as server, FaultProxy(server.url) as proxy:
         server.create_bucket("tokens")
-        credentials = _Changing(token="x", expiry=datetime(2100, 1, 1))  # type: ignore[no-untyped-call]  # noqa: DTZ001
+        credentials = _Changing(token="x", expiry=datetime(2100, 1, 1))  # type: ignore[no-untyped-call]  # noqa: DTZ001 - naive
         credentials.tokens = ["first", "second"]
         options = {"endpoint_url": proxy.url, "token": credentials}
         storage = GCSStorage("tokens", "run", options, FAST)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from cloudckpt.storage.direct import Address, Wire
 from cloudckpt.testing import BytesSource
 from cloudckpt.testing.fault_proxy import FaultProxy
 from cloudckpt.testing.servers import MotoServer, free_ports
+from tests.storage.direct.conftest import Forked
 from tests.storage.direct.test_s3_lane import KEY, PART, SMALL_PARTS, Make, bucket, opened, sent_and_back
 from tests.storage.direct.test_wire import Server, read_request
 
@@ -197,31 +196,13 @@ def test_a_close_in_mid_upload_is_an_error_of_the_storage(s3_server: MotoServer,
     assert s3_server.uploads(bucket) == []
 
 
-def test_a_forked_child_can_close_a_storage_that_was_in_use(s3_server: MotoServer, opened: Make) -> None:
+def test_a_forked_child_can_close_a_storage_that_was_in_use(
+    s3_server: MotoServer, opened: Make, forked_while_held: Forked
+) -> None:
     """Another thread was finding the way when the process was forked; the child does not wait for it."""
     storage = opened(s3_server)
     sent_and_back(storage, 10)
-    held, release = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with storage._lane._mutex:
-            held.set()
-            release.wait(30)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    held.wait(30)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(10)
-        storage.close()
-        os._exit(0)
-    try:
-        _, status = os.waitpid(child, 0)
-    finally:
-        release.set()
-        holder.join()
-    assert status == 0
+    assert forked_while_held(storage._lane._mutex, storage.close) == 0
 
 
 LAST_SAVE = """

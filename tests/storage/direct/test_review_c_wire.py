@@ -1,4 +1,7 @@
-"""What a hostile look at the lane's connections found: each test is one way in which they went wrong."""
+"""What a hostile look at the lane's connections found: each test is one way in which they went wrong.
+
+(Past 350 lines: the ways a connection can go wrong are one list.)
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import contextlib
 import linecache
 import os
 import resource
-import signal
 import socket
 import ssl
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 import pytest
 
 from cloudckpt.storage.direct import Address, BrokenOff, Declined, Request, Stop, Throttle, Wire, WireError
+from tests.storage.direct.conftest import Forked
 from tests.storage.direct.test_wire import Server, answer, echo, read_request, wire_to
 
 GET = Request(method="GET", target="/x", headers={"Host": "x"})
@@ -234,30 +237,10 @@ def test_a_watcher_that_cannot_start_is_tried_again(monkeypatch: pytest.MonkeyPa
         assert ended.wait(20)
 
 
-def test_a_cap_can_be_kept_by_a_forked_child() -> None:
+def test_a_cap_can_be_kept_by_a_forked_child(forked_while_held: Forked) -> None:
     """Another thread was reckoning with the cap when the process was forked; the child is not kept waiting by it."""
     throttle = Throttle(1e9)
-    held, release = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with throttle._mutex:
-            held.set()
-            release.wait(30)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    held.wait(30)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(10)
-        throttle.pause(1)
-        os._exit(0)
-    try:
-        _, status = os.waitpid(child, 0)
-    finally:
-        release.set()
-        holder.join()
-    assert status == 0
+    assert forked_while_held(throttle._mutex, lambda: throttle.pause(1)) == 0
 
 
 @pytest.mark.parametrize("interim", ["102 Processing", "103 Early Hints"])
