@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 import time
@@ -12,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
 from cloudckpt.errors import StorageError
+from cloudckpt.storage.direct.computing import Computing
 from cloudckpt.storage.direct.threads import BrokenOff, Stop, Threads
 from cloudckpt.storage.retry import Backoff
 
@@ -31,6 +31,8 @@ _MOMENT_S = 0.03
 _TELLING_BYTES = 4 * 1024 * 1024
 #: So many requests make up the rate that is remembered.
 _MEMORY = 8
+#: Of the processors that the lane may have: where its threads keep so much busy, more of them wait for each other.
+_BUSY = 0.7
 #: One slow-down a second: the refusals of parts that were under way together are one refusal.
 _REFUSAL_S = 1.0
 
@@ -42,19 +44,26 @@ class _Gate:
     door fills two, and each further one costs its switches; a store far away needs all there are. Until a rate is
     known the number doubles every moment in which no part has arrived.
 
+    *No more than the processors carry*: with TLS a byte costs four times as much. Connections that share what the
+    machine computes show a low rate each, and more of them would only wait for each other (for the interpreter's lock,
+    which a TLS read wants every 16 KiB): on two processors 32 of them take twice as long as two.
+
     *No more than the store takes*: halved when it says that it is too much, growing by one a round of successes.
     Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the Increase and Decrease Algorithms for
     Congestion Avoidance in Computer Networks", 1989).
     """
 
-    def __init__(self, most: int, now: Callable[[], float]) -> None:
+    def __init__(self, most: int, now: Callable[[], float], computing: Computing) -> None:
         self._most = most
         self._now = now
+        self._computing = computing
         self._changed = threading.Condition()
         self._inside = 0
         self._enough = min(_FIRST, most)
+        #: Bytes a second of one connection, and processor seconds a byte.
         self._rate: float | None = None
-        self._grown_at = 0.0
+        self._cost_s: float | None = None
+        self._looked_at = 0.0
         self.limit = float(most)
         self._refused_at = -_REFUSAL_S
 
@@ -69,7 +78,8 @@ class _Gate:
         return self._most if self._rate is None else self._enough
 
     @contextlib.contextmanager
-    def passed(self, stop: Stop) -> Iterator[None]:
+    def passed(self, stop: Stop, size_bytes: int) -> Iterator[None]:
+        """The block is one request that carries so many bytes; it is waited until there is room for it."""
         with stop.calls(self._wake), self._changed:
             while self._inside >= self.room:
                 stop.check()
@@ -77,13 +87,19 @@ class _Gate:
                     self._grow()
             stop.check()
             if not self._inside:
-                self._grown_at = self._now()
+                self._look()
             self._inside += 1
+            self._computing.enter()
+        began, succeeded = self._now(), False
         try:
             yield
+            succeeded = True
         finally:
             with self._changed:
                 self._inside -= 1
+                computed_s = self._computing.leave()
+                if succeeded:
+                    self._went_well(size_bytes, self._now() - began, computed_s)
                 self._changed.notify_all()
 
     def _wake(self) -> None:
@@ -101,10 +117,15 @@ class _Gate:
             self._grow()
 
     def _grow(self) -> None:
-        if self._rate is None and self._now() - self._grown_at >= _MOMENT_S:
-            self._grown_at = self._now()
+        if self._rate is None and self._now() - self._looked_at >= _MOMENT_S and not self._look():
             self._enough = min(self._most, 2 * self._enough)
             self._changed.notify_all()
+
+    def _look(self) -> bool:
+        """Whether, since this was asked before, the threads have kept busy what they may have of the processors."""
+        now = self._now()
+        passed_s, self._looked_at = now - self._looked_at, now
+        return self._computing.since_last() >= _BUSY * self._computing.allowed * passed_s
 
     def refused(self) -> None:
         with self._changed:
@@ -113,15 +134,18 @@ class _Gate:
                 self._refused_at = now
                 self.limit = max(1.0, self.limit / 2)
 
-    def went_well(self, size_bytes: int, seconds: float) -> None:
-        with self._changed:
-            if size_bytes >= _TELLING_BYTES:
-                rate = size_bytes / max(seconds, 1e-6)
-                self._rate = rate if self._rate is None else self._rate + (rate - self._rate) / _MEMORY
-                self._enough = min(self._most, max(_LEAST, math.ceil(_ENOUGH / self._rate)))
-            if self.limit < self._most:
-                self.limit = min(float(self._most), self.limit + 1 / self.limit)
-            self._changed.notify_all()
+    def _went_well(self, size_bytes: int, seconds: float, computed_s: float) -> None:
+        if size_bytes >= _TELLING_BYTES:
+            self._rate = _remembered(self._rate, size_bytes / max(seconds, 1e-6))
+            self._cost_s = _remembered(self._cost_s, computed_s / size_bytes)
+            carried = _BUSY * self._computing.allowed / max(self._cost_s, 1e-12)
+            self._enough = min(self._most, max(_LEAST, int(min(_ENOUGH, carried) / self._rate)))
+        if self.limit < self._most:
+            self.limit = min(float(self._most), self.limit + 1 / self.limit)
+
+
+def _remembered(known: float | None, fresh: float) -> float:
+    return fresh if known is None else known + (fresh - known) / _MEMORY
 
 
 class Crew:
@@ -130,15 +154,19 @@ class Crew:
     Args:
         most: how many requests are under way at once, while the store takes them.
         now: the clock, in seconds.
+        computing: what the threads compute, for tests.
     """
 
-    def __init__(self, most: int, *, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, most: int, *, now: Callable[[], float] = time.monotonic, computing: Callable[[], Computing] = Computing
+    ) -> None:
         self._most = most
         self._now = now
+        self._computing = computing
         self._mutex = threading.Lock()
         self._pid = os.getpid()
         self._pool: Threads | None = None
-        self._gate = _Gate(most, now)
+        self._gate = _Gate(most, now, computing())
 
     @property
     def limit(self) -> int:
@@ -154,7 +182,7 @@ class Crew:
         if self._pid != os.getpid():
             # Neither the threads nor what a thread may have held exist in a forked child.
             self._mutex, self._pid, self._pool = threading.Lock(), os.getpid(), None
-            self._gate = _Gate(self._most, self._now)
+            self._gate = _Gate(self._most, self._now, self._computing())
         with self._mutex:
             if self._pool is None:
                 self._pool = Threads(self._most)
@@ -199,7 +227,7 @@ class Crew:
     def attempts(self, stop: Stop, backoff: Backoff) -> Attempts:
         """The tries of one request of a transfer."""
         self._threads()
-        return Attempts(self._gate, stop, backoff, now=self._now)
+        return Attempts(self._gate, stop, backoff)
 
     @contextlib.contextmanager
     def once(
@@ -208,15 +236,13 @@ class Crew:
         """One request of so many bytes in the caller's thread, in its turn."""
         self._threads()
         gate = self._gate
-        with gate.passed(stop):
-            began = self._now()
+        with gate.passed(stop, size_bytes):
             try:
                 yield
             except StorageError as exc:
                 if is_throttled(exc):
                     gate.refused()
                 raise
-            gate.went_well(size_bytes, self._now() - began)
 
     def close(self) -> None:
         """Let the threads go. Idempotent; they are made again when needed."""
@@ -231,8 +257,7 @@ class Crew:
 class Attempts:
     """Tries a request until the store takes it, while it says that waiting may help and the deadline is not over."""
 
-    def __init__(self, gate: _Gate, stop: Stop, backoff: Backoff, *, now: Callable[[], float]) -> None:
-        self._now = now
+    def __init__(self, gate: _Gate, stop: Stop, backoff: Backoff) -> None:
         self._gate = gate
         self._stop = stop
         self._backoff = backoff
@@ -255,10 +280,9 @@ class Attempts:
         pauses = self._backoff.pauses()
         while True:
             try:
-                with self._gate.passed(self._stop):
+                with self._gate.passed(self._stop, size_bytes):
                     self.count += 1
-                    began = self._now()
-                    found = attempt()
+                    return attempt()
             except StorageError as exc:
                 self._stop.check()  # a socket that was closed under the request is no failure of its own
                 if is_throttled(exc):
@@ -267,6 +291,3 @@ class Attempts:
                 if pause is None:
                     raise
                 self._stop.sleep(pause)
-            else:
-                self._gate.went_well(size_bytes, self._now() - began)
-                return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 
 from cloudckpt.errors import StorageError
 from cloudckpt.storage.direct import BrokenOff, Crew, Stop, Throttle
+from cloudckpt.storage.direct.computing import Computing
 from cloudckpt.storage.retry import Backoff
 
 QUICK = Backoff(deadline_s=5, base_s=0.001, cap_s=0.002)
@@ -169,25 +171,102 @@ def test_who_waits_for_the_gate_is_woken_by_the_end() -> None:
     holder.join(30)
 
 
+def crew_that_has_seen(*, rate: float, cost_s: float = 0.0, processors: int = 2) -> Crew:
+    """A crew after twenty requests at so many bytes a second each, a byte costing so many seconds of a processor."""
+    now, computed = [0.0], [0.0]
+
+    def computing() -> Computing:
+        return Computing(lambda: lambda: computed[0], processors)
+
+    crew = Crew(32, now=lambda: now[0], computing=computing)
+    for _ in range(20):
+        with crew.once(Stop(), 16 << 20):
+            now[0] += (16 << 20) / rate
+            computed[0] += (16 << 20) * cost_s
+    return crew
+
+
 def test_connections_are_as_many_as_are_worth_having() -> None:
     """A fast store gets two, a slow one all there are; until a rate is known more are tried while nothing arrives."""
-    now = [0.0]
-
-    def crew_at(rate: float) -> Crew:
-        crew = Crew(32, now=lambda: now[0])
-        for _ in range(20):
-            with crew.once(Stop(), 16 << 20):
-                now[0] += (16 << 20) / rate
-        return crew
-
-    assert crew_at(1.4e9).worthwhile == 2
-    assert crew_at(100e6).worthwhile == 28
-    assert crew_at(20e6).worthwhile == 32
+    assert crew_that_has_seen(rate=1.4e9).worthwhile == 2
+    assert crew_that_has_seen(rate=100e6).worthwhile == 27
+    assert crew_that_has_seen(rate=20e6).worthwhile == 32
     crew = Crew(8)
     assert crew.worthwhile == 8
     together = threading.Barrier(8, timeout=60)
     assert len(crew.each([lambda _: together.wait()] * 8)) == 8  # none ends before all have begun
     crew.close()
+
+
+def test_connections_are_no_more_than_the_processors_carry() -> None:
+    """What slows each connection down is the machine: fewer of them, unless it has processors to spare."""
+    tls = 1.2e-9
+    assert crew_that_has_seen(rate=25e6, cost_s=tls, processors=2).worthwhile == 23
+    assert crew_that_has_seen(rate=100e6, cost_s=tls, processors=2).worthwhile == 5
+    assert crew_that_has_seen(rate=100e6, cost_s=tls, processors=16).worthwhile == 27
+
+
+def test_no_more_are_tried_while_those_there_are_compute() -> None:
+    """As long as no part has arrived, threads that keep the lane's processors busy get no company; idle ones do."""
+    now, computed, begun = [0.0], [0.0], threading.Semaphore(0)
+    may_end = threading.Event()
+
+    def crew_of(cost: float) -> int:
+        may_end.clear()
+        crew = Crew(
+            32, now=lambda: now[0], computing=lambda: Computing(lambda: lambda: computed[0] * cost, processors=2)
+        )
+
+        def job(stop: Stop) -> None:
+            with crew.once(stop, 16 << 20):
+                begun.release()
+                assert may_end.wait(60)
+
+        working = threading.Thread(target=crew.each, args=([job] * 64,))
+        working.start()
+        for _ in range(4):
+            begun.acquire()
+        for _ in range(3):
+            computed[0] += 0.04  # first: the crew looks at the clock by itself as well
+            now[0] += 0.04
+            crew._gate.grow()
+        found = crew._gate.room
+        may_end.set()
+        working.join(60)
+        crew.close()
+        while begun.acquire(blocking=False):
+            pass
+        return found
+
+    assert crew_of(cost=0.9 / 4) == 4  # four of them, 90 % of one processor
+    assert crew_of(cost=0.1 / 4) == 32
+
+
+def test_what_threads_compute_is_seen_while_they_do() -> None:
+    """The processor time of another thread is read while it works, and what it was in the end when it leaves."""
+    computing, spent = Computing(processors=1), list[float]()
+    inside, seen = threading.Event(), threading.Event()
+
+    def work() -> None:
+        computing.enter()
+        end = time.thread_time() + 0.05
+        while time.thread_time() < end:
+            pass
+        inside.set()
+        assert seen.wait(60)
+        spent.append(computing.leave())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(60)
+    while_working = computing.since_last()
+    seen.set()
+    thread.join(60)
+    assert spent[0] >= 0.05
+    assert computing.allowed == 1
+    if hasattr(time, "pthread_getcpuclockid"):
+        assert while_working >= 0.05
+    assert while_working + computing.since_last() == pytest.approx(spent[0])
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
