@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         FencedError,
         FormatError,
         ObjectNotFoundError,
+        RankError,
         SaveError,
         StateMismatchError,
         StorageError,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from cloudckpt.run import open_run as open  # noqa: A004 - cloudckpt.open() reads as the built-in does
     from cloudckpt.storage.base import Storage
     from cloudckpt.sweeping import SweepReport
+    from cloudckpt.tensors.per_rank import PerRank
+    from cloudckpt.tensors.train_state import TrainState, rng_state
     from cloudckpt.tools import gc, repair, sweep, verify
     from cloudckpt.verifying import Finding, VerifyReport
 
@@ -67,9 +70,11 @@ __all__ = [
     "KeepWithin",
     "ObjectNotFoundError",
     "PendingSave",
+    "PerRank",
     "Policy",
     "Progress",
     "PrunePlan",
+    "RankError",
     "RepairPlan",
     "Run",
     "SaveError",
@@ -79,12 +84,14 @@ __all__ = [
     "Storage",
     "StorageError",
     "SweepReport",
+    "TrainState",
     "UnsafeStorageError",
     "VerifyReport",
     "__version__",
     "gc",
     "open",
     "repair",
+    "rng_state",
     "sweep",
     "verify",
 ]
@@ -101,6 +108,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "KeepLast": ("core.policy", "KeepLast"),
     "KeepWithin": ("core.policy", "KeepWithin"),
     "PendingSave": ("pending", "PendingSave"),
+    "PerRank": ("tensors.per_rank", "PerRank"),
     "Policy": ("core.policy", "Policy"),
     "Progress": ("pending", "Progress"),
     "PrunePlan": ("core.retention", "PrunePlan"),
@@ -110,10 +118,12 @@ _PLACES: dict[str, tuple[str, str]] = {
     "State": ("core.model", "State"),
     "Storage": ("storage.base", "Storage"),
     "SweepReport": ("sweeping", "SweepReport"),
+    "TrainState": ("tensors.train_state", "TrainState"),
     "VerifyReport": ("verifying", "VerifyReport"),
     "gc": ("tools", "gc"),
     "open": ("run", "open_run"),
     "repair": ("tools", "repair"),
+    "rng_state": ("tensors.train_state", "rng_state"),
     "sweep": ("tools", "sweep"),
     "verify": ("tools", "verify"),
 }

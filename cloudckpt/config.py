@@ -59,6 +59,8 @@ class Settings:
         overlap_device_bytes: CUDA memory that ``stage="overlap"`` may borrow while it copies. So much of the state is
             first copied within the device, which is many times faster, and no step waits for it: for steps that are
             shorter than the copy to the host. None: none.
+        coordination_timeout_s: seconds that the ranks of a job wait for each other at the start of a collective call,
+            and the silence after which one counts as gone. One that is killed is known at once. Ten minutes, as NCCL.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
     """
 
@@ -82,6 +84,7 @@ class Settings:
     stage: str = "copy"
     staging_limit_bytes: int | None = None
     overlap_device_bytes: int | None = None
+    coordination_timeout_s: float = 600.0
     max_fallbacks: int = 10
 
     def __post_init__(self) -> None:

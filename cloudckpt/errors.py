@@ -7,7 +7,8 @@ A class exists only where a caller would act differently:
     ├── ConflictError                           somebody else changed the run: read again and decide
     │   └── FencedError                         a newer writer owns the run: stop this process
     ├── SaveError                               this save is not visible: keep training, save again
-    │   └── CommitUnknownError                  the store never answered: look again when it is back
+    │   ├── CommitUnknownError                  the store never answered: look again when it is back
+    │   └── RankError                           another rank is gone, late or elsewhere: restart the job
     ├── CorruptCheckpointError                  stored bytes are not what was sealed: load another one
     ├── FormatError (ValueError)                not a run, or a newer format: upgrade, repair, or fix the URL
     ├── StateMismatchError (ValueError)         the state does not fit: fix it, or pass ``strict=False``
@@ -29,6 +30,7 @@ __all__ = [
     "FencedError",
     "FormatError",
     "ObjectNotFoundError",
+    "RankError",
     "SaveError",
     "StateMismatchError",
     "StorageError",
@@ -72,6 +74,10 @@ class SaveError(CloudCkptError):
 
 class CommitUnknownError(SaveError):
     """The store never said whether a manifest write landed. Nothing was deleted on the doubt."""
+
+
+class RankError(SaveError):
+    """Another rank of the job is gone, did not call in time, or called something else; says which, and where."""
 
 
 class CorruptCheckpointError(CloudCkptError):

@@ -218,10 +218,23 @@ def summary_lines(metric: str | None, values: Sequence[float], best: Sequence[Ch
 
 
 class LoggingListener:
-    """Writes each event as the log lines people know. One instance per manager, on rank zero."""
+    """Writes each event as the log lines people know.
+
+    What concerns the whole job comes from rank zero; the other ranks add their own warnings and errors, and say who
+    they are.
+
+    Args:
+        rank: of this process.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self._rank = rank
 
     def __call__(self, event: Event, /) -> None:
         """Log ``event``."""
+        if self._rank:
+            self._of_another_rank(event)
+            return
         match event:
             case SaveCommitted():
                 self._committed(event)
@@ -235,6 +248,13 @@ class LoggingListener:
                 self._closed(event)
             case _:
                 self._one_line(event)
+
+    def _of_another_rank(self, event: Event) -> None:
+        match event:
+            case Warned():
+                logger.warning("[rank %d] %s", self._rank, event.message)
+            case SaveFailed() if event.error.__cause__ is not None:  # it failed here; rank zero tells what all share
+                logger.error("[rank %d] saving step %d failed: %s", self._rank, event.step, event.error.__cause__)
 
     def _one_line(self, event: Event) -> None:  # noqa: C901 - a table of lines
         match event:

@@ -8,13 +8,15 @@ that does not fit: raised at once. Training is never rolled back by a fault of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cloudckpt.coordination import Coordinator
+from cloudckpt.core.manifest_json import entry_from_bytes, entry_to_bytes
 from cloudckpt.core.model import Checkpoint, Index, Manifest, State
 from cloudckpt.core.selection import Selector, select
 from cloudckpt.errors import (
@@ -29,6 +31,7 @@ from cloudckpt.tensors.fetch import fetch
 from cloudckpt.tensors.fill import check_fits, fill
 from cloudckpt.tensors.mapped import map_files
 from cloudckpt.tensors.outline import Outline
+from cloudckpt.tensors.per_rank import PerRankLeaf
 from cloudckpt.tensors.targets import (
     Homes,
     Region,
@@ -56,6 +59,7 @@ class LoadRequest:
         optional: like ``components``, but those that the checkpoint does not have are left out.
         names: which tensors of them, by their names in the component; None for the whole components.
         allow_pickle: whether pickled leaves may be loaded, which runs code from the checkpoint.
+        per_rank: whose part of what each rank has for itself; None gives all ranks', in a list.
         device: where tensors get their memory; None for the host.
         mmap: tensors over the files of a local root, paged in as they are touched.
         verify: with ``mmap``, whether all pages are read and their checksums compared now.
@@ -66,6 +70,7 @@ class LoadRequest:
     optional: Collection[str] | None = None
     names: Collection[str] | None = None
     allow_pickle: bool = False
+    per_rank: PerRankLeaf | None = None
     device: torch.device | None = None
     mmap: bool = False
     verify: bool = True
@@ -82,16 +87,18 @@ class Loaded:
 
 def load_chosen(
     store: ManifestStore,
-    manifest: Manifest,
+    manifest: Manifest | None,
     request: LoadRequest,
     *,
+    coordinator: Coordinator,
     on_damage: Callable[[Checkpoint, CorruptCheckpointError], None],
     find_homes: Callable[[Outline, Mapping[str, Any]], Homes] | None = None,
 ) -> Loaded:
     """Load the checkpoint that the request selects, or the one before it where damage is proven.
 
     Args:
-        manifest: the manifest to choose from; read once more only after trouble.
+        manifest: the manifest to choose from, on rank zero; read once more only after trouble.
+        coordinator: the ranks that load together: the choice is made once.
         on_damage: told of each checkpoint that is proven damaged, before the next one is tried.
         find_homes: asked, before any byte moves, where the tensors of these values get their memory. Fresh memory by
             default.
@@ -102,33 +109,116 @@ def load_chosen(
         ConfigError: a component or name that is not there, or a pickled leaf without permission.
         StorageError: the store refused.
     """
-    damaged: set[str] = set()
-    last: CorruptCheckpointError | None = None
-    for _ in range(store.settings.max_fallbacks):
+    chooser = _Chooser(store, manifest, request.selector, on_damage)
+    for attempt in range(store.settings.max_fallbacks):
+        chosen = entry_from_bytes(coordinator.exchange(f"choice-{attempt}", b"", chooser.choose))
+        word: bytes | BaseException
+        loaded: Loaded | None = None
         try:
-            chosen = select(_without(manifest, damaged), request.selector)
-        except CheckpointNotFoundError as exc:
-            raise (last or exc) from exc
-        try:
-            return _load(store, chosen, request, find_homes)
+            loaded = _load(store, chosen, request, _together(find_homes, coordinator, attempt))
+            word = b""
         except CorruptCheckpointError as exc:
-            manifest = store.read() or manifest
-            now = manifest.find(chosen.id)
-            if now is None or now.state is not State.COMMITTED:
-                # Retired while it was being read: choose again, unless this very one was asked for.
-                if request.selector.named:
-                    raise CheckpointNotFoundError(
-                        f"{placed(chosen, store.storage.url).url} was retired while it was being read"
-                    ) from exc
-                continue
-            on_damage(placed(now, store.storage.url), exc)
-            if request.selector.named:
-                raise
-            damaged.add(chosen.id)
-            last = exc
-    raise last or CheckpointNotFoundError(
-        f"{store.storage.url}: checkpoints were retired faster than they could be read"
-    )
+            chooser.note(exc)
+            word = str(exc).encode()
+        except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
+            word = exc
+        said = coordinator.exchange(f"loaded-{attempt}", word, chooser.judge, patient=True)
+        if said == _DONE and loaded is not None:
+            return loaded
+    raise CheckpointNotFoundError(f"{store.storage.url}: checkpoints were retired faster than they could be read")
+
+
+#: What rank zero answers once everybody has read what was chosen; and if another one is to be chosen.
+_DONE, _AGAIN = b"done", b"again"
+
+
+class _Chooser:
+    """Chooses, once for all ranks: rank zero's part of a load.
+
+    Args:
+        manifest: what is chosen from; on rank zero only.
+    """
+
+    def __init__(
+        self,
+        store: ManifestStore,
+        manifest: Manifest | None,
+        selector: Selector,
+        on_damage: Callable[[Checkpoint, CorruptCheckpointError], None],
+    ) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._selector = selector
+        self._on_damage = on_damage
+        self._damaged: set[str] = set()
+        self._last: CorruptCheckpointError | None = None
+        self._own: CorruptCheckpointError | None = None
+        self._chosen: Checkpoint | None = None
+
+    def note(self, error: CorruptCheckpointError) -> None:
+        """What this process found wrong itself, with all that it knows."""
+        self._own = error
+
+    def choose(self, words: Sequence[bytes]) -> list[bytes]:
+        """The checkpoint to read, for every rank."""
+        assert self._manifest is not None
+        self._own = None
+        try:
+            self._chosen = select(_without(self._manifest, self._damaged), self._selector)
+        except CheckpointNotFoundError as exc:
+            raise (self._last or exc) from exc
+        return [entry_to_bytes(self._chosen)] * len(words)
+
+    def judge(self, words: Sequence[bytes]) -> list[bytes]:
+        """What becomes of the load, now that every rank has read, or found damage.
+
+        Raises:
+            CorruptCheckpointError: the named checkpoint is damaged, or too many are.
+            CheckpointNotFoundError: the named checkpoint was retired meanwhile.
+        """
+        chosen = self._chosen
+        assert chosen is not None
+        found = next(((rank, word.decode()) for rank, word in enumerate(words) if word), None)
+        if found is None:
+            return [_DONE] * len(words)
+        rank, text = found
+        error = self._own or CorruptCheckpointError(f"{text} (found by rank {rank})", checkpoint_id=chosen.id)
+        self._manifest = self._store.read() or self._manifest
+        now = self._manifest.find(chosen.id) if self._manifest else None
+        if now is None or now.state is not State.COMMITTED:
+            # Retired while it was being read: choose again, unless this very one was asked for.
+            if self._selector.named:
+                raise CheckpointNotFoundError(
+                    f"{placed(chosen, self._store.storage.url).url} was retired while it was being read"
+                ) from error
+            return [_AGAIN] * len(words)
+        self._on_damage(placed(now, self._store.storage.url), error)
+        if self._selector.named or len(self._damaged) + 1 >= self._store.settings.max_fallbacks:
+            raise error
+        self._damaged.add(chosen.id)
+        self._last = error
+        return [_AGAIN] * len(words)
+
+
+_FindHomes = Callable[[Outline, Mapping[str, Any]], Homes]
+
+
+def _together(find_homes: _FindHomes | None, coordinator: Coordinator, attempt: int) -> _FindHomes | None:
+    """No rank reads a byte before the state of every rank fits."""
+    if find_homes is None or coordinator.world_size == 1:
+        return find_homes
+
+    def agreed(outline: Outline, values: Mapping[str, Any]) -> Homes:
+        word: bytes | BaseException = b""
+        homes = Homes()
+        try:
+            homes = find_homes(outline, values)
+        except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
+            word = exc
+        coordinator.exchange(f"fits-{attempt}", word, lambda words: words)
+        return homes
+
+    return agreed
 
 
 @dataclass(slots=True)
@@ -180,10 +270,11 @@ class _Target:
 
 def restore_chosen(
     store: ManifestStore,
-    manifest: Manifest,
+    manifest: Manifest | None,
     request: LoadRequest,
     state: Mapping[str, object],
     *,
+    coordinator: Coordinator,
     strict: bool,
     on_damage: Callable[[Checkpoint, CorruptCheckpointError], None],
     on_problem: Callable[[str], None],
@@ -199,7 +290,9 @@ def restore_chosen(
     """
     target = _Target(state, strict, store.settings.read_in_place)
     try:
-        loaded = load_chosen(store, manifest, request, on_damage=on_damage, find_homes=target.find_homes)
+        loaded = load_chosen(
+            store, manifest, request, coordinator=coordinator, on_damage=on_damage, find_homes=target.find_homes
+        )
     except BaseException as exc:
         if target.homes.targets or target.overwritten:
             _say_so(exc)
@@ -234,9 +327,9 @@ def _load(
     shapes_only = request.device is not None and request.device.type == "meta"
     outline = Outline(checkpoint, index, shapes_only=shapes_only)
     values: dict[str, Any]
+    structure = {c: index.structure[c] for c in components}
     if request.names is None:
-        structure = {c: index.structure[c] for c in components}
-        values = unflatten(structure, outline.tensor, outline.array, allow_pickle=request.allow_pickle)
+        values = _values(structure, outline, request)
     else:
         _check_names(index, components, request.names, checkpoint)
         names = frozenset(request.names)
@@ -246,9 +339,24 @@ def _load(
         homes = find_homes(outline, values)
     else:
         homes = Homes(devices=dict.fromkeys(outline.entries, request.device) if request.device is not None else {})
+    if homes.parts:
+        # What the state holds a part of is a distributed tensor from here on.
+        values = _values(structure, outline, request, homes)
     done = map_files(_folder(store), outline, store.settings, verify=request.verify) if request.mmap else set()
     fetch(store.storage, outline, homes, store.settings, done=done)
     return Loaded(checkpoint=checkpoint, index=index, values=values)
+
+
+def _values(
+    structure: Mapping[str, Any], outline: Outline, request: LoadRequest, homes: Homes | None = None
+) -> dict[str, Any]:
+    def tensor(component: str, name: str) -> torch.Tensor:
+        found = outline.tensor(component, name)
+        place = outline.place_of(found)
+        part = homes.parts.get(place) if homes is not None and place is not None else None
+        return found if part is None else part.value
+
+    return unflatten(structure, tensor, outline.array, allow_pickle=request.allow_pickle, per_rank=request.per_rank)
 
 
 def _folder(store: ManifestStore) -> Path:

@@ -12,12 +12,13 @@ import time
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, SupportsFloat
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
 from cloudckpt import claiming, editing, pruning, sweeping
 from cloudckpt.config import Settings
-from cloudckpt.coordination import Ballot, Coordinator, SingleProcess, Verdict
+from cloudckpt.coordination import Ballot, Coordinator, ManyRanks, SingleProcess, Verdict, find_group
 from cloudckpt.core import edits
 from cloudckpt.core import manifest as transitions
 from cloudckpt.core.arguments import checked_labels, checked_metrics, checked_step
@@ -31,10 +32,12 @@ from cloudckpt.errors import (
     ConfigError,
     CorruptCheckpointError,
     FencedError,
+    RankError,
     SaveError,
     StateMismatchError,
 )
 from cloudckpt.events import (
+    Event,
     Listener,
     Listeners,
     LoggingListener,
@@ -44,17 +47,24 @@ from cloudckpt.events import (
     SaveSkipped,
     Warned,
 )
+from cloudckpt.joining import claim_together
 from cloudckpt.loading import Loaded, LoadRequest, restore_chosen
 from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
 from cloudckpt.saving import Saver, SaveRequest
+from cloudckpt.saving.following import Following
+from cloudckpt.saving.leading import Leading
 from cloudckpt.storage import GenericFsspecStorage, LocalStorage, ManifestStore, Storage, open_storage
 from cloudckpt.tensors.arena import Arena, positions
-from cloudckpt.tensors.forecast import optimizer_growth_bytes
+from cloudckpt.tensors.forecast import expected_share, optimizer_growth_bytes
 from cloudckpt.tensors.overlap import watch
+from cloudckpt.tensors.per_rank import PerRankLeaf
 from cloudckpt.tensors.planning import Planner
 from cloudckpt.view import placed
 from cloudckpt.vocabulary import unknown_keyword
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["CheckpointManager"]
 
@@ -91,7 +101,8 @@ class CheckpointManager(Run):
         single_writer: promise that only one process ever writes, for stores without conditional writes.
         allow_pickle: pickle leaves that nothing else can store, and load them again.
         storage_options: passed to the filesystem as they are, and never printed.
-        process_group: the ranks that save together; reserved, one process for now.
+        process_group: the ranks that save together; all ranks of the job where ``torch.distributed`` is initialised.
+            False: this process saves alone, whatever other ranks there are.
         settings: numbers such as deadlines.
         listeners: called with each event, after the log lines.
 
@@ -119,7 +130,7 @@ class CheckpointManager(Run):
         single_writer: bool = False,
         allow_pickle: bool = False,
         storage_options: Mapping[str, object] | None = None,
-        process_group: object = None,
+        process_group: ProcessGroup | Literal[False] | None = None,
         settings: Settings | None = None,
         listeners: Iterable[Listener] = (),
         **unknown: object,
@@ -128,8 +139,7 @@ class CheckpointManager(Run):
             raise unknown_keyword("CheckpointManager", word, _keywords(CheckpointManager.__init__))
         if takeover not in _TAKEOVERS:
             raise ConfigError(f"takeover={takeover!r}: write one of {', '.join(_TAKEOVERS)}")
-        if process_group is not None:
-            raise ConfigError("process_group: this version saves from one process; leave it out")
+        group = find_group(process_group)
         self._words = PolicyWords(
             monitor=monitor,
             mode=mode,
@@ -143,7 +153,7 @@ class CheckpointManager(Run):
         storage = open_storage(root, storage_options=storage_options, settings=settings)
         if isinstance(storage, LocalStorage):
             storage.check_writable()
-        listener = Listeners([LoggingListener(), *listeners])
+        listener = Listeners([LoggingListener(group.rank if group else 0), *listeners])
         store = ManifestStore(
             storage, settings, single_writer=single_writer, tell=lambda text: listener(Warned(message=text))
         )
@@ -152,7 +162,8 @@ class CheckpointManager(Run):
             listener(Warned(message=f"{storage.url}: {storage.limits}"))
         self._change_policy = change_policy
         self._takeover = takeover
-        self._coordinator: Coordinator = SingleProcess()
+        timeout_s = store.settings.coordination_timeout_s
+        self._coordinator: Coordinator = ManyRanks(group, timeout_s=timeout_s) if group else SingleProcess()
         if store.settings.stage == "overlap":
             watch()  # early: steps that are compiled or captured from here on are seen
         self._planner = Planner(self._coordinator.rank, self._coordinator.world_size)
@@ -192,27 +203,57 @@ class CheckpointManager(Run):
     def _forked(self) -> bool:
         return self._pid != os.getpid()
 
-    def _writer(self) -> tuple[Saver, claiming.Claim]:
+    def _writer(self) -> Saver:
         self._check_usable()
-        if self._saver is None or self._claim is None:
-            self._claim = claiming.claim_run(
-                self._store,
-                self._words,
-                change_policy=self._change_policy,
-                takeover=self._takeover,
-                listener=self._listener,
-            )
+        if self._saver is None:
+            self._claim, writer_epoch = claim_together(self._store, self._coordinator, self._claimed)
+            side: Leading | Following
+            if self._claim is not None:
+                side = Leading(self._store, self._claim, self._coordinator, self._listener)
+            else:
+                side = Following(self._coordinator)
             self._saver = Saver(
                 self._store,
-                self._claim,
+                side,
                 self._coordinator,
                 self._listener,
+                writer_epoch=writer_epoch,
                 planner=self._planner,
                 arena=self._arena,
             )
+            if isinstance(side, Leading):
+                self._saver.submit(side.clean_up_after_others)
             self._finalizer = weakref.finalize(self, _warn_unclosed, self.url)
             self._finalizer.atexit = False
-        return self._saver, self._claim
+        return self._saver
+
+    def _claimed(self) -> claiming.Claim:
+        return claiming.claim_run(
+            self._store,
+            self._words,
+            change_policy=self._change_policy,
+            takeover=self._takeover,
+            listener=self._listener,
+        )
+
+    def _vote(self, ballot: Ballot) -> Verdict:
+        return self._coordinator.vote(replace(ballot, root=self.url if self._shares_url else ""))
+
+    @property
+    def _shares_url(self) -> bool:
+        # A folder may be mounted elsewhere on another node; whether it is the same one is looked at.
+        return not isinstance(self._store.storage, LocalStorage)
+
+    @contextlib.contextmanager
+    def _refusals_told(self, call: str) -> Iterator[None]:
+        """Bad arguments on one rank: the others are waiting for its vote."""
+        try:
+            yield
+        except (TypeError, ValueError) as exc:
+            if self._coordinator.world_size > 1 and not self._forked:
+                with contextlib.suppress(RankError):
+                    self._vote(Ballot(call=call, problem=str(exc)))
+            raise
 
     # -- saving ----------------------------------------------------------------------------------------------
 
@@ -249,27 +290,36 @@ class CheckpointManager(Run):
         """
         for word in unknown:
             raise unknown_keyword("save", word, _keywords(CheckpointManager.save))
-        request = SaveRequest(
-            step=checked_step(step),
-            state=state,
-            metrics=checked_metrics(metrics),
-            tags=checked_labels(tags, "a tag"),
-            pin=bool(pin),
-            block=bool(block),
-            allow_pickle=self._allow_pickle,
-        )
+        with self._refusals_told("save"):
+            request = SaveRequest(
+                step=checked_step(step),
+                state=state,
+                metrics=checked_metrics(metrics),
+                tags=checked_labels(tags, "a tag"),
+                pin=bool(pin),
+                block=bool(block),
+                allow_pickle=self._allow_pickle,
+            )
         began = time.monotonic()
         with self._one_at_a_time("save"):
-            saver, _ = self._writer()
+            self._check_usable()
             # Whoever waits for this save does not want another one's outcome.
-            busy = saver.busy_with if self._store.settings.on_busy == "skip" and not block else None
-            ballot = Ballot(call="save", step=request.step, components=tuple(map(str, state)), busy=busy is not None)
-            if self._coordinator.vote(ballot) is Verdict.SKIP and busy is not None:
-                self._listener(SaveSkipped(step=request.step, busy_with=busy.checkpoint.name))
-                return busy
-            self._wait_for_save()
-            self._warn_about_metrics(request)
-            pending = saver.start(request, began)
+            may_skip = self._store.settings.on_busy == "skip" and not block
+            last = self._saver.last if self._saver is not None and may_skip else None
+            busy = last is not None and not last.done()
+            ballot = Ballot(call="save", step=request.step, components=tuple(map(str, state)), busy=busy)
+            if self._vote(ballot) is Verdict.SKIP and last is not None:
+                if self._coordinator.rank == 0:
+                    self._listener(SaveSkipped(step=request.step, busy_with=last.checkpoint.name))
+                return last
+            saver = self._writer()
+
+            def ready() -> None:
+                self._wait_for_save()
+                if self._coordinator.rank == 0:
+                    self._warn_about_metrics(request)
+
+            pending = saver.start(request, began, ready=ready)
         pending.wait_for_state()
         if block:
             pending.wait()
@@ -336,14 +386,18 @@ class CheckpointManager(Run):
             self._check_usable()
             self._wait_for_save()
             self._prepare(state, 0)
-            if self._claim is None:
+            if self._saver is None and self._coordinator.rank == 0:
                 self._store.connect()
 
     def _prepare(self, state: Mapping[str, object], at_least_bytes: int) -> None:
-        plan = self._planner.plan(state, allow_pickle=self._allow_pickle)
-        _, now_bytes = positions([payload.size_bytes for payload in plan.payloads])
-        size_bytes = max(now_bytes + optimizer_growth_bytes(state), at_least_bytes)
-        on_gpu = any(tensor.is_cuda for payload in plan.payloads for tensor in payload.tensors)
+        ranks = self._coordinator.world_size
+        if ranks == 1:
+            plan = self._planner.plan(state, allow_pickle=self._allow_pickle)
+            _, now_bytes = positions([payload.size_bytes for payload in plan.payloads])
+            on_gpu = any(tensor.is_cuda for payload in plan.payloads for tensor in payload.tensors)
+        else:
+            now_bytes, on_gpu = expected_share(self._planner.look(state, allow_pickle=self._allow_pickle), ranks)
+        size_bytes = max(now_bytes + optimizer_growth_bytes(state) // ranks, at_least_bytes // ranks)
         try:
             self._arena.prepare(size_bytes, pinned=on_gpu)
         except MemoryError as exc:
@@ -380,6 +434,7 @@ class CheckpointManager(Run):
         *,
         strict: bool = True,
         components: Collection[str] | None = None,
+        strict_world_size: bool = True,
         **unknown: object,
     ) -> Checkpoint | None:
         """Fill the objects of ``state`` in place from a checkpoint; None if the run has never committed any.
@@ -395,6 +450,8 @@ class CheckpointManager(Run):
             select: ``latest``, ``best``, a step, ``tag:NAME`` or a save id.
             strict: whether names and shapes must match exactly; otherwise what does not fit is warned about.
             components: restore only these top-level keys of the state.
+            strict_world_size: whether state declared ``PerRank`` must have been saved by as many ranks as there are;
+                otherwise each rank gets its own where there is one.
 
         Raises:
             StateMismatchError: the state does not fit, or has tensors without memory of their own; lists the names.
@@ -406,36 +463,44 @@ class CheckpointManager(Run):
         """
         for word in unknown:
             raise unknown_keyword("restore", word, _keywords(CheckpointManager.restore))
-        selector = parse_selector(select)
-        chosen_state = self._part(state, components)
+        with self._refusals_told("restore"):
+            selector = parse_selector(select)
+            chosen_state = self._part(state, components)
         began = time.monotonic()
-        self._coordinator.vote(Ballot(call="restore", components=tuple(chosen_state)))
         with self._one_at_a_time("restore"):
-            claimed_before = self._claim is not None
-            _, held = self._writer()
-            self._wait_for_save()
-        # A claim has just read it. Later, others may have reported metrics, tagged or marked since.
-        manifest = (self._store.read() if claimed_before else self._store.last_seen) or held.manifest
-        if manifest.commits == 0 and not manifest.committed and not selector.named:
+            self._check_usable()
+            options = f"select={select!r}, strict={strict}, strict_world_size={strict_world_size}"
+            self._vote(Ballot(call="restore", components=tuple(chosen_state), options=options))
+            claimed_before = self._saver is not None
+            self._writer()
+            self._agree_ready()
+        manifest = self._manifest_to_restore(claimed_before=claimed_before)
+        if self._starts_anew(manifest, named=selector.named):
             self._prepare_quietly(state)
-            self._listener(NothingToResume(url=self.url))
+            self._tell_once(NothingToResume(url=self.url))
             return None
-        request = LoadRequest(selector=selector, allow_pickle=self._allow_pickle, optional=tuple(chosen_state))
+        request = LoadRequest(
+            selector=selector,
+            allow_pickle=self._allow_pickle,
+            optional=tuple(chosen_state),
+            per_rank=PerRankLeaf(self._coordinator.rank, self._coordinator.world_size if strict_world_size else None),
+        )
         loaded = restore_chosen(
             self._store,
             manifest,
             request,
             chosen_state,
+            coordinator=self._coordinator,
             strict=strict,
             on_damage=self._record_damage,
             on_problem=lambda problem: self._listener(Warned(message=f"restore(strict=False): {problem}")),
         )
         if components is not None and isinstance(state, dict):
             state.update(chosen_state)
-        self._protect(loaded, held)
+        self._protect(loaded)
         _, saved_bytes = positions([item.size_bytes for item in loaded.index.objects])
         self._prepare_quietly(state, saved_bytes if components is None else 0)
-        self._listener(
+        self._tell_once(
             Resumed(
                 checkpoint=loaded.checkpoint,
                 seconds=time.monotonic() - began,
@@ -446,6 +511,31 @@ class CheckpointManager(Run):
             )
         )
         return loaded.checkpoint
+
+    def _agree_ready(self) -> None:
+        """Wait for the save in flight; what it failed with on any rank is raised on all."""
+        word: bytes | BaseException = b""
+        try:
+            self._wait_for_save()
+        except BaseException as exc:  # noqa: BLE001 - raised by the exchange
+            word = exc
+        self._coordinator.exchange("ready", word, lambda words: words, patient=True)
+
+    def _manifest_to_restore(self, *, claimed_before: bool) -> Manifest | None:
+        """What rank zero chooses from; the others choose nothing."""
+        if self._claim is None:
+            return None
+        # A claim has just read it. Later, others may have reported metrics, tagged or marked since.
+        return (self._store.read() if claimed_before else self._store.last_seen) or self._claim.manifest
+
+    def _starts_anew(self, manifest: Manifest | None, *, named: bool) -> bool:
+        is_new = manifest is not None and manifest.commits == 0 and not manifest.committed and not named
+        said = b"new" if is_new else b"go on"
+        return self._coordinator.exchange("start", b"", lambda words: [said] * len(words)) == b"new"
+
+    def _tell_once(self, event: Event) -> None:
+        if self._coordinator.rank == 0:
+            self._listener(event)
 
     @staticmethod
     def _part(state: Mapping[str, object], components: Collection[str] | None) -> Mapping[str, object]:
@@ -466,7 +556,10 @@ class CheckpointManager(Run):
             prepare=lambda _: None,
         )
 
-    def _protect(self, loaded: Loaded, held: claiming.Claim) -> None:
+    def _protect(self, loaded: Loaded) -> None:
+        held = self._claim
+        if held is None:
+            return  # rank zero does
         manifest = self._store.last_seen
         try:
             newest = select(manifest, parse_selector("latest")).id if manifest else None
@@ -545,7 +638,7 @@ class CheckpointManager(Run):
             return
         # The error that ends the training must not be hidden by another one from the clean-up.
         try:
-            self._finish()
+            self._finish(told=error)
         except Exception as exc:  # noqa: BLE001 - told as a warning, beside the error that is on its way
             self._listener(Warned(message=f"while closing {self.url}: {exc}"))
 
@@ -557,8 +650,8 @@ class CheckpointManager(Run):
             ConflictError: a newer writer owns the run.
         """
         if not self._closed:
-            wrote = self._saver is not None and not self._forked
-            self._finish()
+            wrote = self._claim is not None and not self._forked
+            self._finish(told=None)
             if wrote:
                 metric, values, best = self._last_best()
                 self._listener(RunClosed(metric=metric, values=tuple(values), best=tuple(best)))
@@ -571,7 +664,8 @@ class CheckpointManager(Run):
         kept = [placed(e, self.url) for e in map(manifest.find, first.ids) if e is not None]
         return first.metric, [v for c in kept if (v := metric_value(c.metrics, first.metric)) is not None], kept
 
-    def _finish(self) -> None:
+    def _finish(self, told: BaseException | None) -> None:
+        """End everything; ``told``: the error that ends the training on this rank, so that no other rank is awaited."""
         if self._closed:
             return
         self._closed = True
@@ -581,19 +675,21 @@ class CheckpointManager(Run):
         if self._forked:
             return  # the run goes on, in the process that it belongs to
         if saver is None:
+            self._coordinator.leave("it closed its manager")
             self._arena.close()
             self._store.storage.close()
             return
         try:
-            self._coordinator.vote(Ballot(call="close"))
+            apart = self._close_together(told)
             saver.shut_down()
             # The clean-up comes first, so that a failed save is settled even though its error is raised.
             settling: CloudCkptError | None = None
             try:
                 with contextlib.suppress(FencedError) if saver.fenced else contextlib.nullcontext():
-                    saver.settle_and_close()
+                    saver.close()
             except CloudCkptError as exc:
                 settling = exc
+            settling = settling or apart
             try:
                 saver.raise_failure()
             except CloudCkptError as failure:
@@ -604,8 +700,20 @@ class CheckpointManager(Run):
                 raise settling
         finally:
             saver.shut_down()
+            reason = f"its training ended with {type(told).__name__}: {told}" if told else "it closed its manager"
+            self._coordinator.leave(reason[:500])
             self._arena.close()
             self._store.storage.close()
+
+    def _close_together(self, told: BaseException | None) -> CloudCkptError | None:
+        """Wait for the other ranks to close as well; what is wrong with that, if anything is."""
+        if told is not None:
+            return None
+        try:
+            self._vote(Ballot(call="close"))
+        except RankError as exc:
+            return exc
+        return None
 
 
 def _keywords(function: Any) -> list[str]:

@@ -138,6 +138,14 @@ class PendingSave:
         """The manifest names the save."""
         self._announced.set()
 
+    def raise_common(self, cause: BaseException) -> None:
+        """It failed in the call itself: wait for what all ranks are told, and raise that."""
+        self.wait_quietly()
+        failure = self._outcome.exception()
+        if failure is not None and failure is not cause:
+            raise failure from cause
+        raise cause
+
     def mark_seen(self) -> None:
         """The caller learns of the failure in another way."""
         self._seen = True

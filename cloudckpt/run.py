@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cloudckpt.config import Settings
+from cloudckpt.coordination import SingleProcess
 from cloudckpt.core.model import Checkpoint
 from cloudckpt.core.selection import parse_selector
 from cloudckpt.errors import ConfigError, CorruptCheckpointError
@@ -73,7 +74,9 @@ class Run(RunView):
         )
         if not verify and not mmap:
             raise ConfigError("verify=False goes with mmap=True: where bytes are read, their checksums cost nothing")
-        return load_chosen(self._store, self.manifest(), request, on_damage=self._on_damage).values
+        manifest = self.manifest()
+        alone = SingleProcess()
+        return load_chosen(self._store, manifest, request, coordinator=alone, on_damage=self._on_damage).values
 
     def _on_damage(self, checkpoint: Checkpoint, error: CorruptCheckpointError) -> None:
         self._listener(FellBack(checkpoint=checkpoint, reason=str(error)))

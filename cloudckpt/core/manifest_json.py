@@ -6,10 +6,18 @@ from typing import Any
 
 from cloudckpt.core.model import Best, Checkpoint, Claim, JournalEvent, Manifest, Owner, State
 from cloudckpt.core.policy import MODES, KeepBest, Policy
-from cloudckpt.core.wire import Reader, canonical, metrics_to_json, parse_document
+from cloudckpt.core.wire import Reader, canonical, metrics_to_json, parse_document, parse_object
 from cloudckpt.errors import ConfigError
 
-__all__ = ["MANIFEST_LIMIT_BYTES", "decode_manifest", "encode_manifest", "policy_from_json", "policy_to_json"]
+__all__ = [
+    "MANIFEST_LIMIT_BYTES",
+    "decode_manifest",
+    "encode_manifest",
+    "entry_from_bytes",
+    "entry_to_bytes",
+    "policy_from_json",
+    "policy_to_json",
+]
 
 #: A manifest with 10,000 kept entries has about 8 MiB; anything past this limit is not one of ours.
 MANIFEST_LIMIT_BYTES = 64 * 1024 * 1024
@@ -183,6 +191,23 @@ def _event(reader: Reader) -> JournalEvent:
         detail=reader.optional("detail", Reader.text),
         extra=reader.rest(),
     )
+
+
+def entry_to_bytes(entry: Checkpoint) -> bytes:
+    """One entry alone, as one rank tells it to another."""
+    return canonical(_entry_to_json(entry), readable=False)
+
+
+def entry_from_bytes(body: bytes, *, what: str = "an entry") -> Checkpoint:
+    """The entry in ``body``.
+
+    Raises:
+        FormatError: it is none.
+    """
+    root = Reader(parse_object(body, what=what, limit_bytes=MANIFEST_LIMIT_BYTES), "", [])
+    entry = _entry(root)
+    root.finish(what)
+    return entry
 
 
 def _entry_to_json(entry: Checkpoint) -> dict[str, Any]:

@@ -72,6 +72,24 @@ def parse_document(body: bytes, *, what: str, limit_bytes: int) -> dict[str, Any
         FormatError: too long, not UTF-8, not JSON, not an object, a repeated name, nested too deeply, or of a
             newer format.
     """
+    document = parse_object(body, what=what, limit_bytes=limit_bytes)
+    found = document.get("format")
+    if type(found) is not int or found < 1:
+        raise FormatError(f"{what}: format: expected an integer >= 1, got {_shown(found)}")
+    if found > FORMAT:
+        raise FormatError(
+            f"{what} has format {found} and this cloudckpt reads formats up to {FORMAT}: upgrade cloudckpt "
+            "(pip install --upgrade cloudckpt). Nothing was changed"
+        )
+    return document
+
+
+def parse_object(body: bytes, *, what: str, limit_bytes: int) -> dict[str, Any]:
+    """The JSON object in ``body``, which is no document of its own.
+
+    Raises:
+        FormatError: too long, not UTF-8, not JSON, not an object, a repeated name, or nested too deeply.
+    """
     if len(body) > limit_bytes:
         raise FormatError(f"{what} has {len(body)} bytes, more than the {limit_bytes} that are read")
     try:
@@ -84,14 +102,6 @@ def parse_document(body: bytes, *, what: str, limit_bytes: int) -> dict[str, Any
         raise FormatError(f"{what} is not valid JSON ({exc}); it has {len(body)} bytes") from exc
     if not isinstance(document, dict):
         raise FormatError(f"{what} is not a JSON object")
-    found = document.get("format")
-    if type(found) is not int or found < 1:
-        raise FormatError(f"{what}: format: expected an integer >= 1, got {_shown(found)}")
-    if found > FORMAT:
-        raise FormatError(
-            f"{what} has format {found} and this cloudckpt reads formats up to {FORMAT}: upgrade cloudckpt "
-            "(pip install --upgrade cloudckpt). Nothing was changed"
-        )
     return document
 
 

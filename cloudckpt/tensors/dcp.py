@@ -1,9 +1,8 @@
 """PyTorch's distributed checkpoint (DCP) as the planning engine: who writes which box of which tensor.
 
-One process plans like many: each makes a local plan, all plans together make the global one (which drops what
-several ranks would write twice), and each finishes its own. Only the planners are used; bytes never pass
-through DCP. It is asked only where a state holds sharded tensors: of a tensor that one process has whole there is
-nothing to decide, and its planners take 80 microseconds to say so.
+Each process makes a local plan; what several would write is spread over them by ``core.spreading``. Only the planners
+are used; bytes never pass through DCP. It is asked only where a state holds sharded tensors: of a tensor that one
+process has whole there is nothing to decide, and its planners take 80 microseconds to say so.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from cloudckpt.core.model import TensorEntry
 from cloudckpt.tensors.memory import dtype_named, same_bits_dtype
 
-__all__ = ["Box", "Copy", "is_sharded", "plan_copies", "plan_save"]
+__all__ = ["Box", "Copy", "plan_copies", "plan_save"]
 
 
 #: The dtypes besides floating-point and complex ones whose width ``torch.iinfo`` knows.
@@ -67,20 +66,14 @@ class Copy:
     lengths: tuple[int, ...]
 
 
-def is_sharded(kind: type) -> bool:
-    """Whether tensors of this type say themselves which boxes of a larger tensor they hold."""
-    return hasattr(kind, "__create_write_items__") or any(base.__name__ == "ShardedTensor" for base in kind.__mro__)
-
-
 def plan_save(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, list[tuple[Box, torch.Tensor]]]:
-    """Which boxes this process writes and the data of each, by component, in a deterministic order."""
+    """Which boxes this process holds and the data of each, by component, in a deterministic order."""
     names = {f"{n}": (component, name) for n, (component, name) in enumerate(_all_names(tensors))}
     state = {fqn: _plannable(tensors[component][name]) for fqn, (component, name) in names.items()}
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(state, storage_meta=None, is_coordinator=True)
-    global_plan, _ = planner.create_global_plan([planner.create_local_plan()])
     boxes: dict[str, list[tuple[Box, torch.Tensor]]] = {component: [] for component in tensors}
-    for item in planner.finish_plan(global_plan[0]).items:
+    for item in planner.create_local_plan().items:
         component, name = names[item.index.fqn]
         found = planner.lookup_object(item.index)
         if item.tensor_data is None or not isinstance(found, torch.Tensor):

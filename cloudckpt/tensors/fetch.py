@@ -21,11 +21,11 @@ from cloudckpt.core.model import Checkpoint, Chunk, TensorEntry
 from cloudckpt.core.ranges import Read, Wanted, contiguous_start, plan_reads
 from cloudckpt.errors import CorruptCheckpointError, ObjectNotFoundError
 from cloudckpt.storage import Paced, Storage
-from cloudckpt.tensors.dcp import plan_copies
+from cloudckpt.tensors.dcp import Copy, plan_copies
 from cloudckpt.tensors.landing import Buffer, Ferry, blank, byte_tensor, fresh_tensors
 from cloudckpt.tensors.memory import byte_view, copy_bits, dtype_named, typed_view
 from cloudckpt.tensors.outline import Outline, Place
-from cloudckpt.tensors.targets import Homes
+from cloudckpt.tensors.targets import Homes, Part
 
 __all__ = ["fetch"]
 
@@ -44,10 +44,16 @@ def fetch(
         StorageError: the store refused.
         MemoryError: there is no room. In each case the memory that was given may hold anything.
     """
-    wanted = {place: entry for place, entry in outline.wanted() if place not in done}
+    needed = {place: entry for place, entry in outline.wanted() if place not in done}
+    wanted = {place: entry for place, entry in needed.items() if place not in homes.parts}
     memory = _memory_for(wanted, outline, homes)
     scattered: list[tuple[Place, list[torch.Tensor]]] = []
     chunks: list[_Chunk] = []
+    boxes: list[_Box] = []
+    for place in needed.keys() & homes.parts.keys():
+        box = _Box.of(needed[place], homes.parts[place])
+        boxes.append(box)
+        chunks += box.chunks
     for place, entry in wanted.items():
         pieces = _where_chunks_go(entry, memory[place])
         if pieces is None:
@@ -55,10 +61,52 @@ def fetch(
             scattered.append((place, pieces))
         chunks += [_Chunk(chunk, home) for chunk, home in zip(entry.chunks, pieces, strict=True)]
     _Reading(storage, outline.checkpoint, chunks, settings).run()
+    for box in boxes:
+        box.assemble()
     for place, pieces in scattered:
         _assemble(wanted[place], pieces, memory[place])
     for place, tensor in memory.items():
         outline.settle(place, tensor)
+
+
+@dataclass(slots=True)
+class _Box:
+    """The part of a tensor that this process needs, out of the chunks that reach into it.
+
+    Attributes:
+        chunks: what is read.
+        left: what then is copied from where it was read to, with where from and where to.
+    """
+
+    part: Part
+    chunks: list[_Chunk]
+    left: list[tuple[Copy, torch.Tensor, Chunk]]
+
+    @classmethod
+    def of(cls, entry: TensorEntry, part: Part) -> _Box:
+        """Chunks that lie in the box as they are stored are read straight into it."""
+        found = cls(part, [], [])
+        local = part.local
+        if not local.numel():
+            return found
+        flat = byte_tensor(local)
+        for copy in plan_copies(entry, offsets=part.offsets, lengths=tuple(local.shape)):
+            chunk = entry.chunks[copy.chunk]
+            start = contiguous_start(tuple(local.shape), copy.target_offsets, copy.lengths)
+            if copy.lengths == chunk.lengths and start is not None:
+                home = flat[start * local.dtype.itemsize :][: chunk.length]
+            else:
+                home = torch.empty(chunk.length, dtype=torch.uint8, device="cpu")
+                found.left.append((copy, home, chunk))
+            found.chunks.append(_Chunk(chunk, home))
+        return found
+
+    def assemble(self) -> None:
+        """Copy what was read elsewhere."""
+        local = self.part.local
+        for copy, piece, chunk in self.left:
+            source = typed_view(piece, 0, local.dtype, chunk.lengths)
+            copy_bits(_box(local, copy.target_offsets, copy.lengths), _box(source, copy.chunk_offsets, copy.lengths))
 
 
 def _memory_for(wanted: dict[Place, TensorEntry], outline: Outline, homes: Homes) -> dict[Place, torch.Tensor]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from cloudckpt.core.values import Path, render_path
+from cloudckpt.core.values import SKIP, Path, render_path
 from cloudckpt.errors import StateMismatchError
 from cloudckpt.tensors.leaves import has_state, is_optimizer
 from cloudckpt.tensors.memory import copy_bits
+from cloudckpt.tensors.per_rank import PerRank
+from cloudckpt.tensors.sharded import has_parts
 from cloudckpt.tensors.targets import group_sizes, same_groups, same_memory
 
 __all__ = ["check_fits", "fill"]
@@ -46,9 +48,12 @@ def check_fits(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict
     return problems
 
 
-def _check(target: object, stored: Any, path: Path, problems: list[str]) -> None:
+def _check(target: object, stored: Any, path: Path, problems: list[str]) -> None:  # noqa: C901 - a table of kinds
     here = render_path(path)
-    if isinstance(target, torch.nn.Module):
+    if isinstance(target, PerRank):
+        if stored is not SKIP:  # nothing of this rank's was saved, and the caller has allowed that
+            _check(target.value, stored, path, problems)
+    elif isinstance(target, torch.nn.Module):
         _check_named(target.state_dict(), stored, here, problems)
     elif is_optimizer(target):
         _check_optimizer(target, stored, here, problems)
@@ -139,7 +144,11 @@ def fill(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict: bool
         filled.append(name)
 
 
-def _fill(target: Any, stored: Any, *, strict: bool) -> Any:
+def _fill(target: Any, stored: Any, *, strict: bool) -> Any:  # noqa: PLR0911 - a table of kinds
+    if isinstance(target, PerRank):
+        if stored is not SKIP:
+            target.value = _fill(target.value, stored, strict=strict)
+        return target
     if isinstance(target, torch.nn.Module):
         target.load_state_dict(stored if strict else _fitting(target, stored), strict=strict)
         return target
@@ -166,7 +175,7 @@ def _fill_tensor(target: torch.Tensor, stored: Any) -> torch.Tensor:
     if same_memory(target, stored):
         return target  # read in place
     with torch.no_grad():
-        if target.dtype == stored.dtype:
+        if target.dtype == stored.dtype and not has_parts(target):
             copy_bits(target, stored)
         else:
             target.copy_(stored)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["optimizer_growth_bytes"]
+from cloudckpt.tensors.planning import Look
+
+__all__ = ["expected_share", "optimizer_growth_bytes"]
 
 #: Optimizer class -> how many tensors like the parameter its state holds; what depends on options is in ``_factor``.
 _FACTORS = {
@@ -61,3 +63,21 @@ def _adds(kind: type, option: str) -> bool:
     # Muon, for one, has a momentum that is already counted.
     names = {base.__name__ for base in kind.__mro__}
     return bool(names & ({"SGD", "RMSprop"} if option in {"momentum", "centered"} else {"Adam", "AdamW"}))
+
+
+def expected_share(look: Look, world_size: int) -> tuple[int, bool]:
+    """About how many bytes one rank of many will write of what it has, and whether any of it is on a GPU.
+
+    What is sharded is its own; what every rank has whole is spread over them.
+    """
+    own = spread = 0
+    on_gpu = False
+    for component, tensors in look.data.items():
+        for number, tensor in enumerate(tensors):
+            size = tensor.numel() * tensor.element_size() + _EACH_BYTES
+            on_gpu = on_gpu or tensor.is_cuda
+            if look.boxes is None or look.boxes[component][number].lengths == look.boxes[component][number].shape:
+                spread += size
+            else:
+                own += size
+    return own + -(-spread // world_size), on_gpu

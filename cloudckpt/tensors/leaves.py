@@ -20,6 +20,7 @@ import torch
 from cloudckpt.core.values import SKIP, Codec, Path, render_path
 from cloudckpt.errors import ConfigError, FormatError
 from cloudckpt.tensors.memory import check_storable, dtype_name, dtype_named, is_plain
+from cloudckpt.tensors.sharded import held_parts
 
 __all__ = [
     "ArrayLeaf",
@@ -66,7 +67,8 @@ class TensorLeaf:
         if not isinstance(value, torch.Tensor):
             return SKIP
         if not is_plain(value):
-            check_storable(value, render_path(path))
+            for part in held_parts(value):
+                check_storable(part, render_path(path))
         return self.store(value, path)
 
     def decode(self, payload: Any, path: Path, codec: Codec) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from cloudckpt.errors import CorruptCheckpointError
 
 __all__ = [
+    "PLAIN",
     "byte_view",
     "check_storable",
     "copy_bits",
@@ -56,13 +57,13 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 #: The types whose bytes are their value, if the tensor is dense.
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether ``check_storable`` has nothing to say, by the few looks that settle it for nearly every tensor."""
     return (
-        type(tensor) in _PLAIN
+        type(tensor) in PLAIN
         and tensor.layout is torch.strided
         and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
         and _has_memory(tensor)
@@ -103,7 +104,7 @@ def check_storable(tensor: torch.Tensor, path: str) -> None:
         problem = "is quantized (scale and zero point are not in its bytes): save int_repr() and its parameters"
     elif tensor.layout != torch.strided or tensor.is_nested:
         problem = f"has layout {tensor.layout}: save its indices and values, or to_dense(), instead"
-    elif type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
+    elif type(tensor) not in PLAIN and hasattr(tensor, "__tensor_flatten__"):
         problem = f"is a {type(tensor).__qualname__}, a tensor made of several: save its parts"
     elif not hasattr(tensor, "__tensor_flatten__") and not _has_memory(tensor):
         problem = (

@@ -7,19 +7,23 @@ else (another dtype or layout, memory that two names share, a module that has it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
 import torch
 
 from cloudckpt.core.values import Path, render_path
+from cloudckpt.errors import StateMismatchError
 from cloudckpt.tensors.leaves import has_state, is_optimizer
 from cloudckpt.tensors.outline import Outline, Place
+from cloudckpt.tensors.per_rank import PerRank
+from cloudckpt.tensors.sharded import has_parts, held_parts, is_many, like, local_boxes
 
 __all__ = [
     "Homes",
+    "Part",
     "Region",
     "Use",
     "choose_homes",
@@ -60,6 +64,7 @@ class Use:
         device: where an object that keeps it will move it.
         direct: whether nothing but that happens to it on its way, so far as its object is concerned.
         region: the memory of ``target``.
+        template: a distributed tensor, if this process needs only the part that it would have of one like it.
     """
 
     place: Place
@@ -70,19 +75,37 @@ class Use:
     device: torch.device = field(default=torch.device("cpu"))
     direct: bool = True
     region: Region | None = None
+    template: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The box of a stored tensor that this process needs, and its memory.
+
+    Attributes:
+        value: the distributed tensor over that memory, as the state's object is given it.
+        local: the memory, of the box's shape.
+        offsets: where the box begins in the whole tensor, elements per dimension.
+    """
+
+    value: torch.Tensor
+    local: torch.Tensor
+    offsets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Homes:
-    """Where stored tensors get their memory. What is in neither gets fresh host memory.
+    """Where stored tensors get their memory. What is in none of these gets fresh host memory.
 
     Attributes:
         targets: the caller's own tensors that are read into.
         devices: where fresh memory is wanted elsewhere than on the host.
+        parts: of which only a box is needed here.
     """
 
     targets: Mapping[Place, torch.Tensor] = field(default_factory=dict)
     devices: Mapping[Place, torch.device] = field(default_factory=dict)
+    parts: Mapping[Place, Part] = field(default_factory=dict)
 
 
 def find_uses(state: Mapping[str, object], values: Mapping[str, Any], outline: Outline) -> list[Use]:
@@ -94,13 +117,16 @@ def find_uses(state: Mapping[str, object], values: Mapping[str, Any], outline: O
     return uses
 
 
-def _walk(target: object, stored: Any, path: Path, outline: Outline) -> Iterator[Use]:
-    if isinstance(target, torch.nn.Module):
+def _walk(target: object, stored: Any, path: Path, outline: Outline) -> Iterator[Use]:  # noqa: C901 - a table of kinds
+    if isinstance(target, PerRank):
+        yield from _walk(target.value, stored, path, outline)
+    elif isinstance(target, torch.nn.Module):
         yield from _of_module(target, stored, render_path(path), outline)
     elif is_optimizer(target):
         yield from _of_optimizer(target, stored, render_path(path), outline)
     elif has_state(target):
-        return  # its state dict may be a copy that it makes up: it gets fresh tensors
+        if is_many():
+            yield from _of_stateful(target, stored, path, outline)
     elif isinstance(target, torch.Tensor):
         yield from _pair(target, stored, render_path(path), outline)
     elif isinstance(target, MutableMapping) and isinstance(stored, Mapping):
@@ -115,7 +141,17 @@ def _walk(target: object, stored: Any, path: Path, outline: Outline) -> Iterator
 def _pair(target: torch.Tensor, stored: Any, path: str, outline: Outline, *, direct: bool = True) -> Iterator[Use]:
     place = outline.place_of(stored) if isinstance(stored, torch.Tensor) else None
     if place is not None and not torch.nn.parameter.is_lazy(target) and stored.shape == target.shape:
-        yield Use(place=place, stored=stored, target=target, path=path, direct=direct, region=_region_of(target))
+        template = target if has_parts(target) else None
+        region = _region_of(target if template is None else held_parts(target)[0])
+        yield Use(place=place, stored=stored, target=target, path=path, direct=direct, region=region, template=template)
+
+
+def _of_stateful(target: object, stored: Any, path: Path, outline: Outline) -> Iterator[Use]:
+    """An object whose state dict may be a copy that it makes up gets fresh tensors, sharded as those in there are."""
+    own: Any = target
+    for use in _walk(own.state_dict(), stored, path, outline):
+        if use.template is not None:
+            yield replace(use, target=None, direct=False, region=None)
 
 
 # -- modules ---------------------------------------------------------------------------------------------------
@@ -169,9 +205,12 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, stored: Any, here: str, outl
             # A step count stays where it is, unless the optimizer runs on the device: that is for it to know.
             device = torch.device("cpu") if name == "step" else parameter.device
             found = own.get(name) if isinstance(own, Mapping) else None
-            target = None
+            target = template = None
             if isinstance(found, torch.Tensor) and (found.shape, found.device) == (value.shape, device):
                 target = found
+            if has_parts(parameter) and value.shape == parameter.shape:
+                # Moments are sharded as their parameter is, also where the optimizer has none of them yet.
+                target, template = None, parameter
             yield Use(
                 place=place,
                 stored=value,
@@ -181,6 +220,7 @@ def _of_optimizer(optimizer: torch.optim.Optimizer, stored: Any, here: str, outl
                 device=device,
                 direct=direct,
                 region=_region_of(target) if target is not None else None,
+                template=template,
             )
 
 
@@ -220,8 +260,14 @@ def choose_homes(uses: Collection[Use], outline: Outline, *, in_place: bool) -> 
         by_place.setdefault(use.place, []).append(use)
     targets: dict[Place, torch.Tensor] = {}
     devices: dict[Place, torch.device] = {}
+    parts: dict[Place, Part] = {}
     shared = _on_shared_memory(uses) if in_place else set()
     for place, own in by_place.items():
+        templates = [use.template for use in own if use.template is not None]
+        if templates:
+            whole = in_place and len(own) == outline.uses[place] and place not in shared
+            parts[place] = _part(templates[0], own, in_place=whole)
+            continue
         if len(own) != outline.uses[place]:
             continue
         target = own[0].target
@@ -236,7 +282,29 @@ def choose_homes(uses: Collection[Use], outline: Outline, *, in_place: bool) -> 
             targets[place] = target
         elif own[0].device.type not in {"cpu", "meta"} and all(use.device == own[0].device for use in own):
             devices[place] = own[0].device
-    return Homes(targets, devices)
+    return Homes(targets, devices, parts)
+
+
+def _part(template: torch.Tensor, uses: Sequence[Use], *, in_place: bool) -> Part:
+    """The box that this process has of ``template``: the template's own memory, if that is all that becomes of it."""
+    (held,), ((offsets, lengths), *more) = held_parts(template), local_boxes(template) or [((), ())]
+    if more:
+        raise StateMismatchError(
+            f"{uses[0].path}: the state's tensor is sharded in several pieces on one rank, which cannot be restored"
+        )
+    target = uses[0].target
+    own = held.detach()
+    if (
+        in_place
+        and target is template
+        and all(use.direct and use.target is target for use in uses)
+        and own.is_contiguous()
+        and own.dtype == uses[0].stored.dtype
+        and own.device.type != "meta"
+    ):
+        return Part(value=like(template, own), local=own, offsets=offsets)
+    fresh = torch.empty(lengths if own.numel() else own.shape, dtype=uses[0].stored.dtype, device=own.device)
+    return Part(value=like(template, fresh), local=fresh, offsets=offsets)
 
 
 def _takes_bits(target: torch.Tensor, stored: torch.Tensor) -> bool:
@@ -341,6 +409,6 @@ def _repeats(target: torch.Tensor) -> bool:
 
 def note_changed(homes: Homes) -> None:
     """Tell autograd that the caller's tensors have changed, as any write of torch's own would."""
-    for target in homes.targets.values():
+    for target in [*homes.targets.values(), *(part.value for part in homes.parts.values())]:
         if not target.is_inference():
             torch.autograd.graph.increment_version(target)

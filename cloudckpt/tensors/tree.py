@@ -28,6 +28,9 @@ from cloudckpt.tensors.leaves import (
     TorchLeaf,
     has_state,
 )
+from cloudckpt.tensors.memory import PLAIN
+from cloudckpt.tensors.per_rank import PerRankLeaf
+from cloudckpt.tensors.sharded import held_parts
 
 __all__ = ["FlatState", "flatten", "unflatten"]
 
@@ -71,7 +74,8 @@ class _Component:
 
     def _tied_to(self, tensor: torch.Tensor, name: str) -> str | None:
         """The name of the same memory seen the same way. The address tells nearly all tensors apart, and is cheap."""
-        address = tensor.data_ptr()
+        held = held_parts(tensor) if type(tensor) not in PLAIN else (tensor,)
+        address = held[0].data_ptr() if held else 0
         others = self.seen.get(address) if address else None
         if others is None:
             self.seen[address] = [name]
@@ -91,8 +95,10 @@ class _Component:
         return next(name for name in numbered if name not in self.tensors and name not in self.aliases)
 
 
-def _identity(tensor: torch.Tensor) -> _Identity:
+def _identity(whole: torch.Tensor) -> _Identity:
+    (tensor, *_) = held_parts(whole)
     return (
+        whole.shape,
         tensor.device,
         tensor.untyped_storage().data_ptr(),
         tensor.storage_offset(),
@@ -104,12 +110,13 @@ def _identity(tensor: torch.Tensor) -> _Identity:
     )
 
 
-def flatten(state: Mapping[str, object], *, allow_pickle: bool = False) -> FlatState:
+def flatten(state: Mapping[str, object], *, allow_pickle: bool = False, rank: int = 0) -> FlatState:
     """Take a state apart. Nothing is copied: the tensors are the caller's own.
 
     Args:
         state: component -> object with a state dict, tensor, or plain values, nested as they come.
         allow_pickle: pickle what nothing else can store, instead of refusing it.
+        rank: whose state it is; what is declared ``PerRank`` is stored under this number.
 
     Raises:
         TypeError: something cannot be stored; names its path and the ways out.
@@ -121,7 +128,12 @@ def flatten(state: Mapping[str, object], *, allow_pickle: bool = False) -> FlatS
     for name, value in state.items():
         component = _Component(name)
         codec = _codec(
-            component.store, _no_tensor, _no_tensor, allow_pickle=allow_pickle, note=lambda: pickled.append(True)
+            component.store,
+            _no_tensor,
+            _no_tensor,
+            allow_pickle=allow_pickle,
+            note=lambda: pickled.append(True),
+            per_rank=PerRankLeaf(rank),
         )
         own: object = value.state_dict() if has_state(value) else value  # type: ignore[attr-defined]  # has_state
         flat.structure[name] = codec.encode(own, (name,))
@@ -136,6 +148,7 @@ def unflatten(
     array: Callable[[str, str], torch.Tensor],
     *,
     allow_pickle: bool = False,
+    per_rank: PerRankLeaf | None = None,
 ) -> dict[str, Any]:
     """The state's values again.
 
@@ -144,14 +157,22 @@ def unflatten(
         tensor: gives the tensor of a component and a name. Nothing looks into it here.
         array: the same for an array's bytes: memory of its own, which may be filled later.
         allow_pickle: load pickled leaves, which runs code from the checkpoint.
+        per_rank: whose part of what each rank has for itself; by default all ranks', in a list.
 
     Raises:
         FormatError: the structure is malformed.
         ConfigError: a leaf was pickled and ``allow_pickle`` is not set.
+        StateMismatchError: it was saved by another number of ranks, and has parts that belong to one each.
     """
     values: dict[str, Any] = {}
     for name, node in structure.items():
-        codec = _codec(_no_store, partial(tensor, name), partial(array, name), allow_pickle=allow_pickle)
+        codec = _codec(
+            _no_store,
+            partial(tensor, name),
+            partial(array, name),
+            allow_pickle=allow_pickle,
+            per_rank=per_rank or PerRankLeaf(None),
+        )
         values[name] = codec.decode(node, (name,))
     return values
 
@@ -162,10 +183,11 @@ def _codec(
     array: Callable[[str], torch.Tensor],
     *,
     allow_pickle: bool,
+    per_rank: PerRankLeaf,
     note: Callable[[], None] = lambda: None,
 ) -> Codec:
     plain: list[Handler] = [TorchLeaf(), ScalarLeaf(), EnumLeaf()]
-    handlers: list[Handler] = [ArrayLeaf(store, array), StatefulLeaf(), *plain]
+    handlers: list[Handler] = [per_rank, ArrayLeaf(store, array), StatefulLeaf(), *plain]
     return Codec([*handlers, PickleLeaf(allow_pickle, note, Codec(plain))], leaves=[TensorLeaf(store, tensor)])
 
 

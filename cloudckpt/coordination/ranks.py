@@ -1,0 +1,226 @@
+"""Many ranks as one job: votes, exchanges and reports over the channel."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from cloudckpt.coordination.channel import Arbiter, Channel, Meeting, Outgoing, Peer
+from cloudckpt.coordination.failure import Failure
+from cloudckpt.coordination.group import Group, new_token, own_addresses
+from cloudckpt.coordination.protocol import Ballot, Decide, Verdict
+from cloudckpt.coordination.tally import Answer, Tally
+from cloudckpt.errors import RankError
+
+__all__ = ["ManyRanks"]
+
+_BALLOT = "ballot"
+#: First byte of a message: whether it is a word or a failure.
+_WORD, _FAILURE = b"+", b"-"
+#: How much longer than rank zero the others wait for its answer: it is rank zero that decides when it is too late.
+_PATIENCE = 2
+
+
+class _Polls(Arbiter):
+    """Counts the votes in rank zero's channel thread, so that there is an answer even while rank zero trains."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+
+    def hears(self, peer: Peer, topic: str, body: bytes, now: float) -> Outgoing | None:
+        if topic != _BALLOT:
+            return None
+        said = json.loads(body)
+        number = int(said.pop("number"))
+        self._tally.rename(peer.rank, str(peer))
+        ballot = Ballot(**{**said, "components": tuple(said["components"])})
+        return self._told(self._tally.cast(peer.rank, number, ballot, now=now))
+
+    def ticks(self, now: float) -> Outgoing:
+        return self._told(self._tally.tick(now))
+
+    def loses(self, rank: int, why: str, now: float) -> Outgoing:
+        return self._told(self._tally.lost(rank, why, now=now))
+
+    @staticmethod
+    def _told(answers: Sequence[tuple[int, int, Answer]]) -> Outgoing:
+        return [(rank, f"{_BALLOT}/{number}", _answer_bytes(answer)) for rank, number, answer in answers]
+
+
+def _answer_bytes(answer: Answer) -> bytes:
+    return json.dumps({"verdict": answer.verdict, "problem": answer.problem}).encode()
+
+
+class ManyRanks:
+    """The ranks of a process group. Connects at its first collective call.
+
+    Args:
+        group: who they are.
+        timeout_s: how long the ranks wait for each other in a collective call, and after how much silence one counts
+            as gone, in seconds.
+    """
+
+    def __init__(self, group: Group, *, timeout_s: float) -> None:
+        self.rank = group.rank
+        self.world_size = group.world_size
+        self.host = socket.gethostname()
+        self._group = group
+        self._timeout_s = timeout_s
+        self._mutex = threading.Lock()
+        self._channel: Channel | None = None
+        self._key = group.next_key()
+        self._calls = 0
+        self._gone: str | None = None
+
+    # -- the line --------------------------------------------------------------------------------------------
+
+    def _line(self) -> Channel:
+        with self._mutex:
+            if self._gone is not None:
+                raise RankError(f"rank {self.rank} has left: {self._gone}")
+            if self._channel is None:
+                self._channel = self._meet_others() if self.rank == 0 else self._meet_zero()
+            return self._channel
+
+    def _channel_of(self, polls: Arbiter | None) -> Channel:
+        me = Peer(rank=self.rank, host=self.host, pid=os.getpid())
+        return Channel(me, self.world_size, silence_s=self._timeout_s, arbiter=polls)
+
+    def _meet_others(self) -> Channel:
+        try:
+            names = [str(Peer(rank=rank, host="", pid=0)) for rank in range(self.world_size)]
+            channel = self._channel_of(_Polls(Tally(names, self._timeout_s)))
+            address, hosts = own_addresses()
+            token = new_token()
+            port = channel.listen(address, token)
+        except OSError as exc:
+            error = RankError(f"rank 0 ({self.host}) cannot listen for the other ranks: {exc}")
+            self._group.announce(self._key, error)
+            raise error from exc
+        self._group.announce(self._key, Meeting(hosts=tuple(hosts), port=port, token=token))
+        return channel
+
+    def _meet_zero(self) -> Channel:
+        meeting = self._group.find(self._key, self._timeout_s)
+        channel = self._channel_of(None)
+        channel.join(meeting, self._timeout_s)
+        return channel
+
+    # -- in the foreground -----------------------------------------------------------------------------------
+
+    def vote(self, ballot: Ballot) -> Verdict:
+        """See ``Coordinator``."""
+        line = self._line()
+        self._calls += 1
+        line.post(0, _BALLOT, json.dumps({"number": self._calls, **asdict(ballot)}).encode())
+        answer = json.loads(line.take(f"{_BALLOT}/{self._calls}", 0))
+        if answer["verdict"] is None:
+            raise RankError(answer["problem"])
+        return Verdict(answer["verdict"])
+
+    def exchange(self, topic: str, word: bytes | BaseException, decide: Decide, *, patient: bool = False) -> bytes:
+        """See ``Coordinator``."""
+        timeout_s = None if patient else self._timeout_s
+        line, name = self._line(), f"{topic}/{self._calls}"
+        if self.rank:
+            line.post(0, name, self._message(word))
+            answer = line.take(f"{name}/answer", 0, timeout_s=timeout_s and _PATIENCE * timeout_s)
+        else:
+            answers = self._decided(line, name, word, decide, timeout_s)
+            for rank in range(1, self.world_size):
+                line.post(rank, f"{name}/answer", answers[rank])
+            answer = answers[0]
+        if answer[:1] == _WORD:
+            return answer[1:]
+        failure = Failure.from_bytes(answer[1:])
+        if failure.rank == self.rank and isinstance(word, BaseException):
+            if not isinstance(word, Exception):
+                raise word
+            raise failure.error(topic) from word
+        raise failure.error(topic)
+
+    def _decided(
+        self, line: Channel, topic: str, word: bytes | BaseException, decide: Decide, timeout_s: float | None
+    ) -> list[bytes]:
+        """Rank zero's answers; the same failure for everybody if there is any."""
+        try:
+            said = line.gather(topic, range(1, self.world_size), timeout_s=timeout_s)
+            said.insert(0, self._message(word))
+            if failures := [message for message in said if message[:1] == _FAILURE]:
+                return [failures[0]] * self.world_size
+            return [_WORD + answer for answer in decide([message[1:] for message in said])]
+        except BaseException as exc:
+            # Whatever ends us, Ctrl-C included: the others learn of it now, not by waiting.
+            failed = [self._message(exc)] * self.world_size
+            if isinstance(exc, Exception):
+                return failed
+            for rank in range(1, self.world_size):
+                line.post(rank, f"{topic}/answer", failed[rank])
+            raise
+
+    def _message(self, word: bytes | BaseException) -> bytes:
+        if isinstance(word, bytes):
+            return _WORD + word
+        return _FAILURE + Failure.of(word, rank=self.rank, host=self.host).to_bytes()
+
+    # -- in the background -----------------------------------------------------------------------------------
+
+    def tell(self, topic: str, word: bytes | BaseException) -> None:
+        """See ``Coordinator``. To a rank that is gone it goes nowhere."""
+        for rank in range(1, self.world_size):
+            self._send(rank, topic, word)
+
+    def report(self, topic: str, word: bytes | BaseException) -> None:
+        """See ``Coordinator``."""
+        self._send(0, topic, word)
+
+    def _send(self, rank: int, topic: str, word: bytes | BaseException) -> None:
+        with self._mutex:
+            channel = self._channel
+        if channel is not None:
+            channel.post(rank, topic, self._message(word))
+
+    def hear(self, topic: str) -> bytes:
+        """See ``Coordinator``."""
+        message = self._line().take(topic, 0)
+        if message[:1] == _FAILURE:
+            raise Failure.from_bytes(message[1:]).again()
+        return message[1:]
+
+    def reports(self, topic: str) -> Sequence[bytes]:
+        """See ``Coordinator``."""
+        messages = self._line().gather(topic, range(1, self.world_size), ends_early=_is_failure)
+        if messages and _is_failure(messages[0]):
+            raise Failure.from_bytes(messages[0][1:]).error(topic.partition("/")[0])
+        return [message[1:] for message in messages]
+
+    def watch(self, topic: str, act: Callable[[str], None]) -> None:
+        """See ``Coordinator``."""
+
+        def look(message: bytes) -> None:
+            if _is_failure(message):
+                act(str(Failure.from_bytes(message[1:])))
+
+        self._line().watch(topic, look, act)
+
+    def forget(self, topic: str) -> None:
+        """See ``Coordinator``."""
+        with self._mutex:
+            channel = self._channel
+        if channel is not None:
+            channel.forget(topic)
+
+    def leave(self, reason: str) -> None:
+        """See ``Coordinator``."""
+        with self._mutex:
+            channel, self._gone = self._channel, self._gone or reason
+        if channel is not None:
+            channel.leave(reason)
+
+
+def _is_failure(message: bytes) -> bool:
+    return message[:1] == _FAILURE

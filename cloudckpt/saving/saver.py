@@ -1,0 +1,346 @@
+"""What every rank does of a save: agree on what it is, stage it, upload its own payload, and wait for the end.
+
+The manifest is updated before the upload: no payload byte leaves until the announce is *known* to have landed.
+Staging runs in the caller's thread, at the same time as the announce; everything after it runs in the
+background. A save that blocks anyway, or that finds no memory to stage in, sends the tensors from where they are, and
+the caller gets the state back once they are sent. A save that fails costs nothing but itself: the next announce
+settles it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from cloudckpt.coordination import Coordinator
+from cloudckpt.core import keys
+from cloudckpt.core.model import Checkpoint, PayloadObject, State
+from cloudckpt.errors import SaveError
+from cloudckpt.events import Listener, SaveFailed, Warned
+from cloudckpt.pending import PendingSave
+from cloudckpt.saving.agreeing import agree
+from cloudckpt.saving.job import Job, SaveRequest, Side, Uploaded
+from cloudckpt.storage import ManifestStore
+from cloudckpt.tensors.ahead import summed_ahead
+from cloudckpt.tensors.arena import Arena, positions
+from cloudckpt.tensors.beside import Beside, stage_beside, why_not_beside
+from cloudckpt.tensors.forecast import optimizer_growth_bytes
+from cloudckpt.tensors.planning import Plan, Planner
+from cloudckpt.tensors.sources import ArenaSource, Buffers, PayloadSource, TensorSource
+from cloudckpt.tensors.staging import Staged, stage
+from cloudckpt.view import placed
+
+__all__ = ["Saver"]
+
+#: Payload objects of this size are put side by side; smaller ones in order, where a second connection gains nothing.
+_LARGE_BYTES = 8 * 1024 * 1024
+
+#: More objects than this at once gain nothing: each is sent in several parts at a time.
+_OBJECTS_AT_ONCE = 2  # by the thread that saves and one more
+
+
+def _let_go_of_values(error: BaseException | None) -> None:
+    """An error that is kept would keep the state alive: the frames it came through have ended, and need no values."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+class Saver:
+    """Makes the saves of one rank, one at a time, in one background thread.
+
+    Args:
+        store: the run.
+        side: what this rank does besides its own bytes.
+        coordinator: the other ranks.
+        listener: told what goes wrong.
+        writer_epoch: under which the job writes.
+        planner: decides what is written.
+        arena: host memory to stage in.
+    """
+
+    def __init__(
+        self,
+        store: ManifestStore,
+        side: Side,
+        coordinator: Coordinator,
+        listener: Listener,
+        *,
+        writer_epoch: int,
+        planner: Planner,
+        arena: Arena,
+    ) -> None:
+        self._store = store
+        self._side = side
+        self._coordinator = coordinator
+        self._listener = listener
+        self._writer_epoch = writer_epoch
+        self._planner = planner
+        self._arena = arena
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-save")
+        self._current: PendingSave | None = None
+        self._told_streaming = False
+        self._told_overlap: set[str] = set()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Have something done in the background, before the next save."""
+        self._pool.submit(work)
+
+    # -- the caller's thread ---------------------------------------------------------------------------------
+
+    @property
+    def fenced(self) -> bool:
+        """Whether this process was replaced as the writer."""
+        return self._side.fenced
+
+    @property
+    def last(self) -> PendingSave | None:
+        """The last save, ended or not."""
+        return self._current
+
+    @property
+    def busy_with(self) -> PendingSave | None:
+        """The save in flight."""
+        return self._current if self._current is not None and not self._current.done() else None
+
+    def raise_failure(self) -> None:
+        """Raise what an earlier save failed with, once, if nobody was told (I10)."""
+        failure = self._current.failure if self._current is not None else None
+        if failure is not None and self._current is not None:
+            self._current.wait()
+
+    def start(self, request: SaveRequest, began: float, *, ready: Callable[[], None]) -> PendingSave:
+        """Plan, announce in the background, stage. The state may change after the save's ``wait_staged``.
+
+        Args:
+            began: when the caller's call began, by ``time.monotonic``: what it is blocked counts from there.
+            ready: raises what keeps this rank from saving.
+
+        Raises:
+            TypeError: the state holds something that cannot be stored; nothing was announced.
+            SaveError: the same, or anything else, on any rank of many.
+        """
+        save_id, plan = agree(
+            request, self._planner, self._coordinator, new_id=lambda: self._store.token(8), ready=ready
+        )
+        pending = PendingSave(self._entry(save_id, plan, request), plan.size_bytes)
+        job = Job(plan, [], pending, began, direct=request.block)
+        submitted, problem = False, None
+        try:
+            # In here, so that an interrupt leaves no save that nobody ends, and that everybody waits for.
+            self._current = pending
+            self._side.begin(job)
+            sources = None if request.block else self._arena_sources(plan, optimizer_growth_bytes(request.state))
+            job.direct = sources is None
+            job.sources = sources if sources is not None else self._tensor_sources(plan)
+            self._pool.submit(self._run, [job])
+            submitted = True
+            if not job.direct:
+                self._stage(job, request.state)
+        except BaseException as exc:
+            problem = job.stage_failed = exc
+            pending.mark_seen()
+            if not submitted:
+                pending.end(self._side.failed(job, exc))
+            if self._coordinator.world_size == 1 or not isinstance(exc, Exception):
+                raise
+        finally:
+            job.blocked = time.monotonic() - began
+            job.staged.set()
+            if job.stage_failed is not None or (not job.direct and isinstance(job.staging, Staged)):
+                pending.mark_staged()
+        if problem is not None:
+            pending.raise_common(problem)
+        if not job.direct:
+            pending.lend_state(job.give_back)
+        else:
+            # Whoever is interrupted has the state back at once: what was not sent by then is never sent.
+            pending.keep_state(lambda: job.stop("the call that saves was interrupted"))
+        return pending
+
+    def _entry(self, save_id: str, plan: Plan, request: SaveRequest) -> Checkpoint:
+        overall = plan.overall
+        return Checkpoint(
+            id=save_id,
+            step=request.step,
+            seq=0,
+            state=State.PENDING,
+            writer_epoch=self._writer_epoch,
+            announced_at=self._store.clock(),
+            metrics=request.metrics,
+            size_bytes=overall.size_bytes if overall else plan.size_bytes,
+            object_count=(len(overall.objects) if overall else len(plan.payloads)) + 1,
+            world_size=self._coordinator.world_size,
+            tags=request.tags,
+            pinned=request.pin,
+            root=self._store.storage.url,
+        )
+
+    def _arena_sources(self, plan: Plan, growth_bytes: int) -> list[PayloadSource] | None:
+        """The payload objects as they will lie in the arena; None where there is no memory for it."""
+        starts, size_bytes = positions([payload.size_bytes for payload in plan.payloads])
+        try:
+            self._arena.fit(size_bytes, soon_bytes=size_bytes + growth_bytes)
+        except MemoryError as exc:
+            if not self._told_streaming:
+                self._told_streaming = True
+                self._listener(
+                    Warned(
+                        message=f"{exc}. Saves send the tensors from where they are instead, and save() returns only "
+                        "once they are uploaded"
+                    )
+                )
+            return None
+        placed_at = zip(plan.payloads, starts, strict=True)
+        return [ArenaSource(p, self._arena, start, together_bytes=plan.size_bytes) for p, start in placed_at]
+
+    def _stage(self, job: Job, state: Mapping[str, object]) -> None:
+        # The job knows of the copy before it begins: whatever interrupts it, the next save waits for what still copies.
+        payloads = job.plan.payloads
+        if self._store.settings.stage == "overlap":
+            reason = why_not_beside(state, payloads)
+            if reason is None:
+                borrow_bytes = self._store.settings.overlap_device_bytes or 0
+                job.staging = beside = Beside()
+                stage_beside(beside, state, payloads, self._arena, borrow_bytes=borrow_bytes)
+                return
+            if reason not in self._told_overlap:
+                self._told_overlap.add(reason)
+                self._listener(
+                    Warned(message=f'stage="overlap" is not used, save() copies before it returns: {reason}')
+                )
+        job.staging = staged = Staged()
+        stage(payloads, self._arena, staged)
+
+    def _tensor_sources(self, plan: Plan) -> list[PayloadSource]:
+        devices = {tensor.device for payload in plan.payloads for tensor in payload.tensors if tensor.is_cuda}
+        for device in devices:
+            # The threads that send look at the tensors from streams of their own.
+            torch.cuda.synchronize(device)
+        settings = self._store.settings
+        at_once = max(_OBJECTS_AT_ONCE * settings.parts_in_flight, settings.connections)
+        buffers = Buffers(at_once, pinned=bool(devices))
+        return [TensorSource(payload, buffers, together_bytes=plan.size_bytes) for payload in plan.payloads]
+
+    def shut_down(self) -> None:
+        """Wait for the background to end."""
+        self._pool.shutdown(wait=True)
+
+    # -- the background thread -------------------------------------------------------------------------------
+
+    def _run(self, box: list[Job]) -> None:
+        # The job is taken out of the box: a failure that is kept knows this frame and the pool's, and these the box.
+        _let_go_of_values(self._save_and_tell(box))
+
+    def _save_and_tell(self, box: list[Job]) -> BaseException | None:
+        job = box.pop()
+        entry = job.pending.checkpoint
+        try:
+            committed = self._save(job)
+        except BaseException as exc:  # noqa: BLE001 - handed to whoever waits; a crash included
+            # The next save uses the same memory: what still copies into it must have ended.
+            job.staged.wait()
+            with contextlib.suppress(SaveError):
+                job.staging.wait_staged()
+            job.pending.mark_staged()
+            error = self._side.failed(job, exc)
+            try:
+                self._listener(SaveFailed(url=entry.url, step=entry.step, error=error))
+            finally:
+                job.pending.end(error)
+            return None if exc is job.stage_failed else error
+        # From here on the save has succeeded, whatever becomes of the clean-up.
+        try:
+            self._side.committed(job, committed)
+            job.pending.enter("done")
+        finally:
+            job.pending.end(placed(committed, entry.root))
+        return None
+
+    def _save(self, job: Job) -> Checkpoint:
+        with summed_ahead(job.sources if job.direct else ()):
+            announced = self._side.announce(job)
+            job.pending.mark_announced()
+            job.staged.wait()
+            if job.stage_failed is not None:
+                raise job.stage_failed
+            job.staging.wait_staged()
+            if not job.direct:
+                job.pending.mark_staged()
+            job.pending.enter("upload")
+            self._upload(job, announced)
+        if job.direct:
+            job.blocked = time.monotonic() - job.started
+            job.pending.mark_staged()
+        job.staging.confirm()
+        return self._side.commit(job, announced)
+
+    def _upload(self, job: Job, entry: Checkpoint) -> None:
+        large = [source for source in job.sources if source.size_bytes >= _LARGE_BYTES]
+        side_by_side = large if len(large) > 1 else []
+        for source in job.sources:
+            if source not in side_by_side:
+                self._put(job, entry, source)
+        if side_by_side:
+            self._put_side_by_side(job, entry, side_by_side)
+        objects: list[PayloadObject] = []
+        sums: list[int] = []
+        for source in job.sources:
+            # Here and not when the index is written: the caller may have the state back before.
+            sealed, own = source.seal()
+            objects.append(sealed)
+            sums += own
+        structure = {component: job.plan.flat.structure[component] for component in job.plan.sends}
+        job.uploaded = Uploaded(objects=tuple(objects), sums=tuple(sums), structure=structure)
+
+    def _put_side_by_side(self, job: Job, entry: Checkpoint, sources: Sequence[PayloadSource]) -> None:
+        """Put them in this thread and one more. No pool: while a process ends, it takes no work any more."""
+        left = deque(sources)
+        failures: list[BaseException] = []
+
+        def put_what_is_left() -> None:
+            while not failures:
+                try:
+                    source = left.popleft()
+                except IndexError:
+                    return
+                try:
+                    self._put(job, entry, source)
+                except BaseException as exc:  # noqa: BLE001 - raised below, in the thread that saves
+                    failures.append(exc)
+                    job.stop(f"another object failed: {exc}")
+
+        helper = threading.Thread(target=put_what_is_left, name="cloudckpt-put", daemon=False)
+        try:
+            helper.start()
+        except RuntimeError:  # no further thread is to be had: one after the other
+            put_what_is_left()
+        else:
+            put_what_is_left()
+            helper.join()
+        if failures:
+            raise failures[0]
+
+    def _put(self, job: Job, entry: Checkpoint, source: PayloadSource) -> None:
+        self._store.storage.put(
+            keys.payload_key(entry.step, entry.id, source.payload.name),
+            source,
+            size_bytes=source.size_bytes,
+            progress=job.pending.advance,
+        )
+
+    # -- the end ---------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for the background, then end the run in order. See ``Leading.close``."""
+        self.shut_down()
+        self._side.close()

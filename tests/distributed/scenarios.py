@@ -1,0 +1,252 @@
+"""What the ranks of a job do in the tests: each function runs on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cloudckpt import CheckpointManager, PerRank, Settings, TrainState
+
+QUICK = Settings(coordination_timeout_s=20, retry_base_s=0.01, retry_cap_s=0.05)
+
+
+def digest(state: Any) -> str:
+    """Of all tensors and values of a state, in order."""
+    found = hashlib.sha256()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.update(str((value.dtype, tuple(value.shape))).encode())
+            found.update(
+                value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            )
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                found.update(repr(key).encode())
+                walk(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                walk(inner)
+        else:
+            found.update(repr(value).encode())
+
+    walk(state)
+    return found.hexdigest()
+
+
+def model_of(seed: int) -> torch.nn.Module:
+    """A small model, the same for equal seeds."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
+
+
+def trained(seed: int, steps: int = 2) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer after some steps, the same on every rank."""
+    model = model_of(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        torch.manual_seed(1000 + step)
+        model(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save_replicated(root: str, saves: int = 1) -> dict[str, Any]:
+    """What DDP has: the same state on every rank, and a random generator of each rank's own."""
+    model, optimizer = trained(0)
+    rank = dist.get_rank()
+    own = torch.full((3,), float(rank))
+    state = {"model": model, "optimizer": optimizer, "step": 7, "rng": PerRank({"own": own, "rank": rank})}
+    with CheckpointManager(root, keep_last=None, settings=QUICK) as ckpts:
+        names = [ckpts.save(step, state, metrics={"loss": 1.0}).wait(30).name for step in range(saves)]
+    return {"names": names, "model": digest(model.state_dict()), "optimizer": digest(optimizer.state_dict())}
+
+
+def restore_replicated(root: str) -> dict[str, Any]:
+    """The same objects, fresh, and filled."""
+    model, optimizer = trained(1, steps=1)
+    rank = dist.get_rank()
+    mine = {"own": torch.zeros(3), "rank": -1}
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": 0, "rng": PerRank(mine)}
+    with CheckpointManager(root, keep_last=None, settings=QUICK) as ckpts:
+        found = ckpts.restore(state)
+    assert found is not None
+    own = state["rng"].value
+    assert own["rank"] == rank, own
+    assert own["own"].tolist() == [float(rank)] * 3
+    assert state["step"] == 7
+    return {"name": found.name, "model": digest(model.state_dict()), "optimizer": digest(optimizer.state_dict())}
+
+
+def save_with_steps(root: str, steps: list[int]) -> str:
+    """Every rank saves with a step of its own."""
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        return ckpts.save(steps[dist.get_rank()], {"x": torch.ones(4)}).wait(30).name
+
+
+def save_components(root: str, names: list[list[str]]) -> str:
+    """Every rank saves components of its own."""
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        return ckpts.save(1, {name: torch.ones(4) for name in names[dist.get_rank()]}).wait(30).name
+
+
+def one_rank_cannot(root: str, bad_rank: int, how: str) -> dict[str, Any]:
+    """One rank fails at some moment of a save; afterwards all of them save again."""
+    rank = dist.get_rank()
+    state: dict[str, Any] = {"x": torch.arange(100_000, dtype=torch.float32) + rank, "y": torch.ones(5)}
+    state = {"x": PerRank(state["x"]), "y": state["y"]}
+    said = ""
+    began = time.monotonic()
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        ckpts.save(0, state).wait(30)
+        undo = _break(ckpts, how) if rank == bad_rank else (lambda: None)
+        broken = {**state, "y": object()} if how == "plan" and rank == bad_rank else state
+        try:
+            ckpts.save(1, broken).wait(30)
+        except Exception as exc:
+            said = f"{type(exc).__name__}: {exc}"
+        undo()
+        took = time.monotonic() - began
+        name = ckpts.save(2, state).wait(30).name
+        steps = [c.step for c in ckpts.checkpoints()]
+    return {"said": said, "name": name, "steps": steps, "took": took}
+
+
+def _break(ckpts: CheckpointManager, how: str) -> Callable[[], None]:
+    storage = ckpts._store.storage
+    inner: Any = getattr(storage, "inner", storage)
+    if how == "upload":
+        put = inner.put
+
+        def failing(key: str, *words: Any, **named: Any) -> None:
+            if key.endswith(".safetensors"):
+                raise OSError(28, "No space left on device", key)
+            put(key, *words, **named)
+
+        inner.put = failing
+        return lambda: setattr(inner, "put", put)
+    if how == "stage":
+        saver: Any = ckpts._saver
+        sources = saver._arena_sources
+
+        def none(*_: Any, **__: Any) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        saver._arena_sources = none
+        return lambda: setattr(saver, "_arena_sources", sources)
+    return lambda: None
+
+
+def die_in_upload(root: str, victim: int) -> dict[str, Any]:
+    """One rank is killed with SIGKILL while all of them upload."""
+    rank = dist.get_rank()
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        ckpts.save(0, {"x": PerRank(torch.ones(1000))}).wait(30)
+        inner: Any = getattr(ckpts._store.storage, "inner", ckpts._store.storage)
+        put = inner.put
+
+        def deadly(key: str, *words: Any, **named: Any) -> None:
+            if rank == victim and key.endswith(".safetensors"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            put(key, *words, **named)
+
+        inner.put = deadly
+        began = time.monotonic()
+        try:
+            ckpts.save(1, {"x": PerRank(torch.ones(1000))}).wait(60)
+        except Exception as exc:
+            said = f"{type(exc).__name__}: {exc}"
+            took = time.monotonic() - began
+        else:
+            said, took = "", 0.0
+        committed = [c.step for c in ckpts.checkpoints()]
+        try:
+            ckpts.close()
+        except Exception as exc:
+            closing = f"{type(exc).__name__}: {exc}"
+        else:
+            closing = ""
+    return {"said": said, "took": took, "committed": committed, "closing": closing}
+
+
+def _meshed(size: int) -> tuple[Any, Any]:
+    """A process group and a mesh of the first so many ranks. Every rank takes part in making them."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return dist.new_group(list(range(size))), DeviceMesh("cpu", list(range(size)))
+
+
+def _filled(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Steps with made-up gradients: the same for equal parameters, however they are sharded."""
+    for step in range(steps):
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = (parameter.detach() * 0.5 + 0.01 * (number + step)).clone()
+        optimizer.step()
+
+
+def _sharded(kind: str, mesh: Any, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model under FSDP2, tensor parallelism or nothing, over the first so many ranks."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(48, 101), torch.nn.ReLU(), torch.nn.Linear(101, 10))
+    if kind == "tp":
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(torch.nn.Linear(48, 104), torch.nn.ReLU(), torch.nn.Linear(104, 10))
+    if kind == "fsdp":
+        fully_shard(model, mesh=mesh)
+    elif kind == "tp":
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def _full(state: Any) -> Any:
+    """The same with all tensors whole."""
+    if isinstance(state, dict):
+        return {key: _full(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_full(value) for value in state]
+    if isinstance(state, torch.Tensor) and hasattr(state, "full_tensor"):
+        return state.full_tensor()
+    return state
+
+
+def save_sharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str, Any] | None:
+    """Save from the first so many ranks."""
+    group, mesh = _meshed(ranks)
+    if dist.get_rank() >= ranks:
+        return None
+    model, optimizer = _sharded(kind, mesh, seed=3)
+    _filled(model, optimizer, 3)
+    state = TrainState(model, optimizer) if wrapped else {"model": model, "optimizer": optimizer}
+    with CheckpointManager(root, settings=QUICK, process_group=group) as ckpts:
+        name = ckpts.save(3, state).wait(30).name
+    whole = _full(model.state_dict())
+    return {"name": name, "model": digest(whole), "optimizer": digest(_full(optimizer.state_dict()["state"]))}
+
+
+def restore_sharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str, Any] | None:
+    """Restore on the first so many ranks, into fresh objects."""
+    group, mesh = _meshed(ranks)
+    if dist.get_rank() >= ranks:
+        return None
+    model, optimizer = _sharded(kind, mesh, seed=4)
+    state = TrainState(model, optimizer) if wrapped else {"model": model, "optimizer": optimizer}
+    with CheckpointManager(root, settings=QUICK, process_group=group) as ckpts:
+        found = ckpts.restore(state)
+        assert found is not None
+    whole = _full(model.state_dict())
+    return {"name": found.name, "model": digest(whole), "optimizer": digest(_full(optimizer.state_dict()["state"]))}
