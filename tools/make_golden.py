@@ -28,6 +28,7 @@ from cloudckpt.core.policy import PolicyWords
 from cloudckpt.errors import SaveError, StorageError
 from cloudckpt.events import Listeners
 from cloudckpt.saving import Saver, SaveRequest
+from cloudckpt.saving.leading import Leading
 from cloudckpt.storage import LocalStorage, ManifestStore
 from cloudckpt.storage.base import Buffer
 from cloudckpt.tensors.arena import Arena
@@ -146,10 +147,12 @@ def make(place: Path) -> None:
             takeover="last_wins",
             listener=silent,
         )
-    saver = Saver(store, claim, SingleProcess(), silent, planner=Planner(0, 1), arena=Arena())
+    alone = SingleProcess()
+    side = Leading(store, claim, alone, silent)
+    saver = Saver(store, side, alone, silent, writer_epoch=claim.writer_epoch, planner=Planner(0, 1), arena=Arena())
 
     def save(wanted: SaveRequest) -> None:
-        saver.start(wanted, 0.0).wait()
+        saver.start(wanted, 0.0, ready=lambda: None).wait()
 
     save(request(100, rich_state(), 0.9, pin=True))
     save(request(200, state(200), 0.3, tags=("release",)))

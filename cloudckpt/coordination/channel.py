@@ -269,10 +269,10 @@ class Channel:
                 missing = [rank for rank in ranks if rank not in found]
                 if not missing:
                     return [found[rank] for rank in ranks]
-                if gone := [rank for rank in missing if rank in self._lost]:
-                    raise RankError("; ".join(f"{self._named(rank)} {self._lost[rank]}" for rank in gone))
                 if self._leaving is not None:
                     raise RankError(f"{self.me} has left: {self._leaving}")
+                if gone := [rank for rank in missing if rank in self._lost]:
+                    raise RankError("; ".join(f"{self._named(rank)} {self._lost[rank]}" for rank in gone))
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
                     raise RankError(

@@ -79,4 +79,4 @@ def is_like(one: Json, two: Json) -> bool:
         return all(is_like(node, two[key]) for key, node in one.items()) if tag != "$bytes" else True
     if isinstance(one, list) and isinstance(two, list):
         return len(one) == len(two) and all(map(is_like, one, two))
-    return isinstance(one, dict | list) == isinstance(two, dict | list)
+    return not isinstance(one, dict | list) and not isinstance(two, dict | list)

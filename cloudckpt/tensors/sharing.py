@@ -157,8 +157,8 @@ def divide(offers: Sequence[Offer]) -> Division:
     stored = {(component, name) for component, name, _, _ in holders}
     aliases: dict[str, dict[str, str]] = {component: {} for component in offers[0].structure}
     for offer in offers:
-        for component, own in offer.aliases.items():
-            for name, first in own.items():
+        for component, named in offer.aliases.items():
+            for name, first in named.items():
                 if (component, name) not in stored:
                     aliases.setdefault(component, {}).setdefault(name, first)
     return Division(shares=shares, boxes=boxes, aliases=aliases, pickled=any(offer.pickled for offer in offers))

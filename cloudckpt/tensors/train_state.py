@@ -42,11 +42,11 @@ class OptimizerState:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and options. An optimizer that has not stepped yet gets its moments here, all zero."""
-        return dcp_state.get_optimizer_state_dict(self.model, self.optimizers)  # type: ignore[return-value]  # its own alias of a dict
+        return dcp_state.get_optimizer_state_dict(self.model, self.optimizers)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give it to the optimizers."""
-        dcp_state.set_optimizer_state_dict(self.model, self.optimizers, state)  # type: ignore[arg-type]  # as above
+        dcp_state.set_optimizer_state_dict(self.model, self.optimizers, state)
 
 
 class TrainState(MutableMapping[str, Any]):
@@ -99,7 +99,7 @@ class RngState:
             "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 - the global one is what people use
             "torch": torch.get_rng_state(),
         }
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
             found["cuda"] = torch.cuda.get_rng_state()
         return found
 

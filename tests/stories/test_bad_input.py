@@ -132,7 +132,7 @@ def test_a_root_that_can_never_be_written_fails_in_the_constructor(
         ({"keep_every": 0}, "keep_every=0"),
         ({"keep_within": -5.0}, "keep_within"),
         ({"takeover": "never"}, "write one of last_wins, refuse, force"),
-        ({"process_group": object()}, "one process"),
+        ({"process_group": object()}, "not initialised; call init_process_group"),
     ],
 )
 def test_settings_that_cannot_be_used(words: dict[str, Any], message: str) -> None:

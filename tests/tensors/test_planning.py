@@ -12,8 +12,9 @@ from cloudckpt import CheckpointManager
 from cloudckpt.core import keys
 from cloudckpt.core.index_json import decode_index, encode_index
 from cloudckpt.storage import MemoryStorage
-from cloudckpt.tensors.dcp import is_sharded, plan_save
+from cloudckpt.tensors.dcp import plan_save
 from cloudckpt.tensors.planning import Plan, Planner
+from cloudckpt.tensors.sharded import is_sharded
 from cloudckpt.tensors.tree import flatten
 
 
@@ -33,7 +34,7 @@ def test_a_plan_is_made_once_for_states_that_differ_in_values_only() -> None:
     """New tensors of the same names, dtypes and shapes: layout, header and index text are the very same, the data is new."""
     planner = Planner(0, 1)
     first, second = planned(planner, state()), planned(planner, state())
-    assert second.text is first.text
+    assert second.overall is first.overall
     for one, two in zip(first.payloads, second.payloads, strict=True):
         assert two.layout is one.layout
         assert all(a is not b for a, b in zip(one.tensors, two.tensors, strict=True))
@@ -55,15 +56,15 @@ def test_whatever_is_in_the_index_makes_a_new_plan(change: dict[str, Any]) -> No
     planner = Planner(0, 1)
     first = planned(planner, state())
     changed = planned(planner, state(**change))
-    assert changed.text is not first.text
-    assert planned(planner, state()).text is not changed.text
+    assert changed.overall is not first.overall
+    assert planned(planner, state()).overall is not changed.overall
 
 
 def test_a_component_more_without_tensors_makes_a_new_plan() -> None:
     """The index lists every component, whether it has tensors or not."""
     planner = Planner(0, 1)
     first = planned(planner, state())
-    assert planned(planner, {**state(), "more": 3}).text is not first.text
+    assert planned(planner, {**state(), "more": 3}).overall is not first.overall
 
 
 def test_plain_tensors_are_planned_as_dcp_would() -> None:

@@ -1,0 +1,60 @@
+"""What several ranks say of one component, as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cloudckpt.core.merging import is_like, merge
+from cloudckpt.core.values import Codec
+
+
+def test_what_only_one_rank_has_is_added_and_the_first_word_counts() -> None:
+    """Pipeline stages: disjoint keys at any depth become one; a value that both have is the first one's."""
+    first = {"a": {"lr": 1, "x": 2}, "b": [1, {"k": 1}]}
+    second = {"a": {"lr": 9, "y": 3}, "b": [5, {"l": 2}], "c": "new"}
+    assert merge(first, second) == {"a": {"lr": 1, "x": 2, "y": 3}, "b": [1, {"k": 1, "l": 2}], "c": "new"}
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"a": 1}, {"a": 2}),
+        ({"a": [1, 2]}, {"a": [3]}),
+        ({"a": 1}, {"a": "x"}),
+        ({"a": {"$tensor": "w"}}, {"a": {"$tensor": "v"}}),
+        ({"a": {"$tensor": "w"}}, {"a": {"b": 1}}),
+        ([1, {"a": 1}], [2, {"a": 2}]),
+        ({"$dict": [[1, "x"]]}, {"$dict": [[1, "y"]]}),
+        ({"$ordered": {"items": [["a", 1]]}}, {"$ordered": {"items": [["a", 2]]}}),
+        ({"$state": {"a": 1}}, {"$state": {"a": 1}}),
+        (3, 4),
+    ],
+)
+def test_a_rank_that_adds_nothing_changes_nothing(one: Any, two: Any) -> None:
+    """The very same node: that is how rank zero sees who has to report."""
+    assert merge(one, two) is one
+
+
+def test_tagged_mappings_are_merged_as_mappings() -> None:
+    """Mappings with other than string keys, ordered ones, states and parts per rank."""
+    codec = Codec()
+    merged = merge(codec.encode({1: {"a": 1}, 2: "x"}), codec.encode({1: {"b": 2}, 3: "y"}))
+    assert codec.decode(merged) == {1: {"a": 1, "b": 2}, 2: "x", 3: "y"}
+    ordered = merge({"$ordered": {"items": [["a", 1]]}}, {"$ordered": {"items": [["b", 2]], "attributes": {"m": 1}}})
+    assert ordered == {"$ordered": {"items": [["a", 1], ["b", 2]]}}
+    assert merge({"$per_rank": {"0": 1}}, {"$per_rank": {"1": 2}}) == {"$per_rank": {"0": 1, "1": 2}}
+    assert merge({"$state": {"a": 1}}, {"$state": {"b": 1}}) == {"$state": {"a": 1, "b": 1}}
+
+
+def test_states_are_alike_if_only_values_differ() -> None:
+    """Other numbers, texts and bytes are; other keys, lengths, kinds or tensors are not."""
+    assert is_like({"a": [1, {"b": "x"}], "c": None}, {"a": [2, {"b": 3.5}], "c": "now"})
+    assert is_like({"$bytes": "AA=="}, {"$bytes": "AAAA"})
+    assert is_like({"a": {"$tensor": "w"}}, {"a": {"$tensor": "w"}})
+    assert not is_like({"a": {"$tensor": "w"}}, {"a": {"$tensor": "v"}})
+    assert not is_like({"a": 1}, {"b": 1})
+    assert not is_like([1], [1, 2])
+    assert not is_like([1], 1)
+    assert not is_like({"a": 1}, [1])
