@@ -38,7 +38,7 @@ def claim_together(
     probe: bytes = b""
     word: bytes | BaseException = b""
     try:
-        if coordinator.world_size > 1 and isinstance(store.storage, LocalStorage):
+        if coordinator.world_size > 1 and isinstance(store.unretried, LocalStorage):
             probe = coordinator.exchange("root", b"", lambda words: [_put_probe(store)] * len(words))
             word = _look_for(store, probe.decode())
         said = json.loads(coordinator.exchange("claim", word, claimed, patient=True))

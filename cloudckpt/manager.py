@@ -242,7 +242,7 @@ class CheckpointManager(Run):
     @property
     def _shares_url(self) -> bool:
         # A folder may be mounted elsewhere on another node; whether it is the same one is looked at.
-        return not isinstance(self._store.storage, LocalStorage)
+        return not isinstance(self._store.unretried, LocalStorage)
 
     @contextlib.contextmanager
     def _refusals_told(self, call: str) -> Iterator[None]:
@@ -511,6 +511,20 @@ class CheckpointManager(Run):
             )
         )
         return loaded.checkpoint
+
+    def _manifest_to_load(self, asked: str) -> Manifest | None:
+        if self._coordinator.world_size == 1:
+            return self.manifest()
+        self._check_process()
+        self._vote(Ballot(call="load", options=asked))
+        read: list[Manifest] = []
+
+        def current(words: Sequence[bytes]) -> list[bytes]:
+            read.append(self.manifest())
+            return [b""] * len(words)
+
+        self._coordinator.exchange("manifest", b"", current, patient=True)
+        return read[0] if read else None
 
     def _agree_ready(self) -> None:
         """Wait for the save in flight; what it failed with on any rank is raised on all."""

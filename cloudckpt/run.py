@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from cloudckpt.config import Settings
-from cloudckpt.coordination import SingleProcess
-from cloudckpt.core.model import Checkpoint
+from cloudckpt.coordination import Coordinator, SingleProcess
+from cloudckpt.core.model import Checkpoint, Manifest
 from cloudckpt.core.selection import parse_selector
 from cloudckpt.errors import ConfigError, CorruptCheckpointError
 from cloudckpt.events import FellBack, Listener, Listeners, LoggingListener
@@ -29,6 +29,7 @@ class Run(RunView):
         super().__init__(store)
         self._listener = listener
         self._allow_pickle = allow_pickle
+        self._coordinator: Coordinator = SingleProcess()
 
     def load(
         self,
@@ -74,9 +75,19 @@ class Run(RunView):
         )
         if not verify and not mmap:
             raise ConfigError("verify=False goes with mmap=True: where bytes are read, their checksums cost nothing")
-        manifest = self.manifest()
-        alone = SingleProcess()
-        return load_chosen(self._store, manifest, request, coordinator=alone, on_damage=self._on_damage).values
+        manifest = self._manifest_to_load(f"select={select!r}, components={components!r}, names={names!r}")
+        return load_chosen(
+            self._store, manifest, request, coordinator=self._coordinator, on_damage=self._on_damage
+        ).values
+
+    def _manifest_to_load(self, asked: str) -> Manifest | None:
+        """What is chosen from; None where another rank chooses.
+
+        Args:
+            asked: what must be asked alike on all ranks.
+        """
+        del asked
+        return self.manifest()
 
     def _on_damage(self, checkpoint: Checkpoint, error: CorruptCheckpointError) -> None:
         self._listener(FellBack(checkpoint=checkpoint, reason=str(error)))

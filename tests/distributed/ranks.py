@@ -8,7 +8,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,21 @@ class Ranks:
         """What the ranks answer to what was started."""
         return self._gather(timeout_s)
 
-    def _gather(self, timeout_s: float) -> list[Outcome]:
+    def outcomes_of(self, ranks: Sequence[int], timeout_s: float = 90) -> list[Outcome]:
+        """What some of them answer; the others are not waited for."""
+        return self._gather(timeout_s, ranks)
+
+    def _gather(self, timeout_s: float, ranks: Sequence[int] | None = None) -> list[Outcome]:
+        asked = range(self.count) if ranks is None else ranks
         end = time.monotonic() + timeout_s
         found: dict[int, Outcome] = {}
         with selectors.DefaultSelector() as selector:
-            for rank, answers in enumerate(self._answers):
-                selector.register(answers, selectors.EVENT_READ, rank)
-            while len(found) < self.count:
+            for rank in asked:
+                selector.register(self._answers[rank], selectors.EVENT_READ, rank)
+            while len(found) < len(asked):
                 ready = selector.select(max(0.0, end - time.monotonic()))
                 if not ready:
-                    missing = [rank for rank in range(self.count) if rank not in found]
+                    missing = [rank for rank in asked if rank not in found]
                     raise TimeoutError(f"ranks {missing} have not answered within {timeout_s} s")
                 for key, _ in ready:
                     rank = key.data
@@ -120,7 +125,7 @@ class Ranks:
                     else:
                         continue
                     selector.unregister(self._answers[rank])
-        return [found[rank] for rank in range(self.count)]
+        return [found[rank] for rank in asked]
 
     def close(self) -> None:
         """End all processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cloudckpt import CheckpointManager, PerRank, Settings, TrainState
+from cloudckpt import CheckpointManager, PerRank, RankError, Settings, TrainState
 
 QUICK = Settings(coordination_timeout_s=20, retry_base_s=0.01, retry_cap_s=0.05)
 
@@ -250,3 +251,196 @@ def restore_sharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str
         assert found is not None
     whole = _full(model.state_dict())
     return {"name": found.name, "model": digest(whole), "optimizer": digest(_full(optimizer.state_dict()["state"]))}
+
+
+def save_stages(root: str) -> dict[str, Any]:
+    """Pipeline stages: each rank has layers, and values, that no other has."""
+    rank = dist.get_rank()
+    state: dict[str, Any] = {
+        "model": {f"layers.{rank}.weight": torch.full((4, 4), float(rank)), "shared": torch.ones(3)},
+        "options": {f"stage-{rank}": {"lr": 0.1 * (rank + 1)}, "all": 1},
+    }
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        ckpts.save(0, state).wait(30)
+        state["options"][f"stage-{rank}"]["lr"] = 0.2 * (rank + 1)
+        ckpts.save(1, state).wait(30)
+        fresh: dict[str, Any] = {
+            "model": {f"layers.{rank}.weight": torch.zeros(4, 4), "shared": torch.zeros(3)},
+            "options": {f"stage-{rank}": {"lr": 0.0}, "all": 0},
+        }
+        assert ckpts.restore(fresh, strict=True) is not None
+        loaded = ckpts.load()
+    assert fresh["model"][f"layers.{rank}.weight"].tolist() == [[float(rank)] * 4] * 4
+    assert fresh["options"][f"stage-{rank}"] == {"lr": 0.2 * (rank + 1)}
+    return {"names": sorted(loaded["model"]), "options": loaded["options"]}
+
+
+def save_while_busy(root: str, busy_rank: int) -> dict[str, Any]:
+    """With ``on_busy="skip"``, one rank alone is still busy with the save before."""
+    settings = Settings(coordination_timeout_s=20, on_busy="skip")
+    rank = dist.get_rank()
+    with CheckpointManager(root, settings=settings) as ckpts:
+        first = ckpts.save(0, {"x": torch.ones(4)})
+        first.wait(30)
+        saver: Any = ckpts._saver
+        if rank == busy_rank:
+            first.done = lambda: False  # type: ignore[method-assign]  # as it is for a moment after the others
+        second = ckpts.save(1, {"x": torch.ones(4)})
+        if rank == busy_rank:
+            del first.done
+        assert saver.last is first
+        third = ckpts.save(2, {"x": torch.ones(4)}).wait(30)
+        return {"second": second.checkpoint.step, "third": third.step, "steps": [c.step for c in ckpts.checkpoints()]}
+
+
+def one_rank_skips_a_save(root: str, lazy_rank: int) -> dict[str, Any]:
+    """One rank leaves a save out: a clear error for all, in time, and no hang."""
+    settings = Settings(coordination_timeout_s=2)
+    said = []
+    began = time.monotonic()
+    with CheckpointManager(root, settings=settings) as ckpts:
+        ckpts.save(0, {"x": torch.ones(4)}).wait(30)
+        if dist.get_rank() != lazy_rank:
+            try:
+                ckpts.save(1, {"x": torch.ones(4)})
+            except Exception as exc:
+                said.append(f"{type(exc).__name__}: {exc}")
+        dist.barrier()
+        if dist.get_rank() == lazy_rank:
+            try:
+                ckpts.save(2, {"x": torch.ones(4)})
+            except Exception as exc:
+                said.append(f"{type(exc).__name__}: {exc}")
+        dist.barrier()
+        name = ckpts.save(3, {"x": torch.ones(4)}).wait(30).name
+    return {"said": said, "took": time.monotonic() - began, "name": name}
+
+
+def bad_arguments_on_one_rank(root: str, bad_rank: int) -> str:
+    """A wrong step on one rank is told to all."""
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        try:
+            ckpts.save(-1 if dist.get_rank() == bad_rank else 1, {"x": torch.ones(4)})
+        except Exception as exc:
+            said = f"{type(exc).__name__}: {exc}"
+        ckpts.save(2, {"x": torch.ones(4)}).wait(30)
+        return said
+
+
+def folders_that_are_not_shared(root: str) -> str:
+    """As on nodes with disks of their own: each rank has another working directory."""
+    own = os.path.join(root, f"node-{dist.get_rank()}")  # noqa: PTH118 - the scenario's words are JSON
+    os.makedirs(own)  # noqa: PTH103
+    before = os.getcwd()  # noqa: PTH109
+    os.chdir(own)
+    try:
+        with CheckpointManager("./runs", settings=QUICK) as ckpts:
+            ckpts.save(1, {"x": torch.ones(4)})
+        return ""
+    except Exception as exc:
+        return f"{type(exc).__name__}: {exc}"
+    finally:
+        os.chdir(before)
+
+
+def restore_state_that_fits_on_some(root: str, bad_rank: int) -> dict[str, Any]:
+    """One rank's model has another shape: every rank is told, and nothing is changed anywhere."""
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        ckpts.save(1, {"w": torch.ones(8), "rng": PerRank({"seed": dist.get_rank()})}).wait(30)
+        mine = torch.zeros(9 if dist.get_rank() == bad_rank else 8)
+        state: dict[str, Any] = {"w": mine, "rng": PerRank({"seed": -1})}
+        try:
+            ckpts.restore(state)
+        except Exception as exc:
+            said = f"{type(exc).__name__}: {exc}"
+        return {"said": said, "changed": bool(mine.any()) or state["rng"].value != {"seed": -1}}
+
+
+def damaged_for_one(root: str, seeing_rank: int) -> dict[str, Any]:
+    """One rank alone finds the newest checkpoint damaged: all fall back to the one before."""
+    with CheckpointManager(root, keep_last=None, settings=QUICK) as ckpts:
+        for step in (1, 2):
+            ckpts.save(step, {"x": PerRank(torch.full((1000,), float(step)))}).wait(30)
+        dist.barrier()
+        if dist.get_rank() == seeing_rank:
+            newest = ckpts.latest()
+            assert newest is not None
+            path = os.path.join(newest.url, f"x-{seeing_rank:05}-of-{dist.get_world_size():05}.safetensors")  # noqa: PTH118
+            with open(path, "r+b") as file:  # noqa: PTH123
+                file.seek(-8, 2)
+                file.write(b"\xff" * 8)
+        dist.barrier()
+        state = {"x": PerRank(torch.zeros(1000))}
+        found = ckpts.restore(state)
+        assert found is not None
+        return {"step": found.step, "value": state["x"].value[0].item()}
+
+
+def save_with_rank_state(root: str) -> str:
+    """Four parts, one of each rank."""
+    state = {"x": torch.ones(3), "rng": PerRank({"seed": dist.get_rank()})}
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        return ckpts.save(1, state).wait(30).name
+
+
+def restore_rank_state_on_two(root: str, strict: bool) -> dict[str, Any] | None:
+    """Half as many ranks as saved it."""
+    group = dist.new_group([0, 1])
+    if dist.get_rank() > 1:
+        return None
+    state: dict[str, Any] = {"x": torch.zeros(3), "rng": PerRank({"seed": -1})}
+    with CheckpointManager(root, settings=QUICK, process_group=group) as ckpts:
+        try:
+            ckpts.restore(state, strict_world_size=strict)
+        except Exception as exc:
+            return {"said": f"{type(exc).__name__}: {exc}"}
+    return {"x": state["x"].tolist(), "seed": state["rng"].value["seed"]}
+
+
+def stop_one(root: str, victim: int) -> dict[str, Any]:
+    """One rank is stopped (SIGSTOP) in mid-upload: the others name it once it was silent too long."""
+    settings = Settings(coordination_timeout_s=3)
+    rank = dist.get_rank()
+    said = ""
+    with CheckpointManager(root, settings=settings) as ckpts:
+        ckpts.save(0, {"x": PerRank(torch.ones(1000))}).wait(30)
+        inner: Any = getattr(ckpts._store.storage, "inner", ckpts._store.storage)
+        put = inner.put
+
+        def stopping(key: str, *words: Any, **named: Any) -> None:
+            if rank == victim and key.endswith(".safetensors"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            put(key, *words, **named)
+
+        inner.put = stopping
+        began = time.monotonic()
+        try:
+            ckpts.save(1, {"x": PerRank(torch.ones(1000))}).wait(60)
+        except Exception as exc:
+            said = f"{type(exc).__name__}: {exc}"
+        took = time.monotonic() - began
+        steps = [c.step for c in ckpts.checkpoints()]
+        with contextlib.suppress(Exception):
+            ckpts.close()
+    return {"said": said, "took": took, "steps": steps}
+
+
+def die_beside_a_forked_child(root: str, victim: int) -> dict[str, Any]:
+    """A rank that has forked a data loader's worker is killed: the worker's copy of the connection hides nothing."""
+    ckpts = CheckpointManager(root, settings=QUICK)
+    ckpts.save(0, {"x": torch.ones(4)}).wait(30)
+    if dist.get_rank() == victim:
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        ckpts.save(1, {"x": torch.ones(4)})
+    except Exception as exc:
+        said = f"{type(exc).__name__}: {exc}"
+    took = time.monotonic() - began
+    with contextlib.suppress(RankError):
+        ckpts.close()
+    return {"said": said, "took": took}

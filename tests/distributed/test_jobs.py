@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cloudckpt
 from tests.distributed import scenarios
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import Outcome, Ranks
 
 
 def test_ranks_save_one_checkpoint_and_restore_it(four_ranks: Ranks, tmp_path: Path) -> None:
@@ -92,3 +94,120 @@ def test_a_killed_rank_is_named_by_the_survivors(victim: int, tmp_path: Path) ->
             assert outcome.value["took"] < 10
             assert outcome.value["committed"] == [0]
     assert [c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()] == [0]
+
+
+def values(outcomes: list[Outcome]) -> list[Any]:
+    """What the ranks returned, where none raised."""
+    assert [outcome.error for outcome in outcomes] == [None] * len(outcomes)
+    return [outcome.value for outcome in outcomes]
+
+
+def test_stages_of_a_pipeline_make_one_checkpoint(four_ranks: Ranks, tmp_path: Path) -> None:
+    """Tensors and values that only one rank has are all in it, with their newest values."""
+    found = values(four_ranks.run(scenarios.save_stages, root=str(tmp_path / "run")))
+    assert len({json.dumps(value) for value in found}) == 1
+    assert found[0]["names"] == [*(f"layers.{n}.weight" for n in range(4)), "shared"]
+    assert found[0]["options"] == {**{f"stage-{n}": {"lr": 0.2 * (n + 1)} for n in range(4)}, "all": 1}
+
+
+@pytest.mark.parametrize("busy_rank", [0, 3])
+def test_one_busy_rank_makes_all_skip(four_ranks: Ranks, tmp_path: Path, busy_rank: int) -> None:
+    """All skip that save, and none skips the next."""
+    found = values(four_ranks.run(scenarios.save_while_busy, root=str(tmp_path / "run"), busy_rank=busy_rank))
+    assert found == [{"second": 0, "third": 2, "steps": [0, 2]}] * 4
+
+
+@pytest.mark.parametrize("lazy_rank", [0, 1])
+def test_a_rank_that_skips_a_call_is_named(four_ranks: Ranks, tmp_path: Path, lazy_rank: int) -> None:
+    """Everybody gets one error, the lazy rank at its next call; and then the job saves again."""
+    outcomes = four_ranks.run(scenarios.one_rank_skips_a_save, root=str(tmp_path / "run"), lazy_rank=lazy_rank)
+    found = values(outcomes)
+    assert len({json.dumps(value["said"]) for value in found}) == 1
+    (said,) = found[0]["said"]
+    assert said.startswith("RankError: save(step=1): no call of it came from rank " + str(lazy_rank))
+    assert all(value["took"] < 15 for value in found)
+    assert len({value["name"] for value in found}) == 1
+
+
+def test_bad_arguments_on_one_rank_are_told_to_all(four_ranks: Ranks, tmp_path: Path) -> None:
+    """The rank itself gets its own error, the others learn whose arguments they were."""
+    found = values(four_ranks.run(scenarios.bad_arguments_on_one_rank, root=str(tmp_path / "run"), bad_rank=2))
+    assert found[2].startswith("ConfigError: step=-1")
+    assert all(found[rank].startswith("RankError: save(step=1): rank 2 (") for rank in (0, 1, 3))
+    assert all("step=-1" in text for text in found)
+
+
+def test_a_folder_that_is_not_shared_is_refused(two_ranks: Ranks, tmp_path: Path) -> None:
+    """Before anything is claimed, on every rank, with advice."""
+    found = values(two_ranks.run(scenarios.folders_that_are_not_shared, root=str(tmp_path)))
+    assert len(set(found)) == 1
+    assert found[0].startswith("ConfigError: claim failed on rank 1 (")
+    assert "do not share this disk" in found[0]
+    assert "s3://" in found[0]
+    assert [*(tmp_path / "node-0" / "runs").glob("manifest*")] == []
+
+
+@pytest.mark.parametrize("bad_rank", [0, 2])
+def test_a_state_that_fits_on_some_ranks_changes_none(four_ranks: Ranks, tmp_path: Path, bad_rank: int) -> None:
+    """No rank reads a byte before the state of every rank fits."""
+    found = values(
+        four_ranks.run(scenarios.restore_state_that_fits_on_some, root=str(tmp_path / "run"), bad_rank=bad_rank)
+    )
+    for value in found:
+        assert value["said"].startswith("StateMismatchError"), value
+        assert f"rank {bad_rank}" in value["said"]
+        assert not value["changed"]
+
+
+@pytest.mark.parametrize("seeing_rank", [0, 3])
+def test_all_ranks_fall_back_together(four_ranks: Ranks, tmp_path: Path, seeing_rank: int) -> None:
+    """What one rank finds damaged, none restores; the damage is written down once."""
+    root = str(tmp_path / "run")
+    outcomes = four_ranks.run(scenarios.damaged_for_one, root=root, seeing_rank=seeing_rank)
+    assert values(outcomes) == [{"step": 1, "value": 1.0}] * 4
+    assert [c.step for c in cloudckpt.open(root).checkpoints() if c.damaged] == [2]
+    assert sum("is damaged" in line for outcome in outcomes for line in outcome.lines("WARNING")) == 1
+
+
+def test_state_of_each_rank_needs_as_many_ranks(four_ranks: Ranks, tmp_path: Path) -> None:
+    """It is refused by name, or given to those that there are."""
+    root = str(tmp_path / "run")
+    values(four_ranks.run(scenarios.save_with_rank_state, root=root))
+    found = values(four_ranks.run(scenarios.restore_rank_state_on_two, root=root, strict=True))[:2]
+    for value in found:
+        assert value["said"].startswith("StateMismatchError")
+        assert "rng was saved by 4 ranks" in value["said"]
+        assert "there are 2 now" in value["said"]
+    found = values(four_ranks.run(scenarios.restore_rank_state_on_two, root=root, strict=False))[:2]
+    assert found == [{"x": [1.0, 1.0, 1.0], "seed": 0}, {"x": [1.0, 1.0, 1.0], "seed": 1}]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_stopped_rank_is_named_by_the_others(victim: int, tmp_path: Path) -> None:
+    """Its connection stands, and it says nothing: known after ``coordination_timeout_s``."""
+    ranks = Ranks(3)
+    try:
+        ranks.start(scenarios.stop_one, {"root": str(tmp_path / "run"), "victim": victim})
+        outcomes = ranks.outcomes_of([rank for rank in range(3) if rank != victim])
+        for process in ranks.processes:
+            process.send_signal(signal.SIGCONT)
+        ranks.processes[victim].kill()
+    finally:
+        ranks.close()
+    for outcome in outcomes:
+        assert outcome.error is None, outcome.error
+        assert f"rank {victim} (" in outcome.value["said"]
+        assert "has been silent for" in outcome.value["said"]
+        assert outcome.value["took"] < 20
+
+
+def test_a_forked_child_does_not_hide_a_dead_rank(tmp_path: Path) -> None:
+    """The child lives on for half a minute; the others know within seconds."""
+    ranks = Ranks(2)
+    try:
+        ranks.start(scenarios.die_beside_a_forked_child, {"root": str(tmp_path / "run"), "victim": 1})
+        outcomes = ranks.outcomes_of([0])
+    finally:
+        ranks.close()
+    assert outcomes[0].value["said"].startswith("RankError: save(step=1): rank 1 (")
+    assert outcomes[0].value["took"] < 10
