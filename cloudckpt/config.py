@@ -14,6 +14,7 @@ __all__ = ["Settings"]
 _WORDS = {
     "on_busy": ("wait", "skip"),
     "stage": ("copy", "overlap"),
+    "check_replicas": ("sample", "full", "off"),
 }
 
 
@@ -61,6 +62,9 @@ class Settings:
             shorter than the copy to the host. None: none.
         coordination_timeout_s: seconds that the ranks of a job wait for each other at the start of a collective call,
             and the silence after which one counts as gone. One that is killed is known at once. Ten minutes, as NCCL.
+        check_replicas: whether what several ranks have in common is compared before one copy of it is stored: "sample"
+            (64 elements of 16 tensors, other ones at each save), "full" (all bytes), or "off". What differs fails the
+            save, and names tensor and rank.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
     """
 
@@ -85,6 +89,7 @@ class Settings:
     staging_limit_bytes: int | None = None
     overlap_device_bytes: int | None = None
     coordination_timeout_s: float = 600.0
+    check_replicas: str = "sample"
     max_fallbacks: int = 10
 
     def __post_init__(self) -> None:

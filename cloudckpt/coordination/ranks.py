@@ -14,13 +14,13 @@ from cloudckpt.coordination.failure import Failure
 from cloudckpt.coordination.group import Group, new_token, own_addresses
 from cloudckpt.coordination.protocol import Ballot, Decide, Verdict
 from cloudckpt.coordination.tally import Answer, Tally
-from cloudckpt.errors import RankError
+from cloudckpt.errors import CloudCkptError, RankError
 
 __all__ = ["ManyRanks"]
 
 _BALLOT = "ballot"
-#: First byte of a message: whether it is a word or a failure.
-_WORD, _FAILURE = b"+", b"-"
+#: First byte of a message: a word, one rank's failure, or what rank zero finds wrong with all words together.
+_WORD, _FAILURE, _FINDING = b"+", b"-", b"!"
 #: How much longer than rank zero the others wait for its answer: it is rank zero that decides when it is too late.
 _PATIENCE = 2
 
@@ -137,6 +137,8 @@ class ManyRanks:
         if answer[:1] == _WORD:
             return answer[1:]
         failure = Failure.from_bytes(answer[1:])
+        if answer[:1] == _FINDING:
+            raise failure.again()
         if failure.rank == self.rank and isinstance(word, BaseException):
             if not isinstance(word, Exception):
                 raise word
@@ -152,7 +154,10 @@ class ManyRanks:
             said.insert(0, self._message(word))
             if failures := [message for message in said if message[:1] == _FAILURE]:
                 return [failures[0]] * self.world_size
-            return [_WORD + answer for answer in decide([message[1:] for message in said])]
+            try:
+                return [_WORD + answer for answer in decide([message[1:] for message in said])]
+            except CloudCkptError as exc:
+                return [_FINDING + self._message(exc)[1:]] * self.world_size
         except BaseException as exc:
             # Whatever ends us, Ctrl-C included: the others learn of it now, not by waiting.
             failed = [self._message(exc)] * self.world_size

@@ -25,7 +25,7 @@ from cloudckpt.core.model import Checkpoint, PayloadObject, State
 from cloudckpt.errors import SaveError
 from cloudckpt.events import Listener, SaveFailed, Warned
 from cloudckpt.pending import PendingSave
-from cloudckpt.saving.agreeing import agree
+from cloudckpt.saving.agreeing import Agreement
 from cloudckpt.saving.job import Job, SaveRequest, Side, Uploaded
 from cloudckpt.storage import ManifestStore
 from cloudckpt.tensors.ahead import summed_ahead
@@ -84,8 +84,10 @@ class Saver:
         self._coordinator = coordinator
         self._listener = listener
         self._writer_epoch = writer_epoch
-        self._planner = planner
         self._arena = arena
+        self._agreement = Agreement(
+            planner, coordinator, lambda: store.token(8), check_replicas=store.settings.check_replicas
+        )
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-save")
         self._current: PendingSave | None = None
         self._told_streaming = False
@@ -129,9 +131,7 @@ class Saver:
             TypeError: the state holds something that cannot be stored; nothing was announced.
             SaveError: the same, or anything else, on any rank of many.
         """
-        save_id, plan = agree(
-            request, self._planner, self._coordinator, new_id=lambda: self._store.token(8), ready=ready
-        )
+        save_id, plan = self._agreement.reach(request, ready=ready)
         pending = PendingSave(self._entry(save_id, plan, request), plan.size_bytes)
         job = Job(plan, [], pending, began, direct=request.block)
         submitted, problem = False, None

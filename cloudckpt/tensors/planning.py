@@ -26,6 +26,7 @@ from cloudckpt.core.merging import is_like
 from cloudckpt.core.model import Chunk, TensorEntry
 from cloudckpt.tensors.dcp import Box, plan_save
 from cloudckpt.tensors.memory import dtype_name
+from cloudckpt.tensors.replicas import Replica
 from cloudckpt.tensors.sharded import is_sharded
 from cloudckpt.tensors.sharing import Offer, Share, divide
 from cloudckpt.tensors.tree import FlatState, flatten
@@ -154,6 +155,8 @@ class Planner:
         self._overall: Overall | None = None
         self._skeleton: dict[str, tuple[bytes, object]] = {}
         self._number = 0
+        #: By rank, which of them share the same tensors; on rank zero only.
+        self.groups: Sequence[int] = ()
 
     def plan(self, state: Mapping[str, object], *, allow_pickle: bool) -> Plan:
         """Take a state apart and lay out what a process that saves alone writes of it. No bytes move.
@@ -202,7 +205,17 @@ class Planner:
                 if own
             ]
             self._overall = _overall(drawn, division.aliases, [*components], pickled=division.pickled)
+            self.groups = division.groups
             return division.shares
+
+    def replicas(self, look: Look) -> list[Replica]:
+        """What other ranks have as well, by the last plan that was settled."""
+        boxes = _whole(look.flat) if look.boxes is None else look.boxes
+        return [
+            Replica(name=_replica_name(boxes[component][number]), tensor=look.data[component][number])
+            for component, numbers in self._share.shared.items()
+            for number in numbers
+        ]
 
     def settle(self, look: Look, share: Share | None) -> Plan:
         """The plan of this rank.
@@ -262,6 +275,14 @@ def _key(flat: FlatState, data: Mapping[str, Sequence[torch.Tensor]], boxes: obj
         (component, [*flat.tensors[component]], [*flat.aliases[component].items()], [*map(_kind, own)])
         for component, own in data.items()
     ], boxes
+
+
+def _replica_name(box: Box) -> str:
+    name = f"{box.component}.{box.name}"
+    if box.lengths == box.shape:
+        return name
+    ends = (f"{start}:{start + length}" for start, length in zip(box.offsets, box.lengths, strict=True))
+    return f"{name}[{', '.join(ends)}]"
 
 
 #: The version of marshal in which equal values are equal bytes, whatever else shares them.

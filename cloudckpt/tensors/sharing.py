@@ -11,7 +11,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cloudckpt.core.merging import merge
@@ -80,24 +80,28 @@ class Share:
     Attributes:
         keep: component -> which of its boxes, by their numbers in its offer.
         sends: components of whose values it has some that no rank before it has: it reports them at every save.
+        shared: component -> which of its boxes other ranks have as well.
     """
 
     keep: Mapping[str, Sequence[int]]
     sends: tuple[str, ...] = ()
+    shared: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """As it goes over the channel."""
         keep = {component: _runs(numbers) for component, numbers in self.keep.items()}
-        return json.dumps({"keep": keep, "sends": self.sends}, separators=(",", ":")).encode()
+        shared = {component: _runs(numbers) for component, numbers in self.shared.items()}
+        return json.dumps({"keep": keep, "sends": self.sends, "shared": shared}, separators=(",", ":")).encode()
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Share:
         """The share again."""
         said = json.loads(body)
-        keep = {
-            c: [n for first, count in runs for n in range(first, first + count)] for c, runs in said["keep"].items()
-        }
-        return cls(keep=keep, sends=tuple(said["sends"]))
+        return cls(keep=_numbers(said["keep"]), sends=tuple(said["sends"]), shared=_numbers(said["shared"]))
+
+
+def _numbers(runs: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[int]]:
+    return {c: [n for first, count in own for n in range(first, first + count)] for c, own in runs.items()}
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:
@@ -119,12 +123,14 @@ class Division:
         boxes: by rank: component -> what it writes.
         aliases: component -> name -> the name under which a tied tensor is stored, on any rank.
         pickled: whether any rank had to pickle a leaf.
+        groups: by rank, a number that ranks have in common which share the same boxes with others.
     """
 
     shares: Sequence[Share]
     boxes: Sequence[Mapping[str, Sequence[Box]]]
     aliases: Mapping[str, Mapping[str, str]]
     pickled: bool
+    groups: Sequence[int]
 
 
 def divide(offers: Sequence[Offer]) -> Division:
@@ -143,14 +149,24 @@ def divide(offers: Sequence[Offer]) -> Division:
                 holders.setdefault((component, box.name, box.offsets, box.lengths), (size, []))[1].append(rank)
     _check_whole(offers, holders)
     writers = spread(holders, len(offers))
-    shares, boxes = [], []
+    shares, boxes, groups = [], [], []
     structure: dict[str, Any] = {}
+    known: dict[object, int] = {}
     for rank, offer in enumerate(offers):
         keep = {
             component: [n for n, b in enumerate(own) if writers[component, b.name, b.offsets, b.lengths] == rank]
             for component, own in offer.boxes.items()
         }
-        shares.append(Share(keep=keep, sends=tuple(_added(structure, offer.structure)) if rank else ()))
+        shared = {
+            component: [n for n, b in enumerate(own) if len(holders[component, b.name, b.offsets, b.lengths][1]) > 1]
+            for component, own in offer.boxes.items()
+        }
+        sends = tuple(_added(structure, offer.structure)) if rank else ()
+        shares.append(Share(keep=keep, sends=sends, shared=shared))
+        names = tuple(
+            (c, b.name, b.offsets, b.lengths) for c, ns in shared.items() for b in (offer.boxes[c][n] for n in ns)
+        )
+        groups.append(known.setdefault(names, len(known)))
         if not rank:
             structure |= offer.structure
         boxes.append({component: [offer.boxes[component][n] for n in kept] for component, kept in keep.items()})
@@ -161,7 +177,8 @@ def divide(offers: Sequence[Offer]) -> Division:
             for name, first in named.items():
                 if (component, name) not in stored:
                     aliases.setdefault(component, {}).setdefault(name, first)
-    return Division(shares=shares, boxes=boxes, aliases=aliases, pickled=any(offer.pickled for offer in offers))
+    pickled = any(offer.pickled for offer in offers)
+    return Division(shares=shares, boxes=boxes, aliases=aliases, pickled=pickled, groups=groups)
 
 
 def _added(known: dict[str, Any], said: Mapping[str, Any]) -> list[str]:

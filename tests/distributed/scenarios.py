@@ -444,3 +444,22 @@ def die_beside_a_forked_child(root: str, victim: int) -> dict[str, Any]:
     with contextlib.suppress(RankError):
         ckpts.close()
     return {"said": said, "took": took}
+
+
+def replicas_that_differ(root: str, how: str, odd_rank: int, element: int) -> dict[str, Any]:
+    """One rank's copy of one tensor has drifted, after the first save."""
+    settings = Settings(coordination_timeout_s=20, check_replicas=how)
+    model = {f"layer{n}.weight": torch.full((40, 50), float(n)) for n in range(20)}
+    said = ""
+    with CheckpointManager(root, settings=settings) as ckpts:
+        ckpts.save(0, {"model": model}).wait(30)
+        ckpts.save(1, {"model": model}).wait(30)
+        if dist.get_rank() == odd_rank:
+            model["layer7.weight"].view(-1)[element] = -1.0
+        for step in range(2, 12):  # a sample looks at 16 of the 20 tensors each time
+            try:
+                ckpts.save(step, {"model": model}).wait(30)
+            except Exception as exc:
+                said = f"{type(exc).__name__}: {exc}"
+                break
+    return {"said": said}

@@ -211,3 +211,17 @@ def test_a_forked_child_does_not_hide_a_dead_rank(tmp_path: Path) -> None:
         ranks.close()
     assert outcomes[0].value["said"].startswith("RankError: save(step=1): rank 1 (")
     assert outcomes[0].value["took"] < 10
+
+
+@pytest.mark.parametrize(("how", "element"), [("sample", 0), ("sample", 1999), ("full", 3), ("off", 0)])
+def test_copies_that_differ_are_named(four_ranks: Ranks, tmp_path: Path, how: str, element: int) -> None:
+    """The tensor and the rank, on every rank; unless nobody looks."""
+    found = values(
+        four_ranks.run(scenarios.replicas_that_differ, root=str(tmp_path / "run"), how=how, odd_rank=2, element=element)
+    )
+    assert len({value["said"] for value in found}) == 1
+    if how == "off":
+        assert found[0]["said"] == ""
+    else:
+        assert "model.layer7.weight on rank 2" in found[0]["said"]
+        assert found[0]["said"].startswith("StateMismatchError: the ranks have different values")
