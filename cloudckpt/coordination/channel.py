@@ -27,6 +27,11 @@ from dataclasses import dataclass, field
 
 from cloudckpt.errors import RankError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]  # as a module that is not there
+
 __all__ = ["Arbiter", "Channel", "Meeting", "Peer"]
 
 _LOG = logging.getLogger("cloudckpt")
@@ -41,6 +46,8 @@ _HELLO, _WELCOME, _PING, _BYE = ".hello", ".welcome", ".ping", ".bye"
 #: While threads wait for a message, so often they look whether they were interrupted.
 _LOOK_S = 0.5
 _LEAVE_S = 2.0
+#: What a process has open beside the ranks.
+_OTHER_FILES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +158,12 @@ class Channel:
             OSError: nobody may listen there.
         """
         self._token = token
-        self._listener = socket.create_server((address, 0), backlog=min(self.world_size, 1024))
+        _make_room(self.world_size)
+        backlog = min(self.world_size, 1024)
+        if not address and socket.has_dualstack_ipv6():
+            self._listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
+        else:
+            self._listener = socket.create_server((address, 0), backlog=backlog)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._start()
@@ -174,6 +186,7 @@ class Channel:
                 continue
             self._start()
             return
+        self.abandon()
         raise RankError(
             f"{self.me} cannot reach rank 0 on port {meeting.port} ({'; '.join(problems)}): the ranks must be able to "
             "open TCP connections to each other; set MASTER_ADDR to an address of rank 0's machine that all can reach"
@@ -320,8 +333,8 @@ class Channel:
         if thread is not None and thread is not threading.current_thread():
             thread.join(2 * _LEAVE_S)
 
-    def close_in_child(self) -> None:
-        """In a forked child: let go of the connections, which would outlive the parent in here."""
+    def abandon(self) -> None:
+        """Let go of the connections without a word: in a forked child, where they would outlive the parent."""
         for line in [*self._lines.values()]:
             line.socket.close()
         for end in (self._waker, self._woken, self._listener):
@@ -431,8 +444,8 @@ class Channel:
         if not isinstance(said, dict) or not hmac.compare_digest(str(said.get("token")), self._token):
             raise ValueError("a stranger")
         peer = Peer(rank=int(said["rank"]), host=str(said["host"]), pid=int(said["pid"]))
-        if not 0 < peer.rank < self.world_size or peer.rank in self._by_rank:
-            raise ValueError("twice the same rank, or one too many")
+        if not 0 < peer.rank < self.world_size or peer.rank in self._by_rank or peer.rank in self._lost:
+            raise ValueError("a rank that is there, that counts as gone, or that there is none of")
         self._admit(line, peer)
         self._queue(line, _WELCOME, json.dumps({"host": self.me.host, "pid": self.me.pid}).encode())
 
@@ -546,13 +559,25 @@ def _cut_frame(came: bytearray, most_bytes: int) -> tuple[str, bytes] | None:
     return topic, body
 
 
+def _make_room(connections: int) -> None:
+    """Many systems allow 1,024 open files by default, which a job of that many ranks needs for itself."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 #: The channels of this process, for its forked children: a copy of a connection in there would hide that we died.
 _OPEN: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
     for channel in [*_OPEN]:
-        channel.close_in_child()
+        channel.abandon()
 
 
 if hasattr(os, "register_at_fork"):

@@ -134,7 +134,7 @@ def own_addresses(environment: Mapping[str, str] = os.environ) -> tuple[str, Seq
             probe.connect((master, 9))
             found.append(probe.getsockname()[0])
     with contextlib.suppress(OSError):
-        found += [str(item[4][0]) for item in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+        found += [str(item[4][0]) for item in socket.getaddrinfo(socket.gethostname(), None)]
     found += [socket.getfqdn(), socket.gethostname()]
     if not master:  # started by hand on one machine, for all that is known
         found.append("127.0.0.1")

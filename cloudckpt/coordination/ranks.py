@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 from cloudckpt.coordination.channel import Arbiter, Channel, Meeting, Outgoing, Peer
@@ -116,8 +117,9 @@ class ManyRanks:
         """See ``Coordinator``."""
         line = self._line()
         self._calls += 1
-        line.post(0, _BALLOT, json.dumps({"number": self._calls, **asdict(ballot)}).encode())
-        answer = json.loads(line.take(f"{_BALLOT}/{self._calls}", 0))
+        with self._out_if_interrupted(ballot.call):
+            line.post(0, _BALLOT, json.dumps({"number": self._calls, **asdict(ballot)}).encode())
+            answer = json.loads(line.take(f"{_BALLOT}/{self._calls}", 0))
         if answer["verdict"] is None:
             raise RankError(answer["problem"])
         return Verdict(answer["verdict"])
@@ -126,14 +128,15 @@ class ManyRanks:
         """See ``Coordinator``."""
         timeout_s = None if patient else self._timeout_s
         line, name = self._line(), f"{topic}/{self._calls}"
-        if self.rank:
-            line.post(0, name, self._message(word))
-            answer = line.take(f"{name}/answer", 0, timeout_s=timeout_s and _PATIENCE * timeout_s)
-        else:
-            answers = self._decided(line, name, word, decide, timeout_s)
-            for rank in range(1, self.world_size):
-                line.post(rank, f"{name}/answer", answers[rank])
-            answer = answers[0]
+        with self._out_if_interrupted(topic):
+            if self.rank:
+                line.post(0, name, self._message(word))
+                answer = line.take(f"{name}/answer", 0, timeout_s=timeout_s and _PATIENCE * timeout_s)
+            else:
+                answers = self._decided(line, name, word, decide, timeout_s)
+                for rank in range(1, self.world_size):
+                    line.post(rank, f"{name}/answer", answers[rank])
+                answer = answers[0]
         if answer[:1] == _WORD:
             return answer[1:]
         failure = Failure.from_bytes(answer[1:])
@@ -144,6 +147,16 @@ class ManyRanks:
                 raise word
             raise failure.error(topic) from word
         raise failure.error(topic)
+
+    @contextlib.contextmanager
+    def _out_if_interrupted(self, call: str) -> Iterator[None]:
+        """Whoever is interrupted in a collective call has said yes to what it will not do: it takes part no more."""
+        try:
+            yield
+        except BaseException as exc:
+            if not isinstance(exc, Exception):
+                self.leave(f"it was interrupted in {call}: {type(exc).__name__}")
+            raise
 
     def _decided(
         self, line: Channel, topic: str, word: bytes | BaseException, decide: Decide, timeout_s: float | None

@@ -463,3 +463,33 @@ def replicas_that_differ(root: str, how: str, odd_rank: int, element: int) -> di
                 said = f"{type(exc).__name__}: {exc}"
                 break
     return {"said": said}
+
+
+def interrupted_in_a_vote(root: str, victim: int) -> dict[str, Any]:
+    """Ctrl-C on one rank while it waits for the others to save."""
+    rank = dist.get_rank()
+    ckpts = CheckpointManager(root, settings=QUICK)
+    ckpts.save(0, {"x": torch.ones(4)}).wait(30)
+    if rank == victim:
+        coordinator: Any = ckpts._coordinator
+        line = coordinator._line()
+        take = line.take
+
+        def interrupted(*words: Any, **named: Any) -> bytes:
+            os.kill(os.getpid(), signal.SIGINT)
+            return take(*words, **named)  # type: ignore[no-any-return]  # a patched method
+
+        line.take = interrupted
+    else:
+        dist.barrier()  # the victim comes to it after its interrupt
+    try:
+        ckpts.save(1, {"x": torch.ones(4)})
+    except BaseException as exc:
+        said = f"{type(exc).__name__}: {exc}"
+    if rank == victim:
+        dist.barrier()
+    try:
+        ckpts.close()
+    except RankError as exc:
+        closing = str(exc)
+    return {"said": said, "closing": closing}

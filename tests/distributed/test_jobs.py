@@ -225,3 +225,18 @@ def test_copies_that_differ_are_named(four_ranks: Ranks, tmp_path: Path, how: st
     else:
         assert "model.layer7.weight on rank 2" in found[0]["said"]
         assert found[0]["said"].startswith("StateMismatchError: the ranks have different values")
+
+
+def test_an_interrupt_in_a_call_ends_the_job_for_all(tmp_path: Path) -> None:
+    """Ctrl-C on a rank that waits for the others: they learn of it, and wait for nothing."""
+    ranks = Ranks(3)
+    try:
+        found = values(ranks.run(scenarios.interrupted_in_a_vote, root=str(tmp_path / "run"), victim=1))
+    finally:
+        ranks.close()
+    assert found[1]["said"].startswith("KeyboardInterrupt")
+    assert "rank 1 has left: it was interrupted in save" in found[1]["closing"]
+    for value in (found[0], found[2]):
+        assert value["said"].startswith("RankError: "), value
+        assert "has left: it was interrupted in save: KeyboardInterrupt" in value["said"]
+    assert [c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()] == [0]
