@@ -14,6 +14,7 @@ from cloudckpt.tensors.memory import copy_bits
 from cloudckpt.tensors.per_rank import PerRank
 from cloudckpt.tensors.sharded import has_parts
 from cloudckpt.tensors.targets import group_sizes, same_groups, same_memory
+from cloudckpt.tensors.train_state import ModelState, OptimizerState
 
 __all__ = ["check_fits", "fill"]
 
@@ -53,8 +54,10 @@ def _check(target: object, stored: Any, path: Path, problems: list[str]) -> None
     if isinstance(target, PerRank):
         if stored is not SKIP:  # nothing of this rank's was saved, and the caller has allowed that
             _check(target.value, stored, path, problems)
-    elif isinstance(target, torch.nn.Module):
+    elif isinstance(target, torch.nn.Module | ModelState):
         _check_named(target.state_dict(), stored, here, problems)
+    elif isinstance(target, OptimizerState):
+        _check_moments(target, stored, here, problems)
     elif is_optimizer(target):
         _check_optimizer(target, stored, here, problems)
     elif has_state(target):
@@ -94,6 +97,18 @@ def _check_named(own: Mapping[str, object], stored: Any, here: str, problems: li
         if names:
             more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
             problems.append(f"{here}: {what}: {', '.join(map(str, names[:_NAMES_SHOWN]))}{more}")
+
+
+def _check_moments(target: OptimizerState, stored: Any, here: str, problems: list[str]) -> None:
+    own = target.state_dict()["state"]
+    found = stored.get("state") if isinstance(stored, Mapping) else None
+    if not isinstance(found, Mapping) or not all(isinstance(value, Mapping) for value in found.values()):
+        problems.append(f"{here}: the state has optimizers by parameter names, the checkpoint {_kind(stored)} without")
+        return
+    _check_named(own, found, here, problems)
+    for name in own:
+        if name in found:
+            _check_named(own[name], found[name], f"{here}.{name}", problems)
 
 
 def _check_optimizer(target: torch.optim.Optimizer, stored: Any, here: str, problems: list[str]) -> None:
@@ -144,13 +159,16 @@ def fill(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict: bool
         filled.append(name)
 
 
-def _fill(target: Any, stored: Any, *, strict: bool) -> Any:  # noqa: PLR0911 - a table of kinds
+def _fill(target: Any, stored: Any, *, strict: bool) -> Any:  # noqa: C901, PLR0911 - a table of kinds
     if isinstance(target, PerRank):
         if stored is not SKIP:
             target.value = _fill(target.value, stored, strict=strict)
         return target
-    if isinstance(target, torch.nn.Module):
+    if isinstance(target, torch.nn.Module | ModelState):
         target.load_state_dict(stored if strict else _fitting(target, stored), strict=strict)
+        return target
+    if isinstance(target, OptimizerState):
+        target.load_state_dict(stored, strict=strict)
         return target
     if has_state(target):
         if strict or not is_optimizer(target) or same_groups(target, stored):
@@ -182,7 +200,7 @@ def _fill_tensor(target: torch.Tensor, stored: Any) -> torch.Tensor:
     return target
 
 
-def _fitting(module: torch.nn.Module, stored: Any) -> dict[str, Any]:
+def _fitting(module: torch.nn.Module | ModelState, stored: Any) -> dict[str, Any]:
     own = module.state_dict()
     if not isinstance(stored, Mapping):
         return {}

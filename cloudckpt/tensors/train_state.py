@@ -28,9 +28,9 @@ class ModelState:
         """The tensors themselves, not copies; sharded ones as DTensors."""
         return dcp_state.get_model_state_dict(self.model)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy into the model."""
-        dcp_state.set_model_state_dict(self.model, state)
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
+        """Copy into the model; ``strict``: whether the names must be exactly the model's."""
+        dcp_state.set_model_state_dict(self.model, state, options=dcp_state.StateDictOptions(strict=strict))
 
 
 class OptimizerState:
@@ -44,9 +44,18 @@ class OptimizerState:
         """Moments and options. An optimizer that has not stepped yet gets its moments here, all zero."""
         return dcp_state.get_optimizer_state_dict(self.model, self.optimizers)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give it to the optimizers."""
-        dcp_state.set_optimizer_state_dict(self.model, self.optimizers, state)
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
+        """Give it to the optimizers; ``strict=False`` leaves out what the model has no parameter for."""
+        if not strict:
+            own = {*self.state_dict()["state"]}
+            kept = {name: value for name, value in state["state"].items() if name in own}
+            groups = [
+                {**group, "params": [name for name in group["params"] if name in own]}
+                for group in state["param_groups"]
+            ]
+            state = {"state": kept, "param_groups": groups}
+        options = dcp_state.StateDictOptions(strict=strict)
+        dcp_state.set_optimizer_state_dict(self.model, self.optimizers, state, options=options)
 
 
 class TrainState(MutableMapping[str, Any]):

@@ -1,0 +1,90 @@
+"""The state of a training loop by the names of its parameters."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cloudckpt
+from cloudckpt import CheckpointManager, PerRank, StateMismatchError, TrainState
+
+
+def loop(seed: int, names: tuple[str, str] = ("a", "b"), width: int = 5) -> tuple[torch.nn.Module, torch.optim.AdamW]:
+    """A model and an optimizer."""
+    torch.manual_seed(seed)
+    layers: OrderedDict[str, torch.nn.Module] = OrderedDict(
+        {names[0]: torch.nn.Linear(3, width), names[1]: torch.nn.Linear(width, 2)}
+    )
+    model = torch.nn.Sequential(layers)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One step."""
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_loop_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Weights, moments, scheduler, counters and generators come back; the next step is the same one."""
+    model, optimizer = loop(0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    state = TrainState(model, optimizer, scheduler=schedule, seen=10, rng=PerRank(cloudckpt.rng_state()))
+    step(model, optimizer)
+    schedule.step()
+    state["seen"] = 11
+    with CheckpointManager(tmp_path / "run") as ckpts:
+        ckpts.save(1, state, block=True)
+        drawn = [random.random(), float(np.random.random()), torch.rand(1).item()]  # noqa: NPY002 - the global one
+        step(model, optimizer)
+        fresh, other = loop(1)
+        again = torch.optim.lr_scheduler.StepLR(other, 1, 0.5)
+        resumed = TrainState(fresh, other, scheduler=again, seen=0, rng=PerRank(cloudckpt.rng_state()))
+        assert ckpts.restore(resumed) is not None
+    assert resumed["seen"] == 11
+    assert other.param_groups[0]["lr"] == 0.05
+    assert [random.random(), float(np.random.random()), torch.rand(1).item()] == drawn  # noqa: NPY002 - as above
+    step(fresh, other)
+    for name, value in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+
+def test_moments_are_named_as_the_parameters_are(tmp_path: Path) -> None:
+    """Without numbers that mean other parameters elsewhere."""
+    model, optimizer = loop(0)
+    step(model, optimizer)
+    with CheckpointManager(tmp_path / "run") as ckpts:
+        ckpts.save(1, TrainState(model, [optimizer]), block=True)
+    loaded: dict[str, Any] = cloudckpt.open(tmp_path / "run").load()
+    assert set(loaded["optimizer"]["state"]) == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    assert loaded["optimizer"]["param_groups"][0]["params"] == ["a.weight", "a.bias", "b.weight", "b.bias"]
+
+
+def test_a_renamed_or_reshaped_model_is_refused_by_name(tmp_path: Path) -> None:
+    """Missing, unexpected and mis-shaped names of model and optimizer; ``strict=False`` takes what fits."""
+    model, optimizer = loop(0)
+    step(model, optimizer)
+    with CheckpointManager(tmp_path / "run") as ckpts:
+        ckpts.save(1, TrainState(model, optimizer), block=True)
+        renamed, other = loop(1, names=("a", "c"))
+        before = {name: value.clone() for name, value in renamed.state_dict().items()}
+        with pytest.raises(StateMismatchError) as refused:
+            ckpts.restore(TrainState(renamed, other))
+        text = str(refused.value)
+        assert "model: missing in the checkpoint: c.weight, c.bias" in text
+        assert "model: unexpected: b.weight, b.bias" in text
+        assert "optimizer: unexpected: b.weight, b.bias" in text
+        assert all(torch.equal(before[name], value) for name, value in renamed.state_dict().items())
+        wider, third = loop(1, width=6)
+        with pytest.raises(StateMismatchError, match=r"mis-shaped: a\.weight \(a tensor of shape \(6, 3\) here"):
+            ckpts.restore(TrainState(wider, third))
+        ckpts.restore(TrainState(renamed, other), strict=False)
+        assert torch.equal(renamed.state_dict()["a.weight"], model.state_dict()["a.weight"])
+        assert torch.equal(renamed.state_dict()["c.weight"], before["c.weight"])
