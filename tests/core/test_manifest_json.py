@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest, encode_manifest
+from cloudckpt.core.manifest_json import (
+    MANIFEST_LIMIT_BYTES,
+    decode_manifest,
+    encode_manifest,
+    entry_from_bytes,
+    entry_to_bytes,
+)
 from cloudckpt.core.model import Best, Claim, JournalEvent, Manifest, State
 from cloudckpt.core.policy import KeepBest, Policy
 from cloudckpt.errors import FormatError
@@ -282,3 +288,25 @@ def test_the_lists_of_a_decoded_manifest_are_as_stored() -> None:
     found = decode_manifest(encode_manifest(stored))
 
     assert (found.best, found.recent) == (stored.best, ())
+
+
+@given(manifests())
+def test_an_entry_survives_the_way_to_another_rank(drawn: Manifest) -> None:
+    """Alone, with everything that it has but its root."""
+    for entry in drawn.entries:
+        assert entry_from_bytes(entry_to_bytes(entry)) == entry
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[]", "an entry is not a JSON object"),
+        (b"{}", "id"),
+        (b"\xff", "not valid JSON"),
+        (b'{"id": 1, "id": 2}', "twice"),
+    ],
+)
+def test_what_is_no_entry_is_refused(body: bytes, message: str) -> None:
+    """By name."""
+    with pytest.raises(FormatError, match=message):
+        entry_from_bytes(body)
