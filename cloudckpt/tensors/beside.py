@@ -13,6 +13,7 @@ from cloudckpt.tensors.memory import copy_elements
 from cloudckpt.tensors.overlap import Copying, Snapshot
 from cloudckpt.tensors.planning import Payload, no_collections
 from cloudckpt.tensors.staging import put_header
+from cloudckpt.tensors.train_state import OptimizerState
 
 __all__ = ["Beside", "optimizers_of", "stage_beside", "why_not_beside"]
 
@@ -45,7 +46,11 @@ class Beside:
 
 def optimizers_of(state: Mapping[str, object]) -> list[Optimizer]:
     """The torch optimizers among the components of a state, each once."""
-    return [*{id(value): value for value in state.values() if isinstance(value, Optimizer)}.values()]
+    found: dict[int, Optimizer] = {}
+    for value in state.values():
+        several = value.optimizers if isinstance(value, OptimizerState) else [value]
+        found |= {id(one): one for one in several if isinstance(one, Optimizer)}
+    return [*found.values()]
 
 
 def why_not_beside(state: Mapping[str, object], payloads: Sequence[Payload]) -> str | None:

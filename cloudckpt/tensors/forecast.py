@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cloudckpt.tensors.planning import Look
+from cloudckpt.tensors.train_state import OptimizerState
 
 __all__ = ["expected_share", "optimizer_growth_bytes"]
 
@@ -48,6 +49,8 @@ def _optimizers(value: object, seen: set[int]) -> Iterator[torch.optim.Optimizer
     seen.add(id(value))
     if isinstance(value, torch.optim.Optimizer):
         yield value
+    elif isinstance(value, OptimizerState):
+        yield from value.optimizers
     elif isinstance(value, Mapping | list | tuple):
         for inner in value.values() if isinstance(value, Mapping) else value:
             if not isinstance(inner, _LEAVES):

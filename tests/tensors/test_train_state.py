@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager, PerRank, StateMismatchError, TrainState
+from cloudckpt import CheckpointManager, PerRank, Settings, StateMismatchError, TrainState
 
 
 def loop(seed: int, names: tuple[str, str] = ("a", "b"), width: int = 5) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -88,3 +88,18 @@ def test_a_renamed_or_reshaped_model_is_refused_by_name(tmp_path: Path) -> None:
         ckpts.restore(TrainState(renamed, other), strict=False)
         assert torch.equal(renamed.state_dict()["a.weight"], model.state_dict()["a.weight"])
         assert torch.equal(renamed.state_dict()["c.weight"], before["c.weight"])
+
+
+def test_the_copy_of_a_train_state_may_overlap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its optimizers are known: the save holds the values of the moment, whatever the next step does."""
+    model, optimizer = loop(0)
+    step(model, optimizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with CheckpointManager(tmp_path / "run", settings=Settings(stage="overlap")) as ckpts:
+        pending = ckpts.save(1, TrainState(model, optimizer))
+        step(model, optimizer)
+        pending.wait(60)
+    assert not [record for record in caplog.records if "overlap" in record.message]
+    loaded = cloudckpt.open(tmp_path / "run").load()["model"]
+    assert all(torch.equal(loaded[name], value) for name, value in before.items())
+    assert not torch.equal(loaded["a.weight"], model.state_dict()["a.weight"])
