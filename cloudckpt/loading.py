@@ -8,17 +8,18 @@ that does not fit: raised at once. Training is never rolled back by a fault of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cloudckpt.choosing import DONE, Chooser, fitting_everywhere
 from cloudckpt.coordination import Coordinator
-from cloudckpt.core.manifest_json import entry_from_bytes, entry_to_bytes
-from cloudckpt.core.model import Checkpoint, Index, Manifest, State
-from cloudckpt.core.selection import Selector, select
+from cloudckpt.core.manifest_json import entry_from_bytes
+from cloudckpt.core.model import Checkpoint, Index, Manifest
+from cloudckpt.core.selection import Selector
 from cloudckpt.errors import (
     CheckpointNotFoundError,
     CloudCkptError,
@@ -109,13 +110,13 @@ def load_chosen(
         ConfigError: a component or name that is not there, or a pickled leaf without permission.
         StorageError: the store refused.
     """
-    chooser = _Chooser(store, manifest, request.selector, on_damage)
+    chooser = Chooser(store, manifest, request.selector, on_damage)
     for attempt in range(store.settings.max_fallbacks):
         chosen = entry_from_bytes(coordinator.exchange(f"choice-{attempt}", b"", chooser.choose))
         word: bytes | BaseException
         loaded: Loaded | None = None
         try:
-            loaded = _load(store, chosen, request, _together(find_homes, coordinator, attempt))
+            loaded = _load(store, chosen, request, fitting_everywhere(find_homes, coordinator, attempt))
             word = b""
         except CorruptCheckpointError as exc:
             chooser.note(exc)
@@ -123,102 +124,9 @@ def load_chosen(
         except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
             word = exc
         said = coordinator.exchange(f"loaded-{attempt}", word, chooser.judge, patient=True)
-        if said == _DONE and loaded is not None:
+        if said == DONE and loaded is not None:
             return loaded
     raise CheckpointNotFoundError(f"{store.storage.url}: checkpoints were retired faster than they could be read")
-
-
-#: What rank zero answers once everybody has read what was chosen; and if another one is to be chosen.
-_DONE, _AGAIN = b"done", b"again"
-
-
-class _Chooser:
-    """Chooses, once for all ranks: rank zero's part of a load.
-
-    Args:
-        manifest: what is chosen from; on rank zero only.
-    """
-
-    def __init__(
-        self,
-        store: ManifestStore,
-        manifest: Manifest | None,
-        selector: Selector,
-        on_damage: Callable[[Checkpoint, CorruptCheckpointError], None],
-    ) -> None:
-        self._store = store
-        self._manifest = manifest
-        self._selector = selector
-        self._on_damage = on_damage
-        self._damaged: set[str] = set()
-        self._last: CorruptCheckpointError | None = None
-        self._own: CorruptCheckpointError | None = None
-        self._chosen: Checkpoint | None = None
-
-    def note(self, error: CorruptCheckpointError) -> None:
-        """What this process found wrong itself, with all that it knows."""
-        self._own = error
-
-    def choose(self, words: Sequence[bytes]) -> list[bytes]:
-        """The checkpoint to read, for every rank."""
-        assert self._manifest is not None
-        self._own = None
-        try:
-            self._chosen = select(_without(self._manifest, self._damaged), self._selector)
-        except CheckpointNotFoundError as exc:
-            raise (self._last or exc) from exc
-        return [entry_to_bytes(self._chosen)] * len(words)
-
-    def judge(self, words: Sequence[bytes]) -> list[bytes]:
-        """What becomes of the load, now that every rank has read, or found damage.
-
-        Raises:
-            CorruptCheckpointError: the named checkpoint is damaged, or too many are.
-            CheckpointNotFoundError: the named checkpoint was retired meanwhile.
-        """
-        chosen = self._chosen
-        assert chosen is not None
-        found = next(((rank, word.decode()) for rank, word in enumerate(words) if word), None)
-        if found is None:
-            return [_DONE] * len(words)
-        rank, text = found
-        error = self._own or CorruptCheckpointError(f"{text} (found by rank {rank})", checkpoint_id=chosen.id)
-        self._manifest = self._store.read() or self._manifest
-        now = self._manifest.find(chosen.id) if self._manifest else None
-        if now is None or now.state is not State.COMMITTED:
-            # Retired while it was being read: choose again, unless this very one was asked for.
-            if self._selector.named:
-                raise CheckpointNotFoundError(
-                    f"{placed(chosen, self._store.storage.url).url} was retired while it was being read"
-                ) from error
-            return [_AGAIN] * len(words)
-        self._on_damage(placed(now, self._store.storage.url), error)
-        if self._selector.named or len(self._damaged) + 1 >= self._store.settings.max_fallbacks:
-            raise error
-        self._damaged.add(chosen.id)
-        self._last = error
-        return [_AGAIN] * len(words)
-
-
-_FindHomes = Callable[[Outline, Mapping[str, Any]], Homes]
-
-
-def _together(find_homes: _FindHomes | None, coordinator: Coordinator, attempt: int) -> _FindHomes | None:
-    """No rank reads a byte before the state of every rank fits."""
-    if find_homes is None or coordinator.world_size == 1:
-        return find_homes
-
-    def agreed(outline: Outline, values: Mapping[str, Any]) -> Homes:
-        word: bytes | BaseException = b""
-        homes = Homes()
-        try:
-            homes = find_homes(outline, values)
-        except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
-            word = exc
-        coordinator.exchange(f"fits-{attempt}", word, lambda words: words)
-        return homes
-
-    return agreed
 
 
 @dataclass(slots=True)
@@ -309,10 +217,6 @@ def _say_so(error: BaseException) -> None:
         error.args = (f"{text}. {_PARTLY}", *error.args[1:])
     else:
         error.add_note(_PARTLY)
-
-
-def _without(manifest: Manifest, ids: Collection[str]) -> Manifest:
-    return replace(manifest, entries=tuple(e for e in manifest.entries if e.id not in ids)) if ids else manifest
 
 
 def _load(

@@ -153,6 +153,7 @@ class Planner:
         self._kept: tuple[_Outline, ...] = ()
         self._share = Share(keep={})
         self._overall: Overall | None = None
+        self._drawn: Overall | None = None
         self._skeleton: dict[str, tuple[bytes, object]] = {}
         self._number = 0
         #: By rank, which of them share the same tensors; on rank zero only.
@@ -204,7 +205,7 @@ class Planner:
                 for component, own in of_rank.items()
                 if own
             ]
-            self._overall = _overall(drawn, division.aliases, [*components], pickled=division.pickled)
+            self._drawn = _overall(drawn, division.aliases, [*components], pickled=division.pickled)
             self.groups = division.groups
             return division.shares
 
@@ -226,6 +227,7 @@ class Planner:
         with no_collections():
             if share is not None:
                 self._number += 1
+                self._overall = self._drawn
                 self._keep(look, share)
                 self._remember_skeleton(look.flat)
             return self._planned(look)

@@ -1,0 +1,115 @@
+"""Which checkpoint is loaded: chosen once for all ranks, by rank zero, and changed only by what any of them proves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cloudckpt.coordination import Coordinator
+from cloudckpt.core.manifest_json import entry_to_bytes
+from cloudckpt.core.model import Checkpoint, Manifest, State
+from cloudckpt.core.selection import Selector, select
+from cloudckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from cloudckpt.storage import ManifestStore
+from cloudckpt.tensors.outline import Outline
+from cloudckpt.tensors.targets import Homes
+from cloudckpt.view import placed
+
+__all__ = ["AGAIN", "DONE", "Chooser", "FindHomes", "fitting_everywhere"]
+
+#: What rank zero answers once everybody has read what was chosen; and if another one is to be chosen.
+DONE, AGAIN = b"done", b"again"
+
+
+class Chooser:
+    """Chooses, once for all ranks: rank zero's part of a load.
+
+    Args:
+        manifest: what is chosen from; on rank zero only.
+    """
+
+    def __init__(
+        self,
+        store: ManifestStore,
+        manifest: Manifest | None,
+        selector: Selector,
+        on_damage: Callable[[Checkpoint, CorruptCheckpointError], None],
+    ) -> None:
+        self._store = store
+        self._manifest = manifest
+        self._selector = selector
+        self._on_damage = on_damage
+        self._damaged: set[str] = set()
+        self._last: CorruptCheckpointError | None = None
+        self._own: CorruptCheckpointError | None = None
+        self._chosen: Checkpoint | None = None
+
+    def note(self, error: CorruptCheckpointError) -> None:
+        """What this process found wrong itself, with all that it knows."""
+        self._own = error
+
+    def choose(self, words: Sequence[bytes]) -> list[bytes]:
+        """The checkpoint to read, for every rank."""
+        assert self._manifest is not None
+        self._own = None
+        try:
+            self._chosen = select(_without(self._manifest, self._damaged), self._selector)
+        except CheckpointNotFoundError as exc:
+            raise (self._last or exc) from exc
+        return [entry_to_bytes(self._chosen)] * len(words)
+
+    def judge(self, words: Sequence[bytes]) -> list[bytes]:
+        """What becomes of the load, now that every rank has read, or found damage.
+
+        Raises:
+            CorruptCheckpointError: the named checkpoint is damaged, or too many are.
+            CheckpointNotFoundError: the named checkpoint was retired meanwhile.
+        """
+        chosen = self._chosen
+        assert chosen is not None
+        found = next(((rank, word.decode()) for rank, word in enumerate(words) if word), None)
+        if found is None:
+            return [DONE] * len(words)
+        rank, text = found
+        error = self._own or CorruptCheckpointError(f"{text} (found by rank {rank})", checkpoint_id=chosen.id)
+        self._manifest = self._store.read() or self._manifest
+        now = self._manifest.find(chosen.id) if self._manifest else None
+        if now is None or now.state is not State.COMMITTED:
+            # Retired while it was being read: choose again, unless this very one was asked for.
+            if self._selector.named:
+                raise CheckpointNotFoundError(
+                    f"{placed(chosen, self._store.storage.url).url} was retired while it was being read"
+                ) from error
+            return [AGAIN] * len(words)
+        self._on_damage(placed(now, self._store.storage.url), error)
+        if self._selector.named or len(self._damaged) + 1 >= self._store.settings.max_fallbacks:
+            raise error
+        self._damaged.add(chosen.id)
+        self._last = error
+        return [AGAIN] * len(words)
+
+
+FindHomes = Callable[[Outline, Mapping[str, Any]], Homes]
+
+
+def fitting_everywhere(find_homes: FindHomes | None, coordinator: Coordinator, attempt: int) -> FindHomes | None:
+    """No rank reads a byte before the state of every rank fits."""
+    if find_homes is None or coordinator.world_size == 1:
+        return find_homes
+
+    def agreed(outline: Outline, values: Mapping[str, Any]) -> Homes:
+        word: bytes | BaseException = b""
+        homes = Homes()
+        try:
+            homes = find_homes(outline, values)
+        except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
+            word = exc
+        coordinator.exchange(f"fits-{attempt}", word, lambda words: words)
+        return homes
+
+    return agreed
+
+
+def _without(manifest: Manifest, ids: Collection[str]) -> Manifest:
+    return replace(manifest, entries=tuple(e for e in manifest.entries if e.id not in ids)) if ids else manifest
