@@ -46,6 +46,7 @@ _HELLO, _WELCOME, _PING, _BYE = ".hello", ".welcome", ".ping", ".bye"
 #: While threads wait for a message, so often they look whether they were interrupted.
 _LOOK_S = 0.5
 _LEAVE_S = 2.0
+_REMEMBERED = 64
 #: What a process has open beside the ranks.
 _OTHER_FILES = 1024
 
@@ -131,7 +132,8 @@ class Channel:
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._letters: dict[tuple[str, int], bytes] = {}
-        self._unwanted: set[str] = set()
+        # A save's letters come within the save: of long ago there are none any more.
+        self._unwanted: deque[str] = deque(maxlen=_REMEMBERED)
         self._watchers: dict[str, tuple[Callable[[bytes], None], Callable[[str], None]]] = {}
         self._peers: dict[int, Peer] = {me.rank: me}
         self._lost: dict[int, str] = {}
@@ -313,7 +315,7 @@ class Channel:
     def forget(self, topic: str) -> None:
         """Throw away what came about a topic, and what still comes."""
         with self._changed:
-            self._unwanted.add(topic)
+            self._unwanted.append(topic)
             self._watchers.pop(topic, None)
             for key in [key for key in self._letters if key[0] == topic]:
                 del self._letters[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["PER_RANK", "is_like", "merge"]
+__all__ = ["PER_RANK", "difference", "is_like", "merge"]
 
 Json = Any
 
@@ -67,6 +67,23 @@ def _kept(first: Mapping[str, Json], found: dict[str, Json]) -> Mapping[str, Jso
 
 def _tag(node: Mapping[str, Json]) -> str | None:
     return next((key for key in node if key.startswith("$")), None) if len(node) == 1 else None
+
+
+def difference(one: Json, two: Json, path: str = "") -> str | None:
+    """Where two nodes with the same places first have different values; "" for the nodes themselves, None if nowhere.
+
+    What each rank has for itself, and tensors, are not looked at.
+    """
+    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+        if _tag(one) in {PER_RANK, "$tensor"}:
+            return None
+        pairs = [(f"{path}.{key}" if path and key[:1] != "$" else path or key, one[key], two[key]) for key in one]
+    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        pairs = [(f"{path}[{n}]", a, b) for n, (a, b) in enumerate(zip(one, two, strict=True))]
+    else:
+        return None if one == two else path
+    found = (difference(a, b, place) for place, a, b in pairs)
+    return next((place for place in found if place is not None), None)
 
 
 def is_like(one: Json, two: Json) -> bool:

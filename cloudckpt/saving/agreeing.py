@@ -31,12 +31,14 @@ class Agreement:
         planner: this rank's.
         coordinator: the other ranks.
         new_id: makes an id, on rank zero.
+        warn: told what people should know, on rank zero.
         check_replicas: how to look whether what several ranks have is the same: "sample", "full" or "off".
     """
 
     planner: Planner
     coordinator: Coordinator
     new_id: Callable[[], str]
+    warn: Callable[[str], None]
     check_replicas: str
     _turn: int = field(default=0)
 
@@ -91,7 +93,11 @@ class Agreement:
         def divided(words: Sequence[bytes]) -> list[bytes]:
             return [share.to_bytes() for share in self.planner.divide([*map(Offer.from_bytes, words)])]
 
-        return Share.from_bytes(self.coordinator.exchange("save-plan", word, divided))
+        share = Share.from_bytes(self.coordinator.exchange("save-plan", word, divided))
+        if self.coordinator.rank == 0:
+            for remark in self.planner.remarks:
+                self.warn(remark)
+        return share
 
     def _sums(self, look: Look) -> dict[str, int]:
         if self.check_replicas == "off":

@@ -56,8 +56,9 @@ class Following:
             self._told = entry.id, exc
             raise
 
-    def committed(self, job: Job, entry: Checkpoint) -> None:
+    def committed(self, job: Job, entry: Checkpoint) -> None:  # noqa: ARG002 - the protocol's
         """See ``Side``."""
+        self._coordinator.forget(topic("ended", entry))
 
     def failed(self, job: Job, error: BaseException) -> BaseException:
         """See ``Side``. The error that all ranks have, if rank zero can still tell it."""
@@ -66,6 +67,7 @@ class Following:
             self._coordinator.report(topic("uploaded", entry), error)
             with contextlib.suppress(Exception):  # it is kept
                 self._end(entry)
+        self._coordinator.forget(topic("ended", entry))
         if self._told is None or self._told[0] != entry.id:
             return error
         common = self._told[1]

@@ -86,7 +86,11 @@ class Saver:
         self._writer_epoch = writer_epoch
         self._arena = arena
         self._agreement = Agreement(
-            planner, coordinator, lambda: store.token(8), check_replicas=store.settings.check_replicas
+            planner,
+            coordinator,
+            lambda: store.token(8),
+            lambda text: listener(Warned(message=text)),
+            check_replicas=store.settings.check_replicas,
         )
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-save")
         self._current: PendingSave | None = None

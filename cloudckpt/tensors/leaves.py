@@ -20,7 +20,7 @@ import torch
 from cloudckpt.core.values import SKIP, Codec, Path, render_path
 from cloudckpt.errors import ConfigError, FormatError
 from cloudckpt.tensors.memory import check_storable, dtype_name, dtype_named, is_plain
-from cloudckpt.tensors.sharded import held_parts
+from cloudckpt.tensors.sharded import held_parts, why_not_stored
 
 __all__ = [
     "ArrayLeaf",
@@ -67,6 +67,8 @@ class TensorLeaf:
         if not isinstance(value, torch.Tensor):
             return SKIP
         if not is_plain(value):
+            if (problem := why_not_stored(value)) is not None:
+                raise TypeError(f"{render_path(path)}: this tensor {problem}")
             for part in held_parts(value):
                 check_storable(part, render_path(path))
         return self.store(value, path)

@@ -158,6 +158,8 @@ class Planner:
         self._number = 0
         #: By rank, which of them share the same tensors; on rank zero only.
         self.groups: Sequence[int] = ()
+        #: What people should know of the last division; on rank zero only.
+        self.remarks: Sequence[str] = ()
 
     def plan(self, state: Mapping[str, object], *, allow_pickle: bool) -> Plan:
         """Take a state apart and lay out what a process that saves alone writes of it. No bytes move.
@@ -207,6 +209,7 @@ class Planner:
             ]
             self._drawn = _overall(drawn, division.aliases, [*components], pickled=division.pickled)
             self.groups = division.groups
+            self.remarks = division.remarks
             return division.shares
 
     def replicas(self, look: Look) -> list[Replica]:

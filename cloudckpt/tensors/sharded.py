@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-__all__ = ["has_parts", "held_parts", "is_many", "is_sharded", "like", "local_boxes"]
+__all__ = ["has_parts", "held_parts", "is_many", "is_sharded", "like", "local_boxes", "why_not_stored"]
 
 
 def is_sharded(kind: type) -> bool:
@@ -24,6 +24,14 @@ def held_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if hasattr(sharded, "local_shards"):
         return [shard.tensor for shard in sharded.local_shards()]
     return [sharded._local_tensor]  # noqa: SLF001 - to_local() is an operation of autograd's, and copies views
+
+
+def why_not_stored(tensor: torch.Tensor) -> str | None:
+    """Why what this process holds of it is no part of its value; None if it is."""
+    placements: Sequence[Any] = getattr(tensor, "placements", ())
+    if any(placement.is_partial() for placement in placements):
+        return "is a DTensor whose ranks hold summands (Partial): redistribute() it to Replicate or Shard first"
+    return None
 
 
 def local_boxes(tensor: torch.Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloudckpt.core.merging import merge
+from cloudckpt.core.merging import difference, is_like, merge
 from cloudckpt.core.spreading import spread
 from cloudckpt.errors import StateMismatchError
 from cloudckpt.tensors.dcp import Box
@@ -124,6 +124,7 @@ class Division:
         aliases: component -> name -> the name under which a tied tensor is stored, on any rank.
         pickled: whether any rank had to pickle a leaf.
         groups: by rank, a number that ranks have in common which share the same boxes with others.
+        remarks: values that ranks have differently, of which only one is stored; sentences.
     """
 
     shares: Sequence[Share]
@@ -131,6 +132,7 @@ class Division:
     aliases: Mapping[str, Mapping[str, str]]
     pickled: bool
     groups: Sequence[int]
+    remarks: Sequence[str]
 
 
 def divide(offers: Sequence[Offer]) -> Division:
@@ -178,7 +180,23 @@ def divide(offers: Sequence[Offer]) -> Division:
                 if (component, name) not in stored:
                     aliases.setdefault(component, {}).setdefault(name, first)
     pickled = any(offer.pickled for offer in offers)
-    return Division(shares=shares, boxes=boxes, aliases=aliases, pickled=pickled, groups=groups)
+    remarks = _remarks(offers)
+    return Division(shares=shares, boxes=boxes, aliases=aliases, pickled=pickled, groups=groups, remarks=remarks)
+
+
+def _remarks(offers: Sequence[Offer]) -> list[str]:
+    found: dict[str, list[int]] = {}
+    first = offers[0].structure
+    for rank, offer in enumerate(offers):
+        for component, node in offer.structure.items():
+            place = difference(first[component], node, component) if component in first else None
+            if place is not None and is_like(first[component], node):
+                found.setdefault(place, []).append(rank)
+    return [
+        f"{place} has another value on rank {', '.join(map(str, ranks[:_SHOWN]))} than on rank 0, whose is stored: "
+        "declare it PerRank(...) if each rank needs its own"
+        for place, ranks in found.items()
+    ]
 
 
 def _added(known: dict[str, Any], said: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cloudckpt.core.merging import is_like, merge
+from cloudckpt.core.merging import difference, is_like, merge
 from cloudckpt.core.values import Codec
 
 
@@ -58,3 +58,15 @@ def test_states_are_alike_if_only_values_differ() -> None:
     assert not is_like([1], [1, 2])
     assert not is_like([1], 1)
     assert not is_like({"a": 1}, [1])
+
+
+def test_the_first_difference_is_named_by_its_place() -> None:
+    """But not in what each rank has for itself, nor of tensors."""
+    assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}, "options") == "options.a[1].b"
+    assert difference({"a": 1}, {"a": 1}) is None
+    assert difference({"$dict": [[1, "x"]]}, {"$dict": [[1, "y"]]}, "c") == "c[0][1]"
+    assert difference({"$dict": [[1, "x"]]}, {"$dict": [[1, "y"]]}) == "$dict[0][1]"
+    assert difference({"$per_rank": {"0": 1}}, {"$per_rank": {"0": 2}}, "c") is None
+    assert difference({"$tensor": "a"}, {"$tensor": "b"}, "c") is None
+    assert difference({"a": 1}, {"b": 1}, "c") == "c"
+    assert difference([1], [1, 2], "c") == "c"

@@ -493,3 +493,29 @@ def interrupted_in_a_vote(root: str, victim: int) -> dict[str, Any]:
     except RankError as exc:
         closing = str(exc)
     return {"said": said, "closing": closing}
+
+
+def values_that_differ(root: str) -> int:
+    """A number that is another one on each rank, and was not declared so."""
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        for step in range(2):
+            state = {"options": {"lr": 0.1, "best": [1.0 * dist.get_rank()]}, "rng": PerRank({"seed": dist.get_rank()})}
+            ckpts.save(step, state).wait(30)
+        stored: list[Any] = ckpts.load()["options"]["best"]
+    assert stored == [0.0]
+    return len(ckpts._coordinator._channel._watchers)  # type: ignore[attr-defined]  # many ranks
+
+
+def save_summands(root: str) -> str:
+    """A DTensor of which each rank has a summand."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
+    summand = DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False)
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        try:
+            ckpts.save(1, {"x": summand})
+        except Exception as exc:
+            return f"{type(exc).__name__}: {exc}"
+    return ""

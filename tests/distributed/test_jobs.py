@@ -240,3 +240,19 @@ def test_an_interrupt_in_a_call_ends_the_job_for_all(tmp_path: Path) -> None:
         assert value["said"].startswith("RankError: "), value
         assert "has left: it was interrupted in save: KeyboardInterrupt" in value["said"]
     assert [c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()] == [0]
+
+
+def test_values_that_differ_are_told_once(four_ranks: Ranks, tmp_path: Path) -> None:
+    """Rank zero's is stored; a warning names the place. And nothing of a save that has ended is kept."""
+    outcomes = four_ranks.run(scenarios.values_that_differ, root=str(tmp_path / "run"))
+    assert values(outcomes) == [0] * 4
+    told = [line for outcome in outcomes for line in outcome.lines("WARNING")]
+    assert len(told) == 1, told
+    assert told[0].startswith("options.best[0] has another value on rank 1, 2, 3 than on rank 0, whose is stored")
+
+
+def test_summands_are_refused_by_name(two_ranks: Ranks, tmp_path: Path) -> None:
+    """What a rank holds of a Partial DTensor is not a part of its value."""
+    for said in values(two_ranks.run(scenarios.save_summands, root=str(tmp_path / "run"))):
+        assert said.startswith("SaveError: save failed on rank 0")
+        assert "x: this tensor is a DTensor whose ranks hold summands (Partial)" in said
