@@ -60,6 +60,11 @@ class Recorder:
         self._gone: set[str] = set()
         self.fenced = False
 
+    @property
+    def writer_epoch(self) -> int:
+        """The number under which everything is written."""
+        return self._claim.writer_epoch
+
     # -- one save --------------------------------------------------------------------------------------------
 
     def expect(self, save_id: str, names: Sequence[str]) -> None:

@@ -29,10 +29,10 @@ from cloudckpt.tensors.leaves import (
     has_state,
 )
 from cloudckpt.tensors.memory import PLAIN
-from cloudckpt.tensors.per_rank import PerRankLeaf
+from cloudckpt.tensors.per_rank import NoRankLeaf, PerRankLeaf
 from cloudckpt.tensors.sharded import held_parts
 
-__all__ = ["FlatState", "flatten", "unflatten"]
+__all__ = ["FlatState", "check_components", "encode_value", "flatten", "unflatten"]
 
 #: What makes two tensors the same memory seen the same way.
 _Identity = tuple[object, ...]
@@ -122,7 +122,7 @@ def flatten(state: Mapping[str, object], *, allow_pickle: bool = False, rank: in
         TypeError: something cannot be stored; names its path and the ways out.
         ConfigError: the state is empty, or a component's name cannot be used.
     """
-    _check_components(state)
+    check_components(state)
     flat = FlatState()
     pickled: list[bool] = []
     for name, value in state.items():
@@ -140,6 +140,30 @@ def flatten(state: Mapping[str, object], *, allow_pickle: bool = False, rank: in
         flat.tensors[name] = component.tensors
         flat.aliases[name] = component.aliases
     return FlatState(flat.structure, flat.tensors, flat.aliases, pickled=bool(pickled))
+
+
+def encode_value(
+    value: object, path: Path, store: Callable[[torch.Tensor, Path], str], *, allow_pickle: bool
+) -> tuple[Any, bool]:
+    """The JSON node of one value out of a state, and whether anything in it had to be pickled.
+
+    Args:
+        path: where in the state it stands, the component first.
+        store: takes each tensor and its path, gives the name it is stored under.
+
+    Raises:
+        TypeError: something in it cannot be stored; names its path and the ways out.
+    """
+    pickled: list[bool] = []
+    codec = _codec(
+        store,
+        _no_tensor,
+        _no_tensor,
+        allow_pickle=allow_pickle,
+        note=lambda: pickled.append(True),
+        per_rank=NoRankLeaf(),
+    )
+    return codec.encode(value, path), bool(pickled)
 
 
 def unflatten(
@@ -183,7 +207,7 @@ def _codec(
     array: Callable[[str], torch.Tensor],
     *,
     allow_pickle: bool,
-    per_rank: PerRankLeaf,
+    per_rank: Handler,
     note: Callable[[], None] = lambda: None,
 ) -> Codec:
     plain: list[Handler] = [TorchLeaf(), ScalarLeaf(), EnumLeaf()]
@@ -199,7 +223,12 @@ def _no_store(tensor: torch.Tensor, path: Path) -> str:
     raise TypeError(tensor, path)
 
 
-def _check_components(state: Mapping[str, object]) -> None:
+def check_components(state: Mapping[str, object]) -> None:
+    """Refuse what cannot be the components of a checkpoint.
+
+    Raises:
+        ConfigError: there are none, or a name cannot be used.
+    """
     if not isinstance(state, Mapping) or not state:
         raise ConfigError(
             'the state must be a mapping of names to objects, such as {"model": model, "optimizer": optimizer}; got '

@@ -1,0 +1,317 @@
+"""One rank's part of a save that PyTorch's distributed checkpoint (DCP) has planned, and all parts as one index.
+
+DCP's plan names each value by its path, joined with dots. The path says where it belongs: the component first, then the
+place in the component's tree. Tensors go into one payload object per component and rank; every other value becomes a
+JSON node on the rank that has it. Neither is ever pickled, and so the planner is asked for the object itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from cloudckpt.core.model import Chunk, PayloadObject, TensorEntry
+from cloudckpt.core.values import Codec, Encoded, Path, render_path
+from cloudckpt.errors import SaveError
+from cloudckpt.tensors.dcp import Box
+from cloudckpt.tensors.memory import check_storable, dtype_name
+from cloudckpt.tensors.planning import Payload, lay_out
+from cloudckpt.tensors.tree import encode_value
+
+__all__ = ["Assembled", "Portion", "Stored", "Written", "assemble", "name_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One box of one tensor, where it lies.
+
+    Attributes:
+        component: the component it belongs to.
+        name: the tensor's name in there.
+        dtype: the tensor's dtype.
+        shape: the whole tensor's shape.
+        chunk: the box, its byte range and its sum.
+        object: the payload object that holds it.
+    """
+
+    component: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk: Chunk
+    object: PayloadObject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written for one item of the plan.
+
+    Attributes:
+        tensors: of a tensor the one box, of any other value the tensors and arrays inside of it.
+        node: of a value that is no tensor, its JSON node.
+        pickled: whether anything in the node had to be pickled.
+    """
+
+    tensors: tuple[Stored, ...]
+    node: Encoded | None = None
+    pickled: bool = False
+
+
+class Portion:
+    """What one rank writes, taken item by item.
+
+    Args:
+        rank: which of the ranks that save together this is.
+        world_size: how many they are.
+        allow_pickle: pickle what nothing else can store, and ask planners that can only pickle.
+    """
+
+    def __init__(self, rank: int, world_size: int, *, allow_pickle: bool) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._allow_pickle = allow_pickle
+        self._items: list[WriteItem] = []
+        self._nodes: dict[int, tuple[Encoded, bool]] = {}
+        self._boxes: dict[str, list[Box]] = {}
+        self._tensors: dict[str, list[torch.Tensor]] = {}
+        self._owners: dict[tuple[str, str, tuple[int, ...]], int] = {}
+        self._names: set[tuple[str, str]] = set()
+
+    def take(self, items: Sequence[WriteItem], paths: Mapping[str, Path], planner: SavePlanner) -> None:
+        """Look up the items' values. No bytes move.
+
+        Args:
+            paths: where each value belongs, by the plan's name for it.
+
+        Raises:
+            TypeError: a value cannot be stored, or the planner can only give it pickled; names it.
+        """
+        tensors = [item for item in items if item.type is not WriteItemType.BYTE_IO]
+        values = [item for item in items if item.type is WriteItemType.BYTE_IO]
+        for item in tensors:  # these have their names before any tensor inside of another value
+            self._take_tensor(item, paths[item.index.fqn], planner)
+        for item in values:
+            self._take_value(item, paths[item.index.fqn], self._looked_up(item, planner))
+
+    def _take_tensor(self, item: WriteItem, path: Path, planner: SavePlanner) -> None:
+        found = planner.resolve_data(item)
+        if not isinstance(found, torch.Tensor) or item.tensor_data is None:
+            raise TypeError(f"{render_path(path)}: the planner planned a tensor and gave a {type(found).__qualname__}")
+        chunk = item.tensor_data.chunk
+        if tuple(found.shape) != tuple(chunk.sizes):
+            raise TypeError(
+                f"{render_path(path)}: the planner planned a box of shape {tuple(chunk.sizes)} and gave one of "
+                f"{tuple(found.shape)}"
+            )
+        self._add(
+            Box(
+                component=str(path[0]),
+                name=name_of(path),
+                dtype=found.dtype,
+                offsets=tuple(chunk.offsets),
+                lengths=tuple(chunk.sizes),
+                shape=tuple(item.tensor_data.size),
+            ),
+            found.detach(),
+            path,
+        )
+        self._items.append(item)
+
+    def _take_value(self, item: WriteItem, path: Path, value: object) -> None:
+        def store(tensor: torch.Tensor, inner: Path) -> str:
+            wanted = name_of(inner)
+            free = (f"{wanted}~{number}" if number else wanted for number in itertools.count())
+            name = next(name for name in free if (path[0], name) not in self._names)
+            shape = tuple(tensor.shape)
+            box = Box(
+                component=str(path[0]),
+                name=name,
+                dtype=tensor.dtype,
+                offsets=(0,) * len(shape),
+                lengths=shape,
+                shape=shape,
+            )
+            self._add(box, tensor.detach(), inner)
+            return name
+
+        node, pickled = encode_value(value, path, store, allow_pickle=self._allow_pickle)
+        self._nodes[len(self._items)] = Encoded(node), pickled
+        self._items.append(item)
+
+    def _looked_up(self, item: WriteItem, planner: SavePlanner) -> object:
+        look_up = getattr(planner, "lookup_object", None)
+        if look_up is not None:
+            return look_up(item.index)
+        if not self._allow_pickle:
+            raise TypeError(
+                f"{item.index.fqn}: {type(planner).__qualname__} has no lookup_object(), and would give this value "
+                "pickled. Derive the planner from torch.distributed.checkpoint.DefaultSavePlanner, or pass "
+                "StorageWriter(..., allow_pickle=True)"
+            )
+        found = planner.resolve_data(item)
+        if isinstance(found, torch.Tensor):
+            return found
+        found.seek(0)
+        # Written by this very process a moment ago, and only with allow_pickle=True.
+        return torch.load(found, weights_only=False)
+
+    def _add(self, box: Box, tensor: torch.Tensor, path: Path) -> None:
+        check_storable(tensor, render_path(path))
+        self._names.add((box.component, box.name))
+        self._owners[box.component, box.name, box.offsets] = len(self._items)
+        self._boxes.setdefault(box.component, []).append(box)
+        self._tensors.setdefault(box.component, []).append(tensor)
+
+    def payloads(self) -> list[Payload]:
+        """The payload objects with everything that was taken."""
+        return [
+            lay_out(component, boxes, self._tensors[component], self._rank, self._world_size)
+            for component, boxes in self._boxes.items()
+        ]
+
+    def results(
+        self, payloads: Sequence[Payload], objects: Sequence[PayloadObject], sums: Sequence[int]
+    ) -> list[WriteResult]:
+        """What is reported of each item, once everything is in place.
+
+        Args:
+            payloads: as ``payloads`` gave them.
+            objects: the same, sealed.
+            sums: the sums of their boxes, object after object.
+        """
+        stored: dict[int, list[Stored]] = {}
+        for box in _stored(payloads, objects, sums):
+            stored.setdefault(self._owners[box.component, box.name, box.chunk.offsets], []).append(box)
+        found = []
+        for number, item in enumerate(self._items):
+            own = tuple(stored.get(number, ()))
+            node, pickled = self._nodes.get(number, (None, False))
+            written = Written(tensors=own, node=node, pickled=pickled)
+            found.append(WriteResult(item.index, sum(box.chunk.length for box in own), written))
+        return found
+
+
+def _stored(payloads: Sequence[Payload], objects: Sequence[PayloadObject], sums: Sequence[int]) -> Iterator[Stored]:
+    left = iter(sums)
+    for payload, sealed in zip(payloads, objects, strict=True):
+        for box, place in zip(payload.boxes, payload.layout.places, strict=True):
+            chunk = Chunk(
+                object=payload.name,
+                start=place.start,
+                length=place.size_bytes,
+                offsets=box.offsets,
+                lengths=box.lengths,
+                crc32c=next(left),
+                stored_as=None if place.stored_as == box.name else place.stored_as,
+            )
+            yield Stored(
+                component=box.component,
+                name=box.name,
+                dtype=dtype_name(box.dtype),
+                shape=box.shape,
+                chunk=chunk,
+                object=sealed,
+            )
+
+
+def name_of(path: Path) -> str:
+    """A tensor's name in its component: the path inside of it, joined with dots."""
+    return ".".join(map(str, path[1:])) or str(path[0])
+
+
+# -- all parts together ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembled:
+    """What all ranks have written, as the index tells it.
+
+    Attributes:
+        objects: the payload objects, rank after rank.
+        tensors: component -> name -> entry.
+        structure: component -> JSON node.
+        pickled: whether any value had to be pickled.
+    """
+
+    objects: tuple[PayloadObject, ...]
+    tensors: dict[str, dict[str, TensorEntry]]
+    structure: dict[str, Any]
+    pickled: bool
+
+
+def assemble(results: Sequence[WriteResult], paths: Mapping[str, Path]) -> Assembled:
+    """Put together what the ranks report.
+
+    Args:
+        paths: where each value belongs, by the plan's name for it; in the order of the state.
+
+    Raises:
+        SaveError: the reports do not make one state.
+    """
+    objects: dict[str, PayloadObject] = {}
+    entries: dict[tuple[str, str], TensorEntry] = {}
+    owners: dict[tuple[str, str], str] = {}
+    leaves: dict[str, Encoded] = {}
+    for result in results:
+        fqn, written = result.index.fqn, result.storage_data
+        for box in written.tensors:
+            objects[box.object.name] = box.object
+            place = box.component, box.name
+            if owners.setdefault(place, fqn) != fqn:
+                raise SaveError(
+                    f"{fqn} has a tensor inside of it whose name, {'.'.join(place)}, is {owners[place]}'s: rename one"
+                )
+            entries[place] = _grown(entries.get(place), box)
+        leaves[fqn] = written.node or Encoded({"$tensor": written.tensors[0].name})
+    tree: dict[object, Any] = {}
+    for fqn, path in paths.items():
+        if fqn in leaves:
+            _plant(tree, path, leaves[fqn])
+    tensors: dict[str, dict[str, TensorEntry]] = {str(component): {} for component in tree}
+    for (component, name), entry in entries.items():
+        tensors[component][name] = entry
+    return Assembled(
+        objects=tuple(objects.values()),
+        tensors=tensors,
+        structure={str(component): Codec().encode(_as_lists(node)) for component, node in tree.items()},
+        pickled=any(result.storage_data.pickled for result in results),
+    )
+
+
+def _grown(entry: TensorEntry | None, box: Stored) -> TensorEntry:
+    if entry is None:
+        return TensorEntry(dtype=box.dtype, shape=box.shape, chunks=(box.chunk,))
+    if (entry.dtype, entry.shape) != (box.dtype, box.shape):
+        raise SaveError(
+            f"{box.component}.{box.name} is {entry.dtype} of shape {entry.shape} on one rank and {box.dtype} of shape "
+            f"{box.shape} on another"
+        )
+    return replace(entry, chunks=(*entry.chunks, box.chunk))
+
+
+class _Row(dict[int, Any]):
+    """A list that is filled in any order."""
+
+
+def _plant(tree: dict[Any, Any], path: Path, leaf: Encoded) -> None:
+    at: Any = tree
+    for here, below in itertools.pairwise(path):
+        at = at.setdefault(here, _Row() if type(below) is int else {})
+        if not isinstance(at, dict) or isinstance(at, _Row) != (type(below) is int):
+            raise SaveError(f"{render_path(path)}: the ranks have different kinds of values on the way to it")
+    if path[-1] in at:
+        raise SaveError(f"{render_path(path)}: there are two values for one place")
+    at[path[-1]] = leaf
+
+
+def _as_lists(node: Any) -> Any:
+    if isinstance(node, _Row):
+        # What DCP leaves out of a list (an empty dict, say) it gives back as None.
+        return [_as_lists(node.get(number)) for number in range(max(node) + 1)]
+    return {key: _as_lists(inner) for key, inner in node.items()} if isinstance(node, dict) else node
