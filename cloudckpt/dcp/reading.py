@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from cloudckpt.config import Settings
-from cloudckpt.core.model import Checkpoint
+from cloudckpt.core.model import Checkpoint, State
 from cloudckpt.core.selection import parse_selector, select
 from cloudckpt.dcp.place import Place, Root
-from cloudckpt.errors import CheckpointNotFoundError, ConfigError, RankError
+from cloudckpt.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, RankError
 from cloudckpt.storage import ManifestStore
 from cloudckpt.tensors.dcp_described import Described
 from cloudckpt.view import placed, read_index
@@ -98,7 +98,8 @@ class StorageReader(dcp_storage.StorageReader):
             if manifest is None:
                 raise CheckpointNotFoundError(f"{store.storage.url} holds no run: nothing was ever saved there")
             self.checkpoint = placed(select(manifest, self._selector), store.storage.url)
-            index = read_index(store.storage, self.checkpoint)
+            with _retired_meanwhile(store, self.checkpoint):
+                index = read_index(store.storage, self.checkpoint)
         self._described = Described(self.checkpoint, index, component=self._component, allow_pickle=self._allow_pickle)
         return self._described.metadata
 
@@ -128,10 +129,12 @@ class StorageReader(dcp_storage.StorageReader):
 
         Raises:
             CorruptCheckpointError: an object is missing, too short, or a checksum differs; names object and range.
+            CheckpointNotFoundError: the run has let it go meanwhile.
             StorageError: the store refused. In each case the tensors are partly overwritten.
         """
-        with self._opened() as store:
-            self._chosen().read(store.storage, plan, planner, store.settings)
+        described = self._chosen()
+        with self._opened() as store, _retired_meanwhile(store, described.checkpoint):
+            described.read(store.storage, plan, planner, store.settings)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -148,3 +151,16 @@ class StorageReader(dcp_storage.StorageReader):
             yield store
         finally:
             self._place.close(store)
+
+
+@contextlib.contextmanager
+def _retired_meanwhile(store: ManifestStore, checkpoint: Checkpoint) -> Iterator[None]:
+    """Tell bytes that are gone because the run let them go from damage."""
+    try:
+        yield
+    except CorruptCheckpointError as exc:
+        manifest = store.read()
+        now = manifest.find(checkpoint.id) if manifest else None
+        if now is None or now.state is not State.COMMITTED:
+            raise CheckpointNotFoundError(f"{checkpoint.url} was retired while it was being read: load again") from exc
+        raise

@@ -264,6 +264,7 @@ class StorageWriter(dcp_storage.StorageWriter):
                 f"{type(planner).__qualname__} does not hand on what the coordinator told this rank in the plan's "
                 "storage_data: keep it, as dataclasses.replace(plan, ...) does"
             )
+        self._check_agreed(word.entry, store)
         entry = self.checkpoint = word.entry
         portion = Portion(word.rank, entry.world_size, allow_pickle=self._allow_pickle)
         portion.take(plan.items, word.paths, planner)
@@ -274,6 +275,18 @@ class StorageWriter(dcp_storage.StorageWriter):
         future: Future[list[dcp_storage.WriteResult]] = Future()
         future.set_result(portion.results(payloads, objects, sums))
         return future
+
+    def _check_agreed(self, entry: Checkpoint, store: ManifestStore) -> None:
+        """Whether the coordinator means the same save as this rank.
+
+        Raises:
+            ConfigError: it has another step, or another root.
+        """
+        if entry.step != self._step:
+            raise ConfigError(f"this rank saves step {self._step}, and the coordinator step {entry.step}")
+        # A folder may be mounted elsewhere on another node; whether it is the same one is looked at in the end.
+        if not isinstance(store.unretried, LocalStorage) and entry.root != store.storage.url:
+            raise ConfigError(f"this rank saves to {store.storage.url}, and the coordinator to {entry.root}")
 
     # -- the coordinator, after the last byte ------------------------------------------------------------------
 
@@ -312,7 +325,7 @@ class StorageWriter(dcp_storage.StorageWriter):
             MetadataIndex(result.index.fqn, box.chunk.offsets): box.chunk
             for result in written
             if result.storage_data.node is None
-            for box in result.storage_data.tensors
+            for box in result.storage_data.boxes
         }
         self.checkpoint = placed(committed, entry.root)
         self._end(recorder, committed)

@@ -20,9 +20,9 @@ from cloudckpt.core.model import Chunk, PayloadObject, TensorEntry
 from cloudckpt.core.values import Codec, Encoded, Path, render_path
 from cloudckpt.errors import SaveError
 from cloudckpt.tensors.dcp import Box
-from cloudckpt.tensors.memory import check_storable, dtype_name
+from cloudckpt.tensors.memory import PLAIN, check_storable, dtype_name
 from cloudckpt.tensors.planning import Payload, lay_out
-from cloudckpt.tensors.tree import encode_value
+from cloudckpt.tensors.tree import Identity, encode_value, identity_of
 
 __all__ = ["Assembled", "Portion", "Stored", "Written", "assemble", "name_of"]
 
@@ -54,13 +54,20 @@ class Written:
 
     Attributes:
         tensors: of a tensor the one box, of any other value the tensors and arrays inside of it.
+        alias_of: the box of the tensor that this one is tied to, which has none of its own then.
         node: of a value that is no tensor, its JSON node.
         pickled: whether anything in the node had to be pickled.
     """
 
-    tensors: tuple[Stored, ...]
+    tensors: tuple[Stored, ...] = ()
+    alias_of: Stored | None = None
     node: Encoded | None = None
     pickled: bool = False
+
+    @property
+    def boxes(self) -> tuple[Stored, ...]:
+        """Where its bytes lie, whoever's they are."""
+        return self.tensors if self.alias_of is None else (self.alias_of,)
 
 
 class Portion:
@@ -82,6 +89,8 @@ class Portion:
         self._tensors: dict[str, list[torch.Tensor]] = {}
         self._owners: dict[tuple[str, str, tuple[int, ...]], int] = {}
         self._names: set[tuple[str, str]] = set()
+        self._first: dict[tuple[str, Identity], int] = {}
+        self._aliases: dict[int, int] = {}
 
     def take(self, items: Sequence[WriteItem], paths: Mapping[str, Path], planner: SavePlanner) -> None:
         """Look up the items' values. No bytes move.
@@ -109,19 +118,28 @@ class Portion:
                 f"{render_path(path)}: the planner planned a box of shape {tuple(chunk.sizes)} and gave one of "
                 f"{tuple(found.shape)}"
             )
-        self._add(
-            Box(
-                component=str(path[0]),
-                name=name_of(path),
-                dtype=found.dtype,
-                offsets=tuple(chunk.offsets),
-                lengths=tuple(chunk.sizes),
-                shape=tuple(item.tensor_data.size),
-            ),
-            found.detach(),
-            path,
+        box = Box(
+            component=str(path[0]),
+            name=name_of(path),
+            dtype=found.dtype,
+            offsets=tuple(chunk.offsets),
+            lengths=tuple(chunk.sizes),
+            shape=tuple(item.tensor_data.size),
         )
+        number = len(self._items)
+        first = self._tied_to(box, found, number)
+        if first == number:
+            self._add(box, found.detach(), path)
+        else:
+            self._names.add((box.component, box.name))
+            self._aliases[number] = first
         self._items.append(item)
+
+    def _tied_to(self, box: Box, tensor: torch.Tensor, number: int) -> int:
+        """The number of the item that has stored the same memory, or this one's: to DCP tied names are unrelated."""
+        if box.lengths != box.shape or not tensor.numel() or type(tensor) not in PLAIN:
+            return number
+        return self._first.setdefault((box.component, identity_of(tensor)), number)
 
     def _take_value(self, item: WriteItem, path: Path, value: object) -> None:
         def store(tensor: torch.Tensor, inner: Path) -> str:
@@ -192,7 +210,9 @@ class Portion:
         for number, item in enumerate(self._items):
             own = tuple(stored.get(number, ()))
             node, pickled = self._nodes.get(number, (None, False))
-            written = Written(tensors=own, node=node, pickled=pickled)
+            tied = self._aliases.get(number)
+            alias_of = None if tied is None else stored[tied][0]
+            written = Written(tensors=own, alias_of=alias_of, node=node, pickled=pickled)
             found.append(WriteResult(item.index, sum(box.chunk.length for box in own), written))
         return found
 
@@ -268,7 +288,11 @@ def assemble(results: Sequence[WriteResult], paths: Mapping[str, Path]) -> Assem
                     f"{fqn} has a tensor inside of it whose name, {'.'.join(place)}, is {owners[place]}'s: rename one"
                 )
             entries[place] = _grown(entries.get(place), box)
-        leaves[fqn] = written.node or Encoded({"$tensor": written.tensors[0].name})
+        if (first := written.alias_of) is not None:
+            entries[first.component, name_of(paths[fqn])] = TensorEntry(
+                dtype=first.dtype, shape=first.shape, alias_of=first.name
+            )
+        leaves[fqn] = written.node or Encoded({"$tensor": name_of(paths[fqn])})
     tree: dict[object, Any] = {}
     for fqn, path in paths.items():
         if fqn in leaves:

@@ -32,10 +32,10 @@ from cloudckpt.tensors.memory import PLAIN
 from cloudckpt.tensors.per_rank import NoRankLeaf, PerRankLeaf
 from cloudckpt.tensors.sharded import held_parts
 
-__all__ = ["FlatState", "check_components", "encode_value", "flatten", "unflatten"]
+__all__ = ["FlatState", "Identity", "check_components", "encode_value", "flatten", "identity_of", "unflatten"]
 
 #: What makes two tensors the same memory seen the same way.
-_Identity = tuple[object, ...]
+Identity = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class _Component:
         if others is None:
             self.seen[address] = [name]
             return None
-        identity = _identity(tensor)
+        identity = identity_of(tensor)
         for other in others:
-            if _identity(self.tensors[other]) == identity:
+            if identity_of(self.tensors[other]) == identity:
                 return other
         others.append(name)
         return None
@@ -95,7 +95,8 @@ class _Component:
         return next(name for name in numbered if name not in self.tensors and name not in self.aliases)
 
 
-def _identity(whole: torch.Tensor) -> _Identity:
+def identity_of(whole: torch.Tensor) -> Identity:
+    """Equal for tied tensors: the same memory seen the same way. Of a sharded one, by the first part of it here."""
     (tensor, *_) = held_parts(whole)
     return (
         whole.shape,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -16,6 +16,9 @@ from cloudckpt import Settings, StorageError
 from cloudckpt.dcp import StorageReader, StorageWriter
 from cloudckpt.storage import LocalStorage
 from tests.distributed.scenarios import _filled, _full, _meshed, _sharded, digest
+
+#: Any: the package imports its names without exporting them.
+dcp: Any = torch.distributed.checkpoint
 
 QUICK = Settings(retry_base_s=0.01, retry_cap_s=0.05)
 

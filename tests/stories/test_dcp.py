@@ -13,19 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlanner
 
 import cloudckpt
 from cloudckpt import CheckpointManager, PerRank, TrainState
 from cloudckpt.core import keys
-from cloudckpt.core.index_json import decode_index, encode_index
+from cloudckpt.core.index_json import decode_index, encode_index, index_digest
 from cloudckpt.dcp import StorageReader, StorageWriter
 from cloudckpt.storage import LocalStorage, MemoryStorage, Storage
 from cloudckpt.testing.invariants import check_store
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+#: Any: the package imports its names without exporting them.
+dcp: Any = torch.distributed.checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
 
 
 def trained(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -200,8 +205,8 @@ def test_tensors_are_read_into_their_own_memory_or_converted(memory_storage: Mem
 
 def test_async_save_commits_in_the_background(tmp_path: Path) -> None:
     """What is saved is the state at the call, whatever becomes of it afterwards."""
-    state = {"x": torch.ones(1000), "step": 1}
-    future = dcp.async_save(state, storage_writer=StorageWriter(tmp_path / "run", step=1), no_dist=True)
+    state: dict[str, Any] = {"x": torch.ones(1000), "step": 1}
+    future = dcp.async_save(state, storage_writer=StorageWriter(tmp_path / "run", step=1))
     state["x"].zero_()
     getattr(future, "upload_completion", future).result()
     assert cloudckpt.open(tmp_path / "run").load()["x"].tolist() == [1.0] * 1000
@@ -210,7 +215,7 @@ def test_async_save_commits_in_the_background(tmp_path: Path) -> None:
 def test_nothing_is_pickled(memory_storage: MemoryStorage) -> None:
     """The planner is never asked for pickled bytes, and there are only the index, safetensors and the manifest."""
 
-    class Refusing(dcp.DefaultSavePlanner):
+    class Refusing(DefaultSavePlanner):
         def transform_object(self, write_item: Any, object: Any) -> Any:  # noqa: A002 - torch's name
             assert isinstance(object, torch.Tensor)
             return object
@@ -241,15 +246,15 @@ def test_what_cannot_be_stored_is_refused_by_its_path_or_pickled_with_permission
         StorageReader(memory_storage).read_metadata()
     state["deep"] = {"inner": None}
     dcp.load(state, storage_reader=StorageReader(memory_storage, allow_pickle=True))
-    assert state["deep"]["inner"].number == 5  # type: ignore[index, attr-defined]
+    assert state["deep"]["inner"].number == 5  # type: ignore[index]
     assert [c.step for c in cloudckpt.open(memory_storage).checkpoints(state=None)] == [2]
 
 
-class Foreign(dcp.SavePlanner):
+class Foreign(SavePlanner):
     """A planner that can only give its values pickled."""
 
     def __init__(self) -> None:
-        self._own = dcp.DefaultSavePlanner()
+        self._own = DefaultSavePlanner()
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         self._own.set_up_planner(state_dict, storage_meta, is_coordinator)
@@ -280,11 +285,11 @@ def test_a_planner_that_pickles_is_refused_unless_it_may(memory_storage: MemoryS
 
 def test_a_planner_that_keeps_its_plan_is_refused(memory_storage: MemoryStorage) -> None:
     """DCP's class-level cache would send a save into the folder of another; without it everything works."""
-    if "enable_plan_caching" not in dcp.DefaultSavePlanner.__init__.__code__.co_varnames:
+    if "enable_plan_caching" not in DefaultSavePlanner.__init__.__code__.co_varnames:
         pytest.skip("this torch has no such cache")
-    caches = [getattr(dcp.SavePlanner, name) for name in vars(dcp.SavePlanner) if name.startswith("_cached_")]
+    caches = [getattr(SavePlanner, name) for name in vars(SavePlanner) if name.startswith("_cached_")]
     try:
-        planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
+        planner = DefaultSavePlanner(enable_plan_caching=True)
         dcp.save({"x": torch.ones(2)}, storage_writer=StorageWriter(memory_storage, step=1), planner=planner)
         with refused(cloudckpt.ConfigError, "enable_plan_caching=True"):
             dcp.save({"x": torch.ones(2)}, storage_writer=StorageWriter(memory_storage, step=2), planner=planner)
@@ -297,7 +302,7 @@ def test_a_planner_that_keeps_its_plan_is_refused(memory_storage: MemoryStorage)
 def test_data_of_a_planners_own_is_refused_before_anything_happens(memory_storage: MemoryStorage) -> None:
     """Only names and paths can be stored as JSON; nothing was claimed."""
 
-    class Odd(dcp.DefaultSavePlanner):
+    class Odd(DefaultSavePlanner):
         def create_local_plan(self) -> Any:
             return replace(super().create_local_plan(), planner_data=Own(1))
 
@@ -429,8 +434,6 @@ def test_a_hostile_index_is_refused(memory_storage: MemoryStorage, field: str, v
     manifest = json.loads(memory_storage.read(keys.MANIFEST, limit_bytes=10**6).body)
     body = encode_index(index)
     memory_storage.put(key, [body], size_bytes=len(body))
-    from cloudckpt.core.index_json import index_digest
-
     for entry in manifest["entries"]:
         entry["index_digest"] = index_digest(body)
     at = memory_storage.read(keys.MANIFEST, limit_bytes=10**6)
@@ -470,15 +473,74 @@ def test_a_run_that_is_not_there_is_not_found(memory_storage: MemoryStorage) -> 
     with pytest.raises(cloudckpt.CheckpointNotFoundError):
         StorageReader(memory_storage, 5).read_metadata()
     with pytest.raises(cloudckpt.ConfigError, match="read no metadata"):
-        StorageReader(memory_storage).prepare_local_plan(dcp.LoadPlan([]))
+        StorageReader(memory_storage).prepare_local_plan(LoadPlan([]))
 
 
 def test_arguments_are_checked_at_once(memory_storage: MemoryStorage) -> None:
     """A wrong step, metric, tag, component or selection fails where it is given."""
     for words in ({"step": -1}, {"step": 1, "metrics": {"loss": "low"}}, {"step": 1, "tags": [3]}):
         with pytest.raises((cloudckpt.ConfigError, TypeError)):
-            StorageWriter(memory_storage, **words)  # type: ignore[arg-type]
+            StorageWriter(memory_storage, **words)
     with pytest.raises(cloudckpt.ConfigError, match="cannot be used as a name"):
         StorageWriter(memory_storage, step=1, component="")
     with pytest.raises(cloudckpt.ConfigError):
         StorageReader(memory_storage, "no such thing")
+
+
+def test_tied_tensors_are_stored_once(memory_storage: MemoryStorage) -> None:
+    """To DCP they are two; the payload has one, both names load, and the metadata says the same as when it was saved."""
+    weight = torch.arange(6.0).reshape(2, 3)
+    state = {"model": {"embedding": weight, "head": weight, "turned": weight.t()}}
+    saved = dcp.save(state, storage_writer=StorageWriter(memory_storage, step=1))
+    index = cloudckpt.open(memory_storage).index("latest")
+    assert {name: entry.alias_of for name, entry in index.tensors["model"].items()} == {
+        "embedding": None,
+        "head": "embedding",
+        "turned": None,
+    }
+    fresh = {"model": {name: torch.zeros_like(tensor) for name, tensor in state["model"].items()}}
+    dcp.load(fresh, storage_reader=StorageReader(memory_storage))
+    assert same(fresh, state)
+    assert StorageReader(memory_storage).read_metadata().storage_data == saved.storage_data
+    check_store(memory_storage)
+
+
+def test_a_name_that_two_tensors_would_have_is_given_to_one(memory_storage: MemoryStorage) -> None:
+    """A tensor inside of a tuple takes another name where its own is a neighbour's; both come back."""
+    state = {"m": {"a": (torch.ones(2), 1), "a.0": torch.zeros(3)}}
+    dcp.save(state, storage_writer=StorageWriter(memory_storage, step=1))
+    assert same(cloudckpt.open(memory_storage).load(), state)
+
+
+def test_a_checkpoint_that_is_let_go_while_it_is_read_is_not_damaged(memory_storage: MemoryStorage) -> None:
+    """The run's policy has retired it between the choice and the reading: not found, instead of corrupt."""
+    dcp.save({"x": torch.ones(4)}, storage_writer=StorageWriter(memory_storage, step=1))
+    reader = StorageReader(memory_storage)
+    metadata = reader.read_metadata()
+    with CheckpointManager(memory_storage, keep_last=1) as ckpts:
+        ckpts.save(2, {"x": torch.ones(4)}).wait()
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner({"x": torch.zeros(4)}, metadata, is_coordinator=True)
+    with pytest.raises(cloudckpt.CheckpointNotFoundError, match="was retired while it was being read"):
+        reader.read_data(planner.create_local_plan(), planner)
+
+
+def test_ranks_that_mean_different_roots_are_told_before_any_byte(new_storage: Callable[[str], Storage]) -> None:
+    """The coordinator has announced a save in one bucket, and another rank would write to another."""
+    writers = [StorageWriter(new_storage("moto"), step=1) for _ in range(2)]
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({"x": torch.ones(4)}, is_coordinator=True)
+    for writer, is_coordinator in zip(writers, (True, False), strict=True):
+        writer.set_up_storage_writer(is_coordinator)
+    plans, _ = planner.create_global_plan([planner.create_local_plan()])
+    (plan,) = writers[0].prepare_global_plan(plans)
+    with pytest.raises(cloudckpt.ConfigError, match=r"this rank saves to s3://.*, and the coordinator to s3://"):
+        writers[1].write_data(plan, planner)
+    with pytest.raises(cloudckpt.ConfigError, match="rank saves step 2, and the coordinator step 1"):
+        other = StorageWriter(new_storage("memory"), step=2)
+        other.set_up_storage_writer(is_coordinator=False)
+        other.write_data(plan, planner)
+    with pytest.raises(cloudckpt.ConfigError, match="use_collectives=False"):
+        other.set_up_storage_writer(is_coordinator=True, rank=0, use_collectives=False)
+    with pytest.raises(cloudckpt.ConfigError, match="does not hand on"):
+        writers[0].write_data(replace(plan, storage_data=None), planner)
