@@ -350,8 +350,8 @@ class StorageWriter(dcp_storage.StorageWriter):
 
     def _end(self, recorder: Recorder, committed: Checkpoint) -> None:
         """Whatever comes after a commit: a failure here does not fail the save."""
-        seconds = time.monotonic() - self._began
-        recorder.tell_committed(committed, seconds=seconds, blocked_seconds=seconds)
+        # Whether training waits for all of it or goes on beside it is between the caller and DCP.
+        recorder.tell_committed(committed, seconds=time.monotonic() - self._began, blocked_seconds=None)
         try:
             recorder.clean_up()
             recorder.close()

@@ -203,7 +203,7 @@ class Recorder:
         if entry.id not in self._unresolved:
             self._unresolved[entry.id] = Abandon(reason=f"the save failed: {error}"[:_REASON_LENGTH])
 
-    def tell_committed(self, committed: Checkpoint, *, seconds: float, blocked_seconds: float) -> None:
+    def tell_committed(self, committed: Checkpoint, *, seconds: float, blocked_seconds: float | None) -> None:
         """Say that it is there, and if it is the best."""
         manifest = self._store.last_seen
         checkpoint = placed(committed, self._store.storage.url)

@@ -105,7 +105,8 @@ class Described:
             StorageError: the store refused. In each case the tensors may hold anything.
         """
         values = [item for item in plan.items if item.type is LoadItemType.BYTE_IO]
-        places = {place for item in values for place in self._places_in(self._values[item.storage_index.fqn])}
+        arrays = {memory.data_ptr(): place for place, memory in self._outline.arrays.items()}
+        places = {place for item in values for place in self._places_in(self._values[item.storage_index.fqn], arrays)}
         fetch(storage, self._outline, Homes(), settings, done=self._outline.entries.keys() - places)
         landings = [
             self._landing(item, planner.resolve_tensor(item))
@@ -131,19 +132,20 @@ class Described:
             )
         return _Landing(item, self.metadata.storage_data[item.storage_index], self._dtypes[fqn], tensor)
 
-    def _places_in(self, value: Any) -> Iterator[Place]:
-        """What has to be fetched before a value that is no tensor has all that is in it."""
+    def _places_in(self, value: Any, arrays: Mapping[int, Place]) -> Iterator[Place]:
+        """What has to be fetched before a value that is no tensor has all that is in it; arrays go by their address."""
         if isinstance(value, torch.Tensor):
             if (place := self._outline.place_of(value)) is not None:
                 yield place
         elif isinstance(value, np.ndarray):
-            yield from (p for p, memory in self._outline.arrays.items() if memory.data_ptr() == value.ctypes.data)
+            if value.ctypes.data in arrays:
+                yield arrays[value.ctypes.data]
         elif isinstance(value, Mapping):
             for pair in value.items():
-                yield from self._places_in(pair)
+                yield from self._places_in(pair, arrays)
         elif isinstance(value, list | tuple | set | frozenset):
             for inner in value:
-                yield from self._places_in(inner)
+                yield from self._places_in(inner, arrays)
 
 
 def _inside(values: Mapping[str, Any], component: str, index: Index, checkpoint: Checkpoint) -> dict[str, Any]:
