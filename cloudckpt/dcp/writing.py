@@ -33,7 +33,8 @@ from cloudckpt.events import Listener, Listeners, LoggingListener, Warned
 from cloudckpt.saving.recording import Recorder
 from cloudckpt.saving.uploading import put_all, tensor_sources
 from cloudckpt.storage import GenericFsspecStorage, LocalStorage, ManifestStore
-from cloudckpt.tensors.dcp_portion import Assembled, Portion, assemble
+from cloudckpt.tensors.dcp_assembly import Assembled, assemble
+from cloudckpt.tensors.dcp_portion import Portion
 from cloudckpt.tensors.tree import check_components
 from cloudckpt.view import placed
 

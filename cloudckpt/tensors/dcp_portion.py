@@ -1,4 +1,4 @@
-"""One rank's part of a save that PyTorch's distributed checkpoint (DCP) has planned, and all parts as one index.
+"""One rank's part of a save that PyTorch's distributed checkpoint (DCP) has planned.
 
 DCP's plan names each value by its path, joined with dots. The path says where it belongs: the component first, then the
 place in the component's tree. Tensors go into one payload object per component and rank; every other value becomes a
@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.core.model import Chunk, PayloadObject, TensorEntry
-from cloudckpt.core.values import Codec, Encoded, Path, render_path
-from cloudckpt.errors import SaveError
+from cloudckpt.core.model import Chunk, PayloadObject
+from cloudckpt.core.values import Encoded, Path, render_path
 from cloudckpt.tensors.dcp import Box
 from cloudckpt.tensors.memory import PLAIN, check_storable, dtype_name
 from cloudckpt.tensors.planning import Payload, lay_out
 from cloudckpt.tensors.tree import Identity, encode_value, identity_of
 
-__all__ = ["Assembled", "Portion", "Stored", "Written", "assemble", "name_of"]
+__all__ = ["Portion", "Stored", "Written", "name_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,99 +241,3 @@ def _stored(payloads: Sequence[Payload], objects: Sequence[PayloadObject], sums:
 def name_of(path: Path) -> str:
     """A tensor's name in its component: the path inside of it, joined with dots."""
     return ".".join(map(str, path[1:])) or str(path[0])
-
-
-# -- all parts together ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assembled:
-    """What all ranks have written, as the index tells it.
-
-    Attributes:
-        objects: the payload objects, rank after rank.
-        tensors: component -> name -> entry.
-        structure: component -> JSON node.
-        pickled: whether any value had to be pickled.
-    """
-
-    objects: tuple[PayloadObject, ...]
-    tensors: dict[str, dict[str, TensorEntry]]
-    structure: dict[str, Any]
-    pickled: bool
-
-
-def assemble(results: Sequence[WriteResult], paths: Mapping[str, Path]) -> Assembled:
-    """Put together what the ranks report.
-
-    Args:
-        paths: where each value belongs, by the plan's name for it; in the order of the state.
-
-    Raises:
-        SaveError: the reports do not make one state.
-    """
-    objects: dict[str, PayloadObject] = {}
-    entries: dict[tuple[str, str], TensorEntry] = {}
-    owners: dict[tuple[str, str], str] = {}
-    leaves: dict[str, Encoded] = {}
-    for result in results:
-        fqn, written = result.index.fqn, result.storage_data
-        for box in written.tensors:
-            objects[box.object.name] = box.object
-            place = box.component, box.name
-            if owners.setdefault(place, fqn) != fqn:
-                raise SaveError(
-                    f"{fqn} has a tensor inside of it whose name, {'.'.join(place)}, is {owners[place]}'s: rename one"
-                )
-            entries[place] = _grown(entries.get(place), box)
-        if (first := written.alias_of) is not None:
-            entries[first.component, name_of(paths[fqn])] = TensorEntry(
-                dtype=first.dtype, shape=first.shape, alias_of=first.name
-            )
-        leaves[fqn] = written.node or Encoded({"$tensor": name_of(paths[fqn])})
-    tree: dict[object, Any] = {}
-    for fqn, path in paths.items():
-        if fqn in leaves:
-            _plant(tree, path, leaves[fqn])
-    tensors: dict[str, dict[str, TensorEntry]] = {str(component): {} for component in tree}
-    for (component, name), entry in entries.items():
-        tensors[component][name] = entry
-    return Assembled(
-        objects=tuple(objects.values()),
-        tensors=tensors,
-        structure={str(component): Codec().encode(_as_lists(node)) for component, node in tree.items()},
-        pickled=any(result.storage_data.pickled for result in results),
-    )
-
-
-def _grown(entry: TensorEntry | None, box: Stored) -> TensorEntry:
-    if entry is None:
-        return TensorEntry(dtype=box.dtype, shape=box.shape, chunks=(box.chunk,))
-    if (entry.dtype, entry.shape) != (box.dtype, box.shape):
-        raise SaveError(
-            f"{box.component}.{box.name} is {entry.dtype} of shape {entry.shape} on one rank and {box.dtype} of shape "
-            f"{box.shape} on another"
-        )
-    return replace(entry, chunks=(*entry.chunks, box.chunk))
-
-
-class _Row(dict[int, Any]):
-    """A list that is filled in any order."""
-
-
-def _plant(tree: dict[Any, Any], path: Path, leaf: Encoded) -> None:
-    at: Any = tree
-    for here, below in itertools.pairwise(path):
-        at = at.setdefault(here, _Row() if type(below) is int else {})
-        if not isinstance(at, dict) or isinstance(at, _Row) != (type(below) is int):
-            raise SaveError(f"{render_path(path)}: the ranks have different kinds of values on the way to it")
-    if path[-1] in at:
-        raise SaveError(f"{render_path(path)}: there are two values for one place")
-    at[path[-1]] = leaf
-
-
-def _as_lists(node: Any) -> Any:
-    if isinstance(node, _Row):
-        # What DCP leaves out of a list (an empty dict, say) it gives back as None.
-        return [_as_lists(node.get(number)) for number in range(max(node) + 1)]
-    return {key: _as_lists(inner) for key, inner in node.items()} if isinstance(node, dict) else node

@@ -137,3 +137,13 @@ def choices_that_differ(root: str, odd_rank: int) -> dict[str, Any]:
     except CheckpointException as exc:
         said = "; ".join(f"{type(error).__name__}: {error}" for error, _ in exc.failures.values())
     return {"said": said, "changed": bool(state["x"].any())}
+
+
+def steps_that_differ(root: str, odd_rank: int) -> str:
+    """One rank saves another step than the others do."""
+    try:
+        writer = StorageWriter(root, step=7 if dist.get_rank() == odd_rank else 1, settings=QUICK)
+        dcp.save({"x": {str(dist.get_rank()): torch.ones(4)}}, storage_writer=writer)
+        return ""
+    except CheckpointException as exc:
+        return "; ".join(f"{rank}: {type(error).__name__}: {error}" for rank, (error, _) in exc.failures.items())

@@ -118,3 +118,10 @@ def test_ranks_that_choose_differently_load_nothing(four_ranks: Ranks, tmp_path:
     for value in answers(four_ranks.run(dcp_scenarios.choices_that_differ, root=str(tmp_path), odd_rank=odd_rank)):
         assert value["said"].startswith("RankError: the ranks have chosen different checkpoints, checkpoint-1.")
         assert not value["changed"]
+
+
+def test_ranks_that_save_different_steps_are_told_and_nothing_is_committed(four_ranks: Ranks, tmp_path: Path) -> None:
+    """The coordinator's step counts; whoever has another one says so, and the save fails on all."""
+    for said in answers(four_ranks.run(dcp_scenarios.steps_that_differ, root=str(tmp_path), odd_rank=2)):
+        assert said == "2: ConfigError: this rank saves step 7, and the coordinator step 1"
+    assert cloudckpt.open(tmp_path).checkpoints() == ()

@@ -544,3 +544,21 @@ def test_ranks_that_mean_different_roots_are_told_before_any_byte(new_storage: C
         other.set_up_storage_writer(is_coordinator=True, rank=0, use_collectives=False)
     with pytest.raises(cloudckpt.ConfigError, match="does not hand on"):
         writers[0].write_data(replace(plan, storage_data=None), planner)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_optimizers_own_numbers_are_put_back(memory_storage: MemoryStorage, steps: int) -> None:
+    """DCP makes them text, and leaves an empty state out; a manager restores the very moments all the same."""
+    model, optimizer = trained(1)
+    if not steps:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    dcp.save(
+        {"model": model, "deep": {"optimizer": optimizer.state_dict()}},
+        storage_writer=StorageWriter(memory_storage, step=1),
+    )
+    assert same(cloudckpt.open(memory_storage).load()["deep"], {"optimizer": optimizer.state_dict()})
+    dcp.save({"model": model, "optimizer": optimizer}, storage_writer=StorageWriter(memory_storage, step=2))
+    fresh, other = trained(2)
+    with CheckpointManager(memory_storage) as ckpts:
+        assert ckpts.restore({"model": fresh, "optimizer": other}) is not None
+    assert same(other.state_dict(), optimizer.state_dict())
