@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from typing import Any
 
@@ -147,3 +148,24 @@ def steps_that_differ(root: str, odd_rank: int) -> str:
         return ""
     except CheckpointException as exc:
         return "; ".join(f"{rank}: {type(error).__name__}: {error}" for rank, (error, _) in exc.failures.items())
+
+
+class _Deadly(LocalStorage):
+    """A disk that kills whoever writes payload to it."""
+
+    def put(self, key: str, buffers: Any, *, size_bytes: int, progress: Any = None) -> None:
+        if key.endswith(".safetensors"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().put(key, buffers, size_bytes=size_bytes, progress=progress)
+
+
+def die_in_upload(root: str, victim: int) -> str:
+    """One rank is killed with SIGKILL while all of them upload."""
+    state = {"x": {str(dist.get_rank()): torch.ones(1000)}}
+    dcp.save(state, storage_writer=StorageWriter(root, step=0, settings=QUICK))
+    place: Any = _Deadly(root) if dist.get_rank() == victim else root
+    try:
+        dcp.save(state, storage_writer=StorageWriter(place, step=1, settings=QUICK))
+        return ""
+    except Exception as exc:
+        return type(exc).__name__

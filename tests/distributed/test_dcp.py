@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cloudckpt
 from cloudckpt.storage import LocalStorage
@@ -125,3 +126,24 @@ def test_ranks_that_save_different_steps_are_told_and_nothing_is_committed(four_
     for said in answers(four_ranks.run(dcp_scenarios.steps_that_differ, root=str(tmp_path), odd_rank=2)):
         assert said == "2: ConfigError: this rank saves step 7, and the coordinator step 1"
     assert cloudckpt.open(tmp_path).checkpoints() == ()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_in_mid_upload_leaves_what_a_claim_settles(tmp_path: Path, victim: int) -> None:
+    """DCP fails on the survivor, nothing became visible, and the next writer finds the run in order."""
+    ranks = Ranks(2)
+    try:
+        outcomes = ranks.run(dcp_scenarios.die_in_upload, root=str(tmp_path), victim=victim)
+    finally:
+        ranks.close()
+    assert outcomes[victim].gone
+    assert outcomes[1 - victim].value
+    assert [c.step for c in cloudckpt.open(tmp_path).checkpoints()] == [0]
+    state = {"x": {str(rank): torch.zeros(1000) for rank in range(2)}}
+    with cloudckpt.CheckpointManager(tmp_path) as ckpts:
+        resumed = ckpts.restore(state)
+        assert resumed is not None
+        assert resumed.step == 0
+        ckpts.save(1, state).wait()
+    cloudckpt.gc(tmp_path, dry_run=False)
+    check_store(LocalStorage(tmp_path), settled=True)
