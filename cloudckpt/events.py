@@ -70,11 +70,11 @@ class SaveStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveCommitted:
-    """The save is durable and visible. Durations in seconds."""
+    """The save is durable and visible. Durations in seconds; how long training stood still, where that is known."""
 
     checkpoint: Checkpoint
     seconds: float
-    blocked_seconds: float
+    blocked_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,13 +292,13 @@ class LoggingListener:
         best = [reason for reason in c.kept_because if reason.startswith("best #")]
         metrics = "".join(f" {_valued(name, value)}" for name, value in sorted(c.metrics.items()))
         logger.info(
-            "saved checkpoint-%d (%s, %d objects, %s, %s, blocked %s)%s%s",
+            "saved checkpoint-%d (%s, %d objects, %s, %s%s)%s%s",
             c.step,
             format_bytes(c.size_bytes),
             c.object_count,
             format_duration(event.seconds),
             format_rate(c.size_bytes, event.seconds),
-            format_duration(event.blocked_seconds),
+            "" if event.blocked_seconds is None else f", blocked {format_duration(event.blocked_seconds)}",
             metrics,
             f" [{', '.join(best)}]" if best else "",
         )

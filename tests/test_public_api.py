@@ -69,6 +69,17 @@ def test_a_submodule_never_hides_a_public_function() -> None:
         assert callable(getattr(cloudckpt, name)), name
 
 
+def test_the_storage_for_pytorchs_own_checkpoints_is_a_module_of_its_own() -> None:
+    """``import cloudckpt.dcp`` gives a writer and a reader, and DCP takes them for its own."""
+    from torch.distributed.checkpoint import storage
+
+    import cloudckpt.dcp
+
+    assert cloudckpt.dcp.__all__ == ["StorageReader", "StorageWriter"]
+    assert issubclass(cloudckpt.dcp.StorageReader, storage.StorageReader)
+    assert issubclass(cloudckpt.dcp.StorageWriter, storage.StorageWriter)
+
+
 def test_importing_the_package_and_the_command_line_loads_no_torch() -> None:
     """``import cloudckpt``, its metadata half and its command line load neither torch nor NumPy."""
     code = (

@@ -21,6 +21,7 @@ import re
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -28,7 +29,7 @@ from typing import Any, Final, Protocol
 
 from cloudckpt.errors import CloudCkptError, FormatError
 
-__all__ = ["SKIP", "Codec", "Handler", "Path", "render_path"]
+__all__ = ["SKIP", "Codec", "Encoded", "Handler", "Path", "render_path"]
 
 Path = tuple[object, ...]
 Json = Any
@@ -50,6 +51,13 @@ _INT_BITS = 2048
 
 #: A high and a low surrogate side by side: JSON's escapes read them back as the one character they encode.
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A value that is a node already, encoded by somebody else: it is taken as it stands."""
+
+    node: Json
 
 
 class Handler(Protocol):
@@ -347,6 +355,7 @@ _PLAIN: dict[type, Callable[[Any], Json]] = {
     int: _int,
     float: _float,
     str: _str,
+    Encoded: lambda v: v.node,
 }
 
 #: exact type -> (codec, value, path) -> node

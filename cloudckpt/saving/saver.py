@@ -10,40 +10,30 @@ settles it.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 from cloudckpt.coordination import Coordinator
-from cloudckpt.core import keys
-from cloudckpt.core.model import Checkpoint, PayloadObject, State
+from cloudckpt.core.model import Checkpoint, State
 from cloudckpt.errors import SaveError
 from cloudckpt.events import Listener, SaveFailed, Warned
 from cloudckpt.pending import PendingSave
 from cloudckpt.saving.agreeing import Agreement
 from cloudckpt.saving.job import Job, SaveRequest, Side, Uploaded
+from cloudckpt.saving.uploading import put_all, tensor_sources
 from cloudckpt.storage import ManifestStore
 from cloudckpt.tensors.ahead import summed_ahead
 from cloudckpt.tensors.arena import Arena, positions
 from cloudckpt.tensors.beside import Beside, stage_beside, why_not_beside
 from cloudckpt.tensors.forecast import optimizer_growth_bytes
 from cloudckpt.tensors.planning import Plan, Planner
-from cloudckpt.tensors.sources import ArenaSource, Buffers, PayloadSource, TensorSource
+from cloudckpt.tensors.sources import ArenaSource, PayloadSource
 from cloudckpt.tensors.staging import Staged, stage
 from cloudckpt.view import placed
 
 __all__ = ["Saver"]
-
-#: Payload objects of this size are put side by side; smaller ones in order, where a second connection gains nothing.
-_LARGE_BYTES = 8 * 1024 * 1024
-
-#: More objects than this at once gain nothing: each is sent in several parts at a time.
-_OBJECTS_AT_ONCE = 2  # by the thread that saves and one more
 
 
 def _let_go_of_values(error: BaseException | None) -> None:
@@ -145,7 +135,7 @@ class Saver:
             self._side.begin(job)
             sources = None if request.block else self._arena_sources(plan, optimizer_growth_bytes(request.state))
             job.direct = sources is None
-            job.sources = sources if sources is not None else self._tensor_sources(plan)
+            job.sources = sources if sources is not None else tensor_sources(plan.payloads, self._store.settings)
             self._pool.submit(self._run, [job])
             submitted = True
             if not job.direct:
@@ -225,16 +215,6 @@ class Saver:
         job.staging = staged = Staged()
         stage(payloads, self._arena, staged)
 
-    def _tensor_sources(self, plan: Plan) -> list[PayloadSource]:
-        devices = {tensor.device for payload in plan.payloads for tensor in payload.tensors if tensor.is_cuda}
-        for device in devices:
-            # The threads that send look at the tensors from streams of their own.
-            torch.cuda.synchronize(device)
-        settings = self._store.settings
-        at_once = max(_OBJECTS_AT_ONCE * settings.parts_in_flight, settings.connections)
-        buffers = Buffers(at_once, pinned=bool(devices))
-        return [TensorSource(payload, buffers, together_bytes=plan.size_bytes) for payload in plan.payloads]
-
     def shut_down(self) -> None:
         """Wait for the background to end."""
         self._pool.shutdown(wait=True)
@@ -289,58 +269,9 @@ class Saver:
         return self._side.commit(job, announced)
 
     def _upload(self, job: Job, entry: Checkpoint) -> None:
-        large = [source for source in job.sources if source.size_bytes >= _LARGE_BYTES]
-        side_by_side = large if len(large) > 1 else []
-        for source in job.sources:
-            if source not in side_by_side:
-                self._put(job, entry, source)
-        if side_by_side:
-            self._put_side_by_side(job, entry, side_by_side)
-        objects: list[PayloadObject] = []
-        sums: list[int] = []
-        for source in job.sources:
-            # Here and not when the index is written: the caller may have the state back before.
-            sealed, own = source.seal()
-            objects.append(sealed)
-            sums += own
+        objects, sums = put_all(self._store.storage, entry, job.sources, progress=job.pending.advance)
         structure = {component: job.plan.flat.structure[component] for component in job.plan.sends}
         job.uploaded = Uploaded(objects=tuple(objects), sums=tuple(sums), structure=structure)
-
-    def _put_side_by_side(self, job: Job, entry: Checkpoint, sources: Sequence[PayloadSource]) -> None:
-        """Put them in this thread and one more. No pool: while a process ends, it takes no work any more."""
-        left = deque(sources)
-        failures: list[BaseException] = []
-
-        def put_what_is_left() -> None:
-            while not failures:
-                try:
-                    source = left.popleft()
-                except IndexError:
-                    return
-                try:
-                    self._put(job, entry, source)
-                except BaseException as exc:  # noqa: BLE001 - raised below, in the thread that saves
-                    failures.append(exc)
-                    job.stop(f"another object failed: {exc}")
-
-        helper = threading.Thread(target=put_what_is_left, name="cloudckpt-put", daemon=False)
-        try:
-            helper.start()
-        except RuntimeError:  # no further thread is to be had: one after the other
-            put_what_is_left()
-        else:
-            put_what_is_left()
-            helper.join()
-        if failures:
-            raise failures[0]
-
-    def _put(self, job: Job, entry: Checkpoint, source: PayloadSource) -> None:
-        self._store.storage.put(
-            keys.payload_key(entry.step, entry.id, source.payload.name),
-            source,
-            size_bytes=source.size_bytes,
-            progress=job.pending.advance,
-        )
 
     # -- the end ---------------------------------------------------------------------------------------------
 

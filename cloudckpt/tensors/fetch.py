@@ -27,7 +27,7 @@ from cloudckpt.tensors.memory import byte_view, copy_bits, dtype_named, typed_vi
 from cloudckpt.tensors.outline import Outline, Place
 from cloudckpt.tensors.targets import Homes, Part
 
-__all__ = ["fetch"]
+__all__ = ["fetch", "read_chunks"]
 
 
 def fetch(
@@ -67,6 +67,18 @@ def fetch(
         _assemble(wanted[place], pieces, memory[place])
     for place, tensor in memory.items():
         outline.settle(place, tensor)
+
+
+def read_chunks(
+    storage: Storage, checkpoint: Checkpoint, wanted: Sequence[tuple[Chunk, torch.Tensor]], settings: Settings
+) -> None:
+    """Fill flat byte tensors of any device with the proven bytes of a chunk each.
+
+    Raises:
+        CorruptCheckpointError: an object is missing, too short, or a checksum differs; names object and range.
+        StorageError: the store refused. In each case the memory may hold anything.
+    """
+    _Reading(storage, checkpoint, [_Chunk(chunk, home) for chunk, home in wanted], settings).run()
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from cloudckpt.core.values import SKIP, Codec, Path, render_path
 from cloudckpt.errors import FormatError, StateMismatchError
 from cloudckpt.tensors.leaves import has_state
 
-__all__ = ["PerRank", "PerRankLeaf"]
+__all__ = ["NoRankLeaf", "PerRank", "PerRankLeaf"]
 
 
 class PerRank:
@@ -65,3 +65,24 @@ class PerRankLeaf:
             )
         own = payload.get(str(self.rank))
         return SKIP if own is None else codec.decode(own, (*path, f"rank-{self.rank}"))
+
+
+@dataclass(frozen=True, slots=True)
+class NoRankLeaf:
+    """Refuses what each rank has for itself, where one rank's value is taken for all."""
+
+    tag: str = PER_RANK[1:]
+
+    def encode(self, value: object, path: Path, codec: Codec) -> Any:
+        """See ``Handler.encode``."""
+        del codec
+        if not isinstance(value, PerRank):
+            return SKIP
+        raise TypeError(
+            f"{render_path(path)}: PerRank() is a CheckpointManager's: PyTorch's distributed checkpoint stores one "
+            "rank's value for all. Save it with a CheckpointManager, or under a key of its own for each rank"
+        )
+
+    def decode(self, payload: Any, path: Path, codec: Codec) -> object:
+        """Nothing is read here."""
+        raise TypeError(payload, path, codec)

@@ -31,7 +31,7 @@ from cloudckpt.tensors.sharded import is_sharded
 from cloudckpt.tensors.sharing import Offer, Share, divide
 from cloudckpt.tensors.tree import FlatState, flatten
 
-__all__ = ["Look", "Payload", "Plan", "Planner", "no_collections"]
+__all__ = ["Look", "Payload", "Plan", "Planner", "lay_out", "no_collections"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -307,6 +307,19 @@ def _outline(component: str, boxes: Sequence[Box], keep: Sequence[int], rank: in
         tensors=(),
     )
     return _Outline(empty, tuple(keep[place.number] for place in layout.places))
+
+
+def lay_out(
+    component: str, boxes: Sequence[Box], tensors: Sequence[torch.Tensor], rank: int, world_size: int
+) -> Payload:
+    """One payload object with these boxes of a component's tensors, at least one, whoever has planned them.
+
+    Args:
+        tensors: the boxes' data.
+        rank: which of the ranks that save together writes it.
+        world_size: how many they are.
+    """
+    return _outline(component, boxes, range(len(boxes)), rank, world_size).with_data(tensors)
 
 
 def _overall(

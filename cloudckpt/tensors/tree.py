@@ -29,13 +29,13 @@ from cloudckpt.tensors.leaves import (
     has_state,
 )
 from cloudckpt.tensors.memory import PLAIN
-from cloudckpt.tensors.per_rank import PerRankLeaf
+from cloudckpt.tensors.per_rank import NoRankLeaf, PerRankLeaf
 from cloudckpt.tensors.sharded import held_parts
 
-__all__ = ["FlatState", "flatten", "unflatten"]
+__all__ = ["FlatState", "Identity", "check_components", "encode_value", "flatten", "identity_of", "unflatten"]
 
 #: What makes two tensors the same memory seen the same way.
-_Identity = tuple[object, ...]
+Identity = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class _Component:
         if others is None:
             self.seen[address] = [name]
             return None
-        identity = _identity(tensor)
+        identity = identity_of(tensor)
         for other in others:
-            if _identity(self.tensors[other]) == identity:
+            if identity_of(self.tensors[other]) == identity:
                 return other
         others.append(name)
         return None
@@ -95,7 +95,8 @@ class _Component:
         return next(name for name in numbered if name not in self.tensors and name not in self.aliases)
 
 
-def _identity(whole: torch.Tensor) -> _Identity:
+def identity_of(whole: torch.Tensor) -> Identity:
+    """Equal for tied tensors: the same memory seen the same way. Of a sharded one, by the first part of it here."""
     (tensor, *_) = held_parts(whole)
     return (
         whole.shape,
@@ -122,7 +123,7 @@ def flatten(state: Mapping[str, object], *, allow_pickle: bool = False, rank: in
         TypeError: something cannot be stored; names its path and the ways out.
         ConfigError: the state is empty, or a component's name cannot be used.
     """
-    _check_components(state)
+    check_components(state)
     flat = FlatState()
     pickled: list[bool] = []
     for name, value in state.items():
@@ -140,6 +141,30 @@ def flatten(state: Mapping[str, object], *, allow_pickle: bool = False, rank: in
         flat.tensors[name] = component.tensors
         flat.aliases[name] = component.aliases
     return FlatState(flat.structure, flat.tensors, flat.aliases, pickled=bool(pickled))
+
+
+def encode_value(
+    value: object, path: Path, store: Callable[[torch.Tensor, Path], str], *, allow_pickle: bool
+) -> tuple[Any, bool]:
+    """The JSON node of one value out of a state, and whether anything in it had to be pickled.
+
+    Args:
+        path: where in the state it stands, the component first.
+        store: takes each tensor and its path, gives the name it is stored under.
+
+    Raises:
+        TypeError: something in it cannot be stored; names its path and the ways out.
+    """
+    pickled: list[bool] = []
+    codec = _codec(
+        store,
+        _no_tensor,
+        _no_tensor,
+        allow_pickle=allow_pickle,
+        note=lambda: pickled.append(True),
+        per_rank=NoRankLeaf(),
+    )
+    return codec.encode(value, path), bool(pickled)
 
 
 def unflatten(
@@ -183,7 +208,7 @@ def _codec(
     array: Callable[[str], torch.Tensor],
     *,
     allow_pickle: bool,
-    per_rank: PerRankLeaf,
+    per_rank: Handler,
     note: Callable[[], None] = lambda: None,
 ) -> Codec:
     plain: list[Handler] = [TorchLeaf(), ScalarLeaf(), EnumLeaf()]
@@ -199,7 +224,12 @@ def _no_store(tensor: torch.Tensor, path: Path) -> str:
     raise TypeError(tensor, path)
 
 
-def _check_components(state: Mapping[str, object]) -> None:
+def check_components(state: Mapping[str, object]) -> None:
+    """Refuse what cannot be the components of a checkpoint.
+
+    Raises:
+        ConfigError: there are none, or a name cannot be used.
+    """
     if not isinstance(state, Mapping) or not state:
         raise ConfigError(
             'the state must be a mapping of names to objects, such as {"model": model, "optimizer": optimizer}; got '

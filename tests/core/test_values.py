@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.core.values import SKIP, Codec, Path, render_path
+from cloudckpt.core.values import SKIP, Codec, Encoded, Path, render_path
 from cloudckpt.errors import FormatError
 
 Point = namedtuple("Point", "x y")  # noqa: PYI024 - its being a tuple is the point
@@ -413,3 +413,10 @@ def test_paths_read_like_python() -> None:
     assert render_path(("optimizer", "state", 0, "exp avg")) == "optimizer.state[0]['exp avg']"
     assert render_path((0, "a")) == "[0].a"
     assert render_path(()) == "the state"
+
+
+def test_what_somebody_else_encoded_is_taken_as_it_stands() -> None:
+    """A tree put together from nodes is the node of the tree."""
+    value = {"a": [(1, 2), {3: b"x"}], "b": math.inf}
+    parts = {"a": [Encoded(Codec().encode((1, 2))), {3: Encoded(Codec().encode(b"x"))}], "b": Encoded({"$float": "inf"})}
+    assert Codec().encode(parts) == Codec().encode(value)

@@ -256,7 +256,7 @@ def test_an_interrupt_before_the_save_is_handed_over_hangs_nothing(monkeypatch: 
 
 def test_an_index_that_no_reader_would_take_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a gigabyte of plain values is refused by name, and the good checkpoint before it stays."""
-    monkeypatch.setattr("cloudckpt.saving.leading.INDEX_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr("cloudckpt.saving.recording.INDEX_LIMIT_BYTES", 100_000)
     storage = MemoryStorage()
     with CheckpointManager(storage, settings=FAST, keep_last=1) as ckpts:
         ckpts.save(1, state_of(1), block=True)
