@@ -8,16 +8,26 @@ of payload bytes themselves come from the ``crc32c`` library.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from cloudckpt.errors import FormatError
 
-__all__ = ["combine", "combine_all", "format_crc32c", "is_crc32c", "parse_crc32c"]
+__all__ = [
+    "combine",
+    "combine_all",
+    "combiner",
+    "format_crc32c",
+    "format_sums",
+    "is_crc32c",
+    "parse_crc32c",
+    "parse_sums",
+]
 
 _POLYNOMIAL = 0x82F63B78
 _ONE = 1 << 31  # the polynomial 1: in reflected order the highest bit is x**0
 _SUM = re.compile(r"[0-9a-f]{8}")
+_HEX = re.compile(r"[0-9a-f]*")
 
 
 def _multiply(a: int, b: int) -> int:
@@ -65,6 +75,21 @@ def combine(first: int, second: int, second_length: int) -> int:
     return _multiply(_shift(second_length), first) ^ second if first else second
 
 
+@lru_cache(maxsize=8)
+def combiner(second_length: int) -> Callable[[int, int], int]:
+    """``combine`` for one length in bytes of the second string, at a tenth of its time. For a length that is met often.
+
+    What a length multiplies by is linear: the products of all bytes, in each of their four places, are looked up.
+    """
+    shift = _shift(second_length)
+    low, second, third, high = ([_multiply(shift, byte << bits) for byte in range(256)] for bits in (0, 8, 16, 24))
+
+    def joined(first: int, then: int) -> int:
+        return low[first & 255] ^ second[first >> 8 & 255] ^ third[first >> 16 & 255] ^ high[first >> 24] ^ then
+
+    return joined
+
+
 def combine_all(parts: Iterable[tuple[int, int]]) -> int:
     """The sum of many byte strings laid end to end, each given as (sum, length in bytes)."""
     total = 0
@@ -92,3 +117,19 @@ def parse_crc32c(text: str) -> int:
     if not is_crc32c(text):
         raise FormatError(f"{text!r} is no CRC-32C: expected 8 lower-case hex digits")
     return int(text, 16)
+
+
+def format_sums(values: Iterable[int]) -> str:
+    """Eight lower-case hex digits for each, laid end to end."""
+    return "".join(map(format_crc32c, values))
+
+
+def parse_sums(text: str, count: int) -> tuple[int, ...]:
+    """So many sums spelled by eight lower-case hex digits each.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    if len(text) != 8 * count or not _HEX.fullmatch(text):
+        raise FormatError(f"{count} sums CRC-32C have {8 * count} lower-case hex digits")
+    return tuple(int(text[at : at + 8], 16) for at in range(0, len(text), 8))
