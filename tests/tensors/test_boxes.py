@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from crc32c import crc32c
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudckpt.config import Settings
@@ -142,18 +142,19 @@ def wanted(draw: st.DrawFn) -> tuple[Wanted, list[int]]:
     return Wanted(numbers(*shape, dtype=dtype), offsets, lengths), [draw(st.integers(1, 3)) for _ in shape]
 
 
+@settings(deadline=None)
 @given(st.lists(wanted(), min_size=1, max_size=4), st.sampled_from([1, 5000]), st.sampled_from([3000, 2**25]))
 def test_any_boxes_of_any_chunks_have_their_bits(
     tensors: list[tuple[Wanted, list[int]]], gap_bytes: int, most_bytes: int
 ) -> None:
     """Whatever is cut how, and whatever the requests: each box is that part of its tensor, with cells or without."""
-    settings = Settings(read_gap_bytes=gap_bytes, max_read_bytes=most_bytes, io_threads=2)
+    chosen = Settings(read_gap_bytes=gap_bytes, max_read_bytes=most_bytes, io_threads=2)
     read = []
     for cells in (True, False):
         stored = Stored(cells=cells)
         entries = [stored.add(box.whole, parts) for box, parts in tensors]
         parts = [box.part() for box, _ in tensors]
-        stored.read(list(zip(entries, parts, strict=True)), settings)
+        stored.read(list(zip(entries, parts, strict=True)), chosen)
         for (box, _), part in zip(tensors, parts, strict=True):
             assert torch.equal(part.local, box.expected())
         read.append(stored.storage.bytes_read)
@@ -161,6 +162,7 @@ def test_any_boxes_of_any_chunks_have_their_bits(
 
 
 @pytest.mark.parametrize("host", [(), (torch.int32,)], ids=["all on a device", "some on the host"])
+@settings(deadline=None)
 @given(tensors=st.lists(wanted(), min_size=1, max_size=4), most_bytes=st.sampled_from([6000, 2**25]))
 def test_what_belongs_on_a_device_goes_by_way_of_buffers(
     host: tuple[torch.dtype, ...], tensors: list[tuple[Wanted, list[int]]], most_bytes: int
