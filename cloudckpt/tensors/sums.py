@@ -41,6 +41,8 @@ class Sums:
     def part(self, start: int, views: Sequence[memoryview]) -> int:
         """The sum of the bytes from ``start`` as they were when they were first looked at; ``views`` are them now."""
         stop = start + sum(view.nbytes for view in views)
+        if stop == start:
+            return 0  # no part that another one could follow
         known = self._parts.get(start, {}).get(stop)
         if known is not None:
             return known

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from cloudckpt import CheckpointManager
 from tests.distributed.scenarios import QUICK
 
-#: Two matrices of 32 MiB, four long rows of 16 MiB, and vectors: each shape needs its cells in another way.
+#: Four rows of 16 MiB, and many short ones: each shape needs its cells in another way.
 WIDE = (4, 4 * 1024 * 1024)
+TALL = (1024, 8192)
 
 
 def module() -> torch.nn.Module:
@@ -21,9 +22,9 @@ def module() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(2048, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 2048))
 
 
-def rows() -> torch.Tensor:
-    """A tensor of 64 MiB in long rows, the same everywhere."""
-    return torch.arange(WIDE[0] * WIDE[1], dtype=torch.int32).reshape(WIDE)
+def rows(shape: tuple[int, int]) -> torch.Tensor:
+    """A tensor of which every element is another, the same everywhere."""
+    return torch.arange(shape[0] * shape[1], dtype=torch.int32).reshape(shape)
 
 
 def _counted(ckpts: CheckpointManager) -> list[int]:
@@ -69,8 +70,8 @@ def restore_module(root: str, kind: str) -> dict[str, int]:
     return {"read": sum(lengths), "share": share, "runs": len(expected)}
 
 
-def restore_rows(root: str, kind: str) -> dict[str, int]:
-    """Restore columns of the long rows: of all of them, or of some."""
+def restore_rows(root: str, component: str, kind: str) -> dict[str, int]:
+    """Restore columns of all rows, or of some."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -78,9 +79,10 @@ def restore_rows(root: str, kind: str) -> dict[str, int]:
         mesh, placements, runs = init_device_mesh("cpu", (4,)), [Shard(1)], 4
     else:
         mesh, placements, runs = init_device_mesh("cpu", (2, 2)), [Shard(0), Shard(1)], 2
-    target = distribute_tensor(torch.zeros(WIDE, dtype=torch.int32), mesh, placements)
+    shape = WIDE if component == "wide" else TALL
+    target = distribute_tensor(torch.zeros(shape, dtype=torch.int32), mesh, placements)
     with CheckpointManager(root, settings=QUICK) as ckpts:
         lengths = _counted(ckpts)
-        assert ckpts.restore({"rows": target}) is not None
-    assert torch.equal(target.to_local(), distribute_tensor(rows(), mesh, placements).to_local())
+        assert ckpts.restore({component: target}) is not None
+    assert torch.equal(target.to_local(), distribute_tensor(rows(shape), mesh, placements).to_local())
     return {"read": sum(lengths), "share": target.to_local().nbytes, "runs": runs}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import cloudckpt.tensors.sources
 import cloudckpt.tensors.sums
+from cloudckpt.core.model import Cells
 from cloudckpt.tensors.ahead import summed_ahead
 from cloudckpt.tensors.sources import PayloadSource
 from cloudckpt.tensors.sums import Sums
@@ -94,6 +95,28 @@ def test_sums_taken_ahead_are_those_of_the_bytes(source_of: Callable[[object], P
     b"".join(plain)
 
     assert source.seal() == plain.seal()
+
+
+@both
+@pytest.mark.parametrize("part_bytes", [CELL * 40, 1_000_000])
+def test_the_seal_knows_the_sum_of_every_cell(source_of: Callable[[object], PayloadSource], part_bytes: int) -> None:
+    """Of an object that is larger than one; the size of a cell is told with them."""
+    payload = planned(odd_state())
+    body, source = expected(payload), source_of(payload)
+    for start in range(0, len(body), part_bytes):
+        with source.hold(start, min(part_bytes, len(body) - start)):
+            pass
+    sealed, _ = source.seal()
+    sums = tuple(crc32c(body[start : start + CELL]) for start in range(0, len(body), CELL))
+    assert sealed.cells == Cells(size_bytes=CELL, crc32c=sums)
+
+
+def test_an_object_that_fits_into_a_cell_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own sum says the same."""
+    payload = planned({"w": torch.ones(3)})
+    monkeypatch.setattr(cloudckpt.tensors.sources, "CELL_BYTES", payload.size_bytes)
+    sealed, _ = from_tensors(payload).seal()
+    assert sealed.cells is None
 
 
 def _hold(source: PayloadSource) -> None:
