@@ -52,15 +52,25 @@ def _power_of_two(exponent: int) -> int:
     return _multiply(half, half)
 
 
+@lru_cache(maxsize=8 * 256)
+def _shift_of_byte(place: int, byte: int) -> int:
+    """What ``byte * 256**place`` zero bytes multiply by. There are few of these, and every length is made of them."""
+    found = _ONE
+    for bit in range(8):
+        if byte >> bit & 1:
+            found = _multiply(found, _power_of_two(3 + 8 * place + bit))
+    return found
+
+
 @lru_cache(maxsize=4096)
 def _shift(length: int) -> int:
     """x**(8 * length): what appending ``length`` zero bytes multiplies by. Tensors come in few sizes."""
-    found, exponent, bits = _ONE, 0, length * 8
-    while bits:
-        if bits & 1:
-            found = _multiply(_power_of_two(exponent), found)
-        bits >>= 1
-        exponent += 1
+    found, place = _ONE, 0
+    while length:
+        if length & 255:
+            found = _multiply(found, _shift_of_byte(place, length & 255))
+        length >>= 8
+        place += 1
     return found
 
 
