@@ -1,25 +1,32 @@
-"""Write a golden store of the current format: a small real run that every later version must read.
+"""Write the golden stores of the current format: small real runs that every later version must read.
 
     python tools/make_golden.py
 
-Only for a new format: an existing golden store is never written again, whatever the code does today. Clock and tokens
-are fixed; the versions of Python and torch in the indexes are those that run this script.
+``v1`` is a run of one process, with fixed clock and tokens. ``v1-cells`` is one checkpoint of four ranks: sharded
+tensors, state that each rank has for itself, and objects with the sums of their cells, which are small ones there.
+
+Only for what the format has new: an existing golden store is never written again, whatever the code does today. The
+versions of Python and torch in the indexes are those that run this script.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
+import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 
-from cloudckpt import claiming
+from cloudckpt import CheckpointManager, PerRank, claiming
 from cloudckpt.config import Settings
 from cloudckpt.coordination import SingleProcess
 from cloudckpt.core import keys
@@ -34,7 +41,12 @@ from cloudckpt.storage.base import Buffer
 from cloudckpt.tensors.arena import Arena
 from cloudckpt.tensors.planning import Planner
 
-PLACE = Path(__file__).resolve().parent.parent / "tests" / "format" / "golden" / f"v{FORMAT}"
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "format" / "golden"
+PLACE = GOLDEN / f"v{FORMAT}"
+WITH_CELLS = GOLDEN / f"v{FORMAT}-cells"
+
+RANKS = 4
+CELL_BYTES = 4096
 
 
 class Refusing(LocalStorage):
@@ -123,23 +135,34 @@ def request(
     return SaveRequest(step=step, state=value, metrics=metrics, tags=tags, pin=pin, block=False, allow_pickle=False)
 
 
+def _refuse_again(place: Path) -> None:
+    if place.exists():
+        raise SystemExit(f"{place} exists: a golden store is never written again. A new format gets a new folder")
+
+
+@contextlib.contextmanager
+def _somewhere() -> Iterator[None]:
+    """The owner that the manifest names is nobody's machine."""
+    with (
+        mock.patch("cloudckpt.claiming.socket", SimpleNamespace(gethostname=lambda: "node-1")),
+        mock.patch("cloudckpt.claiming.os", SimpleNamespace(getpid=lambda: 4711)),
+        mock.patch.dict(os.environ, {"TORCHELASTIC_RUN_ID": "golden"}),
+    ):
+        yield
+
+
 def make(place: Path) -> None:
     """Write the store.
 
     Raises:
         SystemExit: there is one already.
     """
-    if place.exists():
-        raise SystemExit(f"{place} exists: a golden store is never written again. A new format gets a new folder")
+    _refuse_again(place)
     storage = Refusing(place)
     fixed = Fixed()
     store = ManifestStore(storage, Settings(copy_every_revisions=6), clock=fixed.clock, token=fixed.token)
     silent = Listeners()
-    with (
-        mock.patch("cloudckpt.claiming.socket", SimpleNamespace(gethostname=lambda: "node-1")),
-        mock.patch("cloudckpt.claiming.os", SimpleNamespace(getpid=lambda: 4711)),
-        mock.patch.dict(os.environ, {"TORCHELASTIC_RUN_ID": "golden"}),
-    ):
+    with _somewhere():
         claim = claiming.claim_run(
             store,
             PolicyWords(monitor="val_loss", mode="min", keep_best=1, keep_last=2),
@@ -171,13 +194,55 @@ def make(place: Path) -> None:
     (place / keys.LOCK).unlink()
 
 
+def make_with_cells(place: Path) -> None:
+    """Write the store of four ranks.
+
+    Raises:
+        SystemExit: there is one already.
+    """
+    _refuse_again(place)
+    with tempfile.TemporaryDirectory() as meeting:
+        torch.multiprocessing.spawn(_one_rank, args=(place, f"file://{meeting}/ranks"), nprocs=RANKS)  # type: ignore[attr-defined, no-untyped-call]  # no types
+    (place / keys.LOCK).unlink()
+
+
+def _one_rank(rank: int, place: Path, meeting: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - in the processes that need them
+    from torch.distributed.tensor import Shard, distribute_tensor  # noqa: PLC0415
+
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    numbers = torch.arange(3 * CELL_BYTES, dtype=torch.int32)
+    state = {
+        "model": {
+            "rows": distribute_tensor(numbers.reshape(48, -1), mesh, [Shard(0)]),
+            "columns": distribute_tensor(numbers.flip(0).reshape(2, -1), mesh, [Shard(1)]),
+            "same": torch.tensor([1.5, -0.0]),
+        },
+        "step": 100,
+        "data": PerRank({"position": 10 * rank, "order": torch.full((CELL_BYTES,), rank, dtype=torch.int16)}),
+    }
+    with (
+        _somewhere(),
+        mock.patch("cloudckpt.tensors.sums.CELL_BYTES", CELL_BYTES),
+        mock.patch("cloudckpt.tensors.sources.CELL_BYTES", CELL_BYTES),
+        CheckpointManager(place) as ckpts,
+    ):
+        ckpts.save(100, state, metrics={"val_loss": 0.5}, block=True)
+    torch.distributed.destroy_process_group()
+
+
 def main() -> None:
-    """Write it and say what is there."""
-    make(PLACE)
-    files = sorted(path for path in PLACE.rglob("*") if path.is_file())
-    for path in files:
-        print(f"{path.stat().st_size:7d}  {path.relative_to(PLACE)}")
-    print(f"{sum(path.stat().st_size for path in files):7d}  {PLACE}")
+    """Write those that are not there, and say what is in them."""
+    for place, write in ((PLACE, make), (WITH_CELLS, make_with_cells)):
+        if place.exists():
+            print(f"{place} is there, and stays as it is")
+            continue
+        write(place)
+        files = sorted(path for path in place.rglob("*") if path.is_file())
+        for path in files:
+            print(f"{path.stat().st_size:7d}  {path.relative_to(place)}")
+        print(f"{sum(path.stat().st_size for path in files):7d}  {place}")
 
 
 if __name__ == "__main__":

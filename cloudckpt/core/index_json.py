@@ -15,9 +15,9 @@ from types import NoneType
 from typing import Any
 
 from cloudckpt.core import keys
-from cloudckpt.core.checksum import format_crc32c, is_crc32c, parse_crc32c
+from cloudckpt.core.checksum import format_crc32c, format_sums, is_crc32c, parse_crc32c, parse_sums
 from cloudckpt.core.manifest_json import policy_from_json, policy_to_json
-from cloudckpt.core.model import Chunk, Index, Json, PayloadObject, TensorEntry, Tensors
+from cloudckpt.core.model import Cells, Chunk, Index, Json, PayloadObject, TensorEntry, Tensors
 from cloudckpt.core.wire import LARGEST_INTEGER, Reader, canonical, metrics_to_json, parse_document
 from cloudckpt.errors import FormatError
 
@@ -25,6 +25,9 @@ __all__ = ["INDEX_LIMIT_BYTES", "StructureText", "TensorsText", "decode_index", 
 
 #: An index with 1,000,000 tensors has about 300 MiB; anything past this limit is not one of ours.
 INDEX_LIMIT_BYTES = 512 * 1024 * 1024
+
+#: How large the cells of an object may be. Smaller ones would make an index of more sums than names.
+_CELL_BYTES = range(4096, 2**30 + 1)
 
 _END = b"}\n"
 
@@ -192,10 +195,15 @@ def _head_to_json(index: Index) -> dict[str, Any]:
         "policy": policy_to_json(index.policy),
         "versions": dict(index.versions),
         "pickled": index.pickled,
-        "objects": [
-            {"name": o.name, "size_bytes": o.size_bytes, "crc32c": format_crc32c(o.crc32c)} for o in index.objects
-        ],
+        "objects": [_object_to_json(item) for item in index.objects],
     }
+
+
+def _object_to_json(item: PayloadObject) -> dict[str, Any]:
+    found = {"name": item.name, "size_bytes": item.size_bytes, "crc32c": format_crc32c(item.crc32c)}
+    if (cells := item.cells) is None:
+        return found
+    return {**found, "cells": {"size_bytes": cells.size_bytes, "crc32c": format_sums(cells.crc32c)}}
 
 
 def _tensors_to_json(tensors: Tensors) -> dict[str, Any]:
@@ -228,11 +236,26 @@ def _object(reader: Reader) -> PayloadObject:
     name = reader.object().at("name").text()
     if not keys.is_payload_name(name):
         reader.at("name").problem("the name of a payload object inside this folder")
+    size_bytes = reader.at("size_bytes").integer()
     return PayloadObject(
         name=name,
-        size_bytes=reader.at("size_bytes").integer(),
+        size_bytes=size_bytes,
         crc32c=_crc32c(reader.at("crc32c")),
+        cells=reader.optional("cells", lambda cells: _cells(cells, size_bytes)),
     )
+
+
+def _cells(reader: Reader, object_bytes: int) -> Cells | None:
+    size = reader.object().at("size_bytes")
+    if type(size.value) is not int or size.value not in _CELL_BYTES or size.value & (size.value - 1):
+        size.problem(f"a power of two from {_CELL_BYTES[0]} to {_CELL_BYTES[-1]}")
+        return None
+    sums, count = reader.at("crc32c"), -(-object_bytes // size.value)
+    try:
+        return Cells(size_bytes=size.value, crc32c=parse_sums(sums.text(), count))
+    except FormatError:
+        sums.problem(f"{8 * count} lower-case hex digits, 8 for each cell of {size.value} bytes")
+        return None
 
 
 def _tensors(reader: Reader) -> dict[str, TensorEntry]:

@@ -15,6 +15,7 @@ __all__ = [
     "HISTORY_LENGTH",
     "JOURNAL_LENGTH",
     "Best",
+    "Cells",
     "Checkpoint",
     "Chunk",
     "Claim",
@@ -229,12 +230,29 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cells:
+    """A payload object in cells of one size, counted from its first byte: each can be read and proven alone.
+
+    Attributes:
+        size_bytes: the size of a cell, a power of two; the last one of an object may be shorter.
+        crc32c: the CRC-32C of each cell.
+    """
+
+    size_bytes: int
+    crc32c: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadObject:
-    """One object with tensor bytes: its name inside the folder, its size and its CRC-32C (RFC 3720)."""
+    """One object with tensor bytes: its name inside the folder, its size and its CRC-32C (RFC 3720).
+
+    ``cells`` are None for an object that fits into one, and in an index from before there were any.
+    """
 
     name: str
     size_bytes: int
     crc32c: int
+    cells: Cells | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cloudckpt.core.checksum import format_crc32c, parse_crc32c
-from cloudckpt.core.model import Checkpoint, PayloadObject
+from cloudckpt.core.checksum import format_crc32c, format_sums, parse_crc32c, parse_sums
+from cloudckpt.core.model import Cells, Checkpoint, PayloadObject
 from cloudckpt.errors import SaveError
 from cloudckpt.pending import PendingSave
 from cloudckpt.tensors.planning import Plan
@@ -98,8 +98,8 @@ class Uploaded:
         """As it goes over the channel."""
         return json.dumps(
             {
-                "objects": [[o.name, o.size_bytes, format_crc32c(o.crc32c)] for o in self.objects],
-                "sums": "".join(format_crc32c(value) for value in self.sums),
+                "objects": [[o.name, o.size_bytes, format_crc32c(o.crc32c), *_told(o.cells)] for o in self.objects],
+                "sums": format_sums(self.sums),
                 "structure": self.structure,
             },
             separators=(",", ":"),
@@ -111,10 +111,21 @@ class Uploaded:
         said = json.loads(body)
         sums = said["sums"]
         return cls(
-            objects=tuple(PayloadObject(name=n, size_bytes=s, crc32c=parse_crc32c(c)) for n, s, c in said["objects"]),
-            sums=tuple(parse_crc32c(sums[at : at + 8]) for at in range(0, len(sums), 8)),
+            objects=tuple(
+                PayloadObject(name=name, size_bytes=size, crc32c=parse_crc32c(value), cells=_heard(*cells))
+                for name, size, value, *cells in said["objects"]
+            ),
+            sums=parse_sums(sums, len(sums) // 8),
             structure=said["structure"],
         )
+
+
+def _told(cells: Cells | None) -> tuple[int, str] | tuple[()]:
+    return () if cells is None else (cells.size_bytes, format_sums(cells.crc32c))
+
+
+def _heard(size_bytes: int = 0, sums: str = "") -> Cells | None:
+    return Cells(size_bytes=size_bytes, crc32c=parse_sums(sums, len(sums) // 8)) if size_bytes else None
 
 
 class Side(Protocol):

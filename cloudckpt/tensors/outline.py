@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from cloudckpt.core.model import Checkpoint, Index, TensorEntry
+from cloudckpt.core.model import Checkpoint, Index, PayloadObject, TensorEntry
 from cloudckpt.errors import CorruptCheckpointError
 from cloudckpt.tensors.landing import blank
 from cloudckpt.tensors.memory import dtype_named
@@ -51,6 +51,11 @@ class Outline:
         self._shapes_only = shapes_only
         self._tensors: dict[Place, torch.Tensor] = {}
         self._places: dict[int, Place] = {}
+
+    @property
+    def objects(self) -> Sequence[PayloadObject]:
+        """The payload objects that the tensors lie in."""
+        return self._index.objects
 
     def tensor(self, component: str, name: str) -> torch.Tensor:
         """The tensor of a name, tied ones the very same. It has its shape and dtype; its elements mean nothing yet.

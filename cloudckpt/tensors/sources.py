@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from cloudckpt.core.model import PayloadObject
+from cloudckpt.core.model import Cells, PayloadObject
 from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import SaveError
 from cloudckpt.storage.base import Part
@@ -92,7 +92,10 @@ class PayloadSource(ABC):
         """
         self._check(0, 0)
         total, (_, *boxes) = self._sums.finish(self._again)
-        return PayloadObject(name=self.payload.name, size_bytes=self.size_bytes, crc32c=total), boxes
+        cells = None
+        if self.size_bytes > CELL_BYTES:
+            cells = Cells(size_bytes=CELL_BYTES, crc32c=self._sums.cells(self._again))
+        return PayloadObject(name=self.payload.name, size_bytes=self.size_bytes, crc32c=total, cells=cells), boxes
 
     def _again(self, start: int, length: int) -> None:
         with self.hold(start, length):

@@ -1,4 +1,4 @@
-"""Checksums noted as bytes go by: of whole tensors for the index, of parts for the store, each byte summed once."""
+"""Checksums noted as bytes go by, each byte summed once: of tensors and cells for the index, of parts for the store."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 
 from crc32c import crc32c
 
-from cloudckpt.core.checksum import combine, combine_all
+from cloudckpt.core.checksum import combine, combine_all, combiner
 
 __all__ = ["CELL_BYTES", "Sums"]
 
-#: What is summed before anybody asks comes in cells of this size. Parts are multiples of it, so that none is cut.
+#: An object's bytes are summed in cells of this size, counted from its first: so much of it can be read and proven
+#: alone. Parts are multiples of it, so that none is cut.
 CELL_BYTES = 2 * 1024 * 1024
 
 #: Shorter pieces are summed twice, each for itself and all neighbours together: joining two sums costs what summing
@@ -34,12 +35,14 @@ class Sums:
         # Pieces that parts cut: (number, start) -> (stop, sum). And the parts: start -> {stop: sum}.
         self._cut: dict[tuple[int, int], tuple[int, int]] = {}
         self._parts: dict[int, dict[int, int]] = {}
-        # What was summed before anybody asked: start -> (stop, sum).
+        # Cells, and pieces of them where parts cut them: start -> (stop, sum).
         self._cells: dict[int, tuple[int, int]] = {}
 
     def part(self, start: int, views: Sequence[memoryview]) -> int:
         """The sum of the bytes from ``start`` as they were when they were first looked at; ``views`` are them now."""
         stop = start + sum(view.nbytes for view in views)
+        if stop == start:
+            return 0  # no part that another one could follow
         known = self._parts.get(start, {}).get(stop)
         if known is not None:
             return known
@@ -49,7 +52,7 @@ class Sums:
 
     def cell(self, start: int, views: Sequence[memoryview]) -> None:
         """Sum some bytes before anybody asks for them. ``start`` is a multiple of ``CELL_BYTES``, which they fill."""
-        self._cells[start] = (start + sum(view.nbytes for view in views), self._sum(start, views))
+        self._sum(start, views)
 
     def _sum_of_cells(self, start: int, stop: int, views: Sequence[memoryview]) -> int:
         total, at = 0, start
@@ -60,7 +63,7 @@ class Sums:
                 while end < stop and (end == at or end not in self._cells):
                     end = min(stop, end - end % CELL_BYTES + CELL_BYTES)
                 value = self._sum(at, _between(views, at - start, end - start))
-            total = combine(total, value, end - at)
+            total = _combined(total, value, end - at)
             at = end
         return total
 
@@ -69,28 +72,40 @@ class Sums:
         bounds, whole = self._bounds, self._whole
         number = bisect_right(bounds, start) - 1
         begin, at, total, base = bounds[number], start, 0, start
+        cell, in_cell, border = start, 0, start - start % CELL_BYTES + CELL_BYTES
         for view in views:
-            end = base + view.nbytes
-            joined = at  # up to here the total has come
-            while at < end:
-                close = bounds[number + 1]
-                stop = close if close < end else end  # noqa: FURB136 - min() costs a tenth of this loop
-                value = crc32c(view[at - base : stop - base])
-                if stop - at >= _SHORT_BYTES:
-                    total = combine(_extended(total, view[joined - base : at - base]), value, stop - at)
-                    joined = stop
-                if stop == close:
-                    if at == begin:
-                        whole[number] = value
+            joined = at  # up to here the sum of the cell has come
+            last = base + view.nbytes
+            while at < last:
+                end = border if border < last else last  # noqa: FURB136 - as below
+                while at < end:
+                    close = bounds[number + 1]
+                    stop = close if close < end else end  # noqa: FURB136 - min() costs a tenth of this loop
+                    value = crc32c(view[at - base : stop - base])
+                    if stop - at >= _SHORT_BYTES:
+                        in_cell = _extended(in_cell, view[joined - base : at - base])
+                        in_cell, joined = _combined(in_cell, value, stop - at), stop
+                    if stop == close:
+                        if at == begin:
+                            whole[number] = value
+                        else:
+                            self._note_cut(number, at, stop, value)
+                        number, begin = number + 1, close
                     else:
                         self._note_cut(number, at, stop, value)
-                    number, begin = number + 1, close
-                else:
-                    self._note_cut(number, at, stop, value)
-                at = stop
-            total = _extended(total, view[joined - base :])
-            base = end
-        return total
+                    at = stop
+                in_cell, joined = _extended(in_cell, view[joined - base : end - base]), end
+                if end == border:
+                    total = self._note_cell(total, cell, end, in_cell)
+                    cell, in_cell, border = end, 0, end + CELL_BYTES
+            base = last
+        return self._note_cell(total, cell, at, in_cell) if at > cell else total
+
+    def _note_cell(self, total: int, start: int, stop: int, value: int) -> int:
+        """Note a cell, or a piece of one. Gives the sum with it at its end."""
+        with self._mutex:
+            self._cells.setdefault(start, (stop, value))
+        return _combined(total, value, stop - start)
 
     def _note_cut(self, number: int, start: int, stop: int, value: int) -> None:
         with self._mutex:
@@ -109,17 +124,35 @@ class Sums:
             joined = combine_all(zip(pieces, lengths, strict=True))
         return joined, pieces
 
+    def cells(self, again: Callable[[int, int], None]) -> tuple[int, ...]:
+        """The sum of each cell of the object, the last of which may be shorter.
+
+        Args:
+            again: see ``finish``.
+        """
+        size = self._bounds[-1]
+        return tuple(self._cell(at, min(size, at + CELL_BYTES), again) for at in range(0, size, CELL_BYTES))
+
+    def _cell(self, start: int, stop: int, again: Callable[[int, int], None]) -> int:
+        total, at = 0, start
+        while at < stop:
+            found = self._cells.get(at)
+            if found is None:
+                again(at, stop - at)
+                return combine(total, self._parts[at][stop], stop - at)
+            total, at = _combined(total, found[1], found[0] - at), found[0]
+        return total
+
     def _piece(self, number: int, again: Callable[[int, int], None]) -> int:
         start, stop = self._bounds[number], self._bounds[number + 1]
         found = self._whole[number] if stop > start else 0
         if found is not None:
             return found
-        at, sums = start, []
+        at, total = start, 0
         while at < stop and (cut := self._cut.get((number, at))) is not None:
-            sums.append((cut[1], cut[0] - at))
-            at = cut[0]
+            total, at = _combined(total, cut[1], cut[0] - at), cut[0]
         if at == stop:
-            return combine_all(sums)
+            return total
         again(start, stop - start)
         return self._parts[start][stop]
 
@@ -144,6 +177,11 @@ def _between(views: Sequence[memoryview], start: int, stop: int) -> list[memoryv
             found.append(piece)
         at += view.nbytes
     return found
+
+
+def _combined(total: int, value: int, length: int) -> int:
+    """``combine``, quickly for the length that most calls have."""
+    return combiner(CELL_BYTES)(total, value) if length == CELL_BYTES else combine(total, value, length)
 
 
 def _extended(total: int, short: memoryview) -> int:

@@ -21,6 +21,7 @@ from cloudckpt.core.keys import STEP_LIMIT, payload_name
 from cloudckpt.core.manifest import Abandon, Settlement
 from cloudckpt.core.model import (
     Best,
+    Cells,
     Checkpoint,
     Chunk,
     Claim,
@@ -228,9 +229,7 @@ def indexes(draw: st.DrawFn) -> Index:
     tensors: dict[str, dict[str, TensorEntry]] = {}
     for component in draw(st.lists(components(), max_size=2, unique=True)):
         name = payload_name(component, draw(st.integers(0, 3)), 4)
-        objects.append(
-            PayloadObject(name=name, size_bytes=draw(st.integers(100, 2**62)), crc32c=draw(st.integers(0, 2**32 - 1)))
-        )
+        objects.append(draw(_payload_objects(name)))
         named = draw(st.dictionaries(labels(), _tensors(name), max_size=2))
         aliases = draw(st.dictionaries(labels(), st.sampled_from([*named]), max_size=1)) if named else {}
         tied = {alias: TensorEntry(dtype="uint8", shape=(1,), alias_of=of) for alias, of in aliases.items()}
@@ -256,6 +255,17 @@ def indexes(draw: st.DrawFn) -> Index:
         pickled=draw(st.booleans()),
         extra=draw(_unknown_fields()),
     )
+
+
+@st.composite
+def _payload_objects(draw: st.DrawFn, name: str) -> PayloadObject:
+    sums = st.integers(0, 2**32 - 1)
+    if draw(st.booleans()):
+        return PayloadObject(name=name, size_bytes=draw(st.integers(100, 2**62)), crc32c=draw(sums))
+    cell_bytes, count = 2 ** draw(st.integers(12, 30)), draw(st.integers(1, 5))
+    cells = Cells(size_bytes=cell_bytes, crc32c=tuple(draw(st.lists(sums, min_size=count, max_size=count))))
+    size = draw(st.integers((count - 1) * cell_bytes + 100, count * cell_bytes))
+    return PayloadObject(name=name, size_bytes=size, crc32c=draw(sums), cells=cells)
 
 
 @st.composite

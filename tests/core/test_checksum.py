@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.core.checksum import combine, combine_all, format_crc32c, parse_crc32c
+from cloudckpt.core.checksum import (
+    combine,
+    combine_all,
+    combiner,
+    format_crc32c,
+    format_sums,
+    parse_crc32c,
+    parse_sums,
+)
 from cloudckpt.errors import FormatError
 
 
@@ -30,6 +38,26 @@ def test_combine_reaches_past_32_bits_of_length() -> None:
     for length in (2**31 + 5, 2**40 + 3):
         whole = combine(start, 0, 2 * length)
         assert whole == combine(combine(start, 0, length), 0, length)
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_a_combiner_is_combine_for_one_length(first: bytes, second: bytes) -> None:
+    """The tables of a length give what is computed for it."""
+    joined = combiner(len(second))(crc32c.crc32c(first), crc32c.crc32c(second))
+    assert joined == crc32c.crc32c(first + second)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1)))
+def test_sums_are_spelled_end_to_end(values: list[int]) -> None:
+    """Eight digits each, and back."""
+    assert parse_sums(format_sums(values), len(values)) == tuple(values)
+
+
+@pytest.mark.parametrize("text", ["", "0" * 15, "0" * 17, "0" * 24, "0" * 15 + "A", "0" * 15 + "\n"])
+def test_anything_but_so_many_sums_is_refused(text: str) -> None:
+    """Another number of digits, or what is no digit, is no two sums."""
+    with pytest.raises(FormatError, match="2 sums CRC-32C have 16 lower-case hex digits"):
+        parse_sums(text, 2)
 
 
 def test_a_negative_length_is_refused() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cloudckpt.core import index_json
 from cloudckpt.core.index_json import StructureText, TensorsText, decode_index, encode_index, index_digest
-from cloudckpt.core.model import Index, TensorEntry
+from cloudckpt.core.model import Cells, Index, TensorEntry
 from cloudckpt.errors import FormatError
 from cloudckpt.testing.builders import index
 from cloudckpt.testing.strategies import indexes
@@ -119,6 +119,17 @@ def test_unknown_fields_are_given_back() -> None:
     assert found.extra == {"later": {"a": [1]}}
 
 
+def test_an_object_may_have_the_sums_of_its_cells() -> None:
+    """The hex digits of all cells stand end to end; an index from before there were cells has none."""
+    changed = document()
+    changed["objects"][0] |= {"size_bytes": 10_000, "cells": {"size_bytes": 4096, "crc32c": "00000001e3069283ffffffff"}}
+
+    assert decode_index(resealed(changed)).objects[0].cells == Cells(
+        size_bytes=4096, crc32c=(1, 0xE3069283, 0xFFFFFFFF)
+    )
+    assert decode_index(resealed(document())).objects[0].cells is None
+
+
 # -- bad input -----------------------------------------------------------------------------------------------
 
 
@@ -153,6 +164,10 @@ def _object(**fields: Any) -> Callable[[Document], None]:
     return lambda changed: changed["objects"][0].update(fields)
 
 
+def _cells(**fields: Any) -> Callable[[Document], None]:
+    return _object(cells={"size_bytes": 4096, "crc32c": "00000000", **fields})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -163,6 +178,17 @@ def _object(**fields: Any) -> Callable[[Document], None]:
         (_object(size_bytes=-1), "objects[0].size_bytes: expected an integer >= 0, got -1"),
         (_object(size_bytes=100), "tensors: model: weight: bytes outside of its payload object"),
         (_object(crc32c="DEADBEEF"), 'objects[0].crc32c: expected 8 lower-case hex digits, got "DEADBEEF"'),
+        (_object(cells=7), "objects[0].cells: expected an object, got 7"),
+        (_cells(size_bytes=2048), "objects[0].cells.size_bytes: expected a power of two from 4096 to 1073741824, got 2048"),
+        (_cells(size_bytes=2**31), "objects[0].cells.size_bytes: expected a power of two from 4096 to 1073741824, got 2147"),
+        (_cells(size_bytes=4097), "objects[0].cells.size_bytes: expected a power of two from 4096 to 1073741824, got 4097"),
+        (_cells(size_bytes=4096.0), "objects[0].cells.size_bytes: expected a power of two from 4096 to 1073741824, got 4096.0"),
+        (_cells(crc32c=7), "objects[0].cells.crc32c: expected a string, got 7"),
+        (_cells(crc32c="0" * 9), "objects[0].cells.crc32c: expected 8 lower-case hex digits, 8 for each cell of 4096 bytes"),
+        (_cells(crc32c="0" * 16), "objects[0].cells.crc32c: expected 8 lower-case hex digits, 8 for each cell of 4096 bytes"),
+        (_cells(crc32c="0000000G"), "objects[0].cells.crc32c: expected 8 lower-case hex digits, 8 for each cell of 4096 bytes"),
+        (_cells(crc32c="0000000\u0661"), "objects[0].cells.crc32c: expected 8 lower-case hex digits, 8 for each cell of"),
+        (_object(size_bytes=2**62, cells={"size_bytes": 4096, "crc32c": ""}), "objects[0].cells.crc32c: expected 90071992547"),
         (lambda d: d["objects"].append(d["objects"][0]), "objects: two payload objects have the same name"),
         (lambda d: d["objects"].clear(), "tensors: model: weight: bytes outside of its payload object"),
         (_chunk(start=145), "tensors: model: weight: bytes outside of its payload object"),

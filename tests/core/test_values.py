@@ -418,5 +418,8 @@ def test_paths_read_like_python() -> None:
 def test_what_somebody_else_encoded_is_taken_as_it_stands() -> None:
     """A tree put together from nodes is the node of the tree."""
     value = {"a": [(1, 2), {3: b"x"}], "b": math.inf}
-    parts = {"a": [Encoded(Codec().encode((1, 2))), {3: Encoded(Codec().encode(b"x"))}], "b": Encoded({"$float": "inf"})}
+    parts = {
+        "a": [Encoded(Codec().encode((1, 2))), {3: Encoded(Codec().encode(b"x"))}],
+        "b": Encoded({"$float": "inf"}),
+    }
     assert Codec().encode(parts) == Codec().encode(value)

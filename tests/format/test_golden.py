@@ -12,17 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from crc32c import crc32c
 from safetensors.torch import load_file
 
 import cloudckpt
+from cloudckpt import Settings
 from cloudckpt.core import keys
 from cloudckpt.core.index_json import decode_index, encode_index
 from cloudckpt.core.manifest_json import decode_manifest, encode_manifest
-from cloudckpt.core.model import State
+from cloudckpt.core.model import Cells, State
+from cloudckpt.tensors.boxes import plan_boxes
+from cloudckpt.tensors.reading import Reading
+from cloudckpt.tensors.targets import Part
 from cloudckpt.testing import check_store
 
 ROOT = Path(__file__).parents[2]
 V1 = Path(__file__).parent / "golden" / "v1"
+#: One checkpoint of four ranks, with sharded tensors, state of each rank's own, and cells of 4096 bytes.
+V1_CELLS = Path(__file__).parent / "golden" / "v1-cells"
 
 #: step -> save id, state, val_loss, why it is kept
 LISTING = {
@@ -219,7 +226,62 @@ def test_repair_of_a_copy_without_its_manifest(copied: Path) -> None:
     check_all(copied)
 
 
-def test_a_golden_store_is_never_written_again(copied: Path) -> None:
+def test_cells_are_read_and_written_again_byte_for_byte() -> None:
+    """The index with the sums of cells decodes, and encodes to the very same bytes; an index without has none."""
+    (path,) = V1_CELLS.glob("checkpoint-*/checkpoint.json")
+    body = path.read_bytes()
+    index = decode_index(body)
+    assert encode_index(index) == body
+    for item in index.objects:
+        stored = (path.parent / item.name).read_bytes()
+        assert item.cells == Cells(
+            size_bytes=4096, crc32c=tuple(crc32c(stored[at : at + 4096]) for at in range(0, len(stored), 4096))
+        )
+    for path in V1.glob("checkpoint-*/checkpoint.json"):
+        assert all(item.cells is None for item in decode_index(path.read_bytes()).objects)
+
+
+def test_what_four_ranks_saved_is_loaded_whole() -> None:
+    """Without a process group: the tensors whole, and what each rank had for itself in a list by rank."""
+    loaded = cloudckpt.open(V1_CELLS).load()
+    numbers = torch.arange(3 * 4096, dtype=torch.int32)
+    assert torch.equal(loaded["model"]["rows"], numbers.reshape(48, -1))
+    assert torch.equal(loaded["model"]["columns"], numbers.flip(0).reshape(2, -1))
+    assert raw(loaded["model"]["same"]) == struct.pack("<2f", 1.5, -0.0)
+    assert loaded["step"] == 100
+    assert [own["position"] for own in loaded["data"]] == [0, 10, 20, 30]
+    for rank, own in enumerate(loaded["data"]):
+        assert torch.equal(own["order"], torch.full((4096,), rank, dtype=torch.int16))
+
+
+@pytest.mark.parametrize(("name", "most"), [("rows", 2 * 4096), ("columns", 4 * 4096)])
+def test_a_part_is_read_by_its_cells(name: str, most: int) -> None:
+    """Some rows, and some columns, out of the cells they lie in, whoever wrote them."""
+    run = cloudckpt.open(V1_CELLS)
+    entry, index = run.select("latest"), run.index("latest")
+    whole = run.load()["model"][name]
+    offsets, lengths = ((13, 5), (2, 200)) if name == "rows" else ((0, 100), (2, 300))
+    box = whole[tuple(slice(first, first + count) for first, count in zip(offsets, lengths, strict=True))]
+    local = torch.zeros(lengths, dtype=torch.int32)
+    chosen = Settings(read_gap_bytes=1)
+    boxes = plan_boxes(
+        [(index.tensors["model"][name], Part(value=local, local=local, offsets=offsets))], index.objects, chosen
+    )
+    assert sum(extent.length for extent in boxes.extents) <= most
+    Reading(run._store.storage, entry, boxes.extents, chosen).run()
+    boxes.assemble()
+    assert torch.equal(local, box)
+
+
+def test_verify_reads_every_byte_of_what_four_ranks_saved(tmp_path: Path) -> None:
+    """Every checksum is right, and every invariant that can be seen from outside holds."""
+    copied = shutil.copytree(V1_CELLS, tmp_path / "v1")
+    assert cloudckpt.verify(copied, deep=True).ok
+    check_store(cloudckpt.open(copied)._store.storage, settled=True)
+
+
+@pytest.mark.parametrize("write", ["make", "make_with_cells"])
+def test_a_golden_store_is_never_written_again(copied: Path, write: str) -> None:
     """The tool that made it refuses a folder that is there."""
     spec = importlib.util.spec_from_file_location("make_golden", ROOT / "tools" / "make_golden.py")
     assert spec is not None
@@ -227,5 +289,5 @@ def test_a_golden_store_is_never_written_again(copied: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(SystemExit, match="never written again"):
-        module.make(copied)
+        getattr(module, write)(copied)
     assert (copied / "manifest.json").read_bytes() == (V1 / "manifest.json").read_bytes()

@@ -21,7 +21,7 @@ from cloudckpt import CheckpointManager, ConfigError, CorruptCheckpointError, Se
 from cloudckpt.core import keys
 from cloudckpt.core.model import Chunk, Index, TensorEntry
 from cloudckpt.storage import MemoryStorage
-from cloudckpt.tensors import fetch as fetching
+from cloudckpt.tensors import extents
 from cloudckpt.tensors.fetch import fetch
 from cloudckpt.tensors.outline import Outline
 from cloudckpt.tensors.targets import Homes
@@ -306,7 +306,7 @@ def test_nothing_is_written_after_an_error_has_come_out() -> None:
 @pytest.fixture
 def by_ferry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is brought as if its memory were not the host's: read into a buffer, summed, carried on."""
-    monkeypatch.setattr(fetching, "_on_host", lambda _: False)
+    monkeypatch.setattr(extents, "on_host", lambda _: False)
 
 
 @pytest.mark.usefixtures("by_ferry")

@@ -11,6 +11,9 @@ from torch import nn
 import cloudckpt
 from cloudckpt import CheckpointManager, CorruptCheckpointError, Settings
 from cloudckpt.storage import MemoryStorage
+from cloudckpt.tensors import boxes
+from cloudckpt.tensors.targets import Part
+from tests.tensors.test_boxes import CELL, SETTINGS, Stored, Wanted, numbers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -102,3 +105,24 @@ def test_damage_is_found_before_it_reaches_the_device() -> None:
     storage.put(key, [bytes(body)], size_bytes=len(body))
     with pytest.raises(CorruptCheckpointError, match="checksum"):
         run.load(1, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("by_cells", "lengths", "read"),
+    [
+        ({"cpu"}, (16, 1024), 64 * CELL),
+        ({"cpu", "cuda"}, (16, 1024), 17 * CELL),
+        ({"cpu", "cuda"}, (16, 100), 64 * CELL),  # its rows lie apart
+    ],
+)
+def test_a_part_on_the_device_has_its_bits(
+    monkeypatch: pytest.MonkeyPatch, by_cells: set[str], lengths: tuple[int, int], read: int
+) -> None:
+    """By whole chunks, or by cells where it lies on the device as it is stored."""
+    monkeypatch.setattr(boxes, "BY_CELLS", by_cells)
+    stored = Stored()
+    box = Wanted(numbers(64, 1024), (16, 0), lengths)
+    local = torch.zeros(lengths, dtype=torch.int32, device="cuda")
+    stored.read([(stored.add(box.whole), Part(value=local, local=local, offsets=box.offsets))], SETTINGS)
+    assert torch.equal(local.cpu(), box.expected())
+    assert stored.storage.bytes_read == read

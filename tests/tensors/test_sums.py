@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import cloudckpt.tensors.sources
 import cloudckpt.tensors.sums
+from cloudckpt.core.model import Cells
 from cloudckpt.tensors.ahead import summed_ahead
 from cloudckpt.tensors.sources import PayloadSource
 from cloudckpt.tensors.sums import Sums
@@ -50,10 +51,34 @@ def test_however_the_bytes_are_cut_their_sums_are_the_same(data: st.DataObject) 
         assert sums.part(start, views) == crc32c(body[start:stop])
         assert sums.part(start, views) == crc32c(body[start:stop])
 
-    whole, pieces = sums.finish(lambda start, length: pytest.fail(f"{start}, {length} was never summed"))
+    def again(start: int, length: int) -> None:
+        pytest.fail(f"{start}, {length} was never summed")
+
+    whole, pieces = sums.finish(again)
 
     assert whole == crc32c(body)
     assert pieces == [crc32c(body[a:b]) for a, b in itertools.pairwise(bounds)]
+    assert sums.cells(again) == tuple(crc32c(body[start : start + CELL]) for start in grid)
+
+
+@given(st.data())
+def test_what_overlaps_or_was_never_summed_has_its_sums_as_well(data: st.DataObject) -> None:
+    """Parts of a source that nobody cut evenly, and some that nobody asked for: the sums are those of the bytes."""
+    body = data.draw(st.binary(min_size=1, max_size=400))
+    bounds = cut(data, len(body))
+    sums = Sums(bounds)
+
+    def hold(start: int, length: int) -> None:
+        assert sums.part(start, [memoryview(body)[start : start + length]]) == crc32c(body[start : start + length])
+
+    for start, stop in data.draw(st.lists(st.tuples(*[st.integers(0, len(body))] * 2).map(sorted), max_size=5)):
+        hold(start, stop - start)
+
+    whole, pieces = sums.finish(hold)
+
+    assert whole == crc32c(body)
+    assert pieces == [crc32c(body[a:b]) for a, b in itertools.pairwise(bounds)]
+    assert sums.cells(hold) == tuple(crc32c(body[at : at + CELL]) for at in range(0, len(body), CELL))
 
 
 @both
@@ -72,6 +97,28 @@ def test_sums_taken_ahead_are_those_of_the_bytes(source_of: Callable[[object], P
     assert source.seal() == plain.seal()
 
 
+@both
+@pytest.mark.parametrize("part_bytes", [CELL * 40, 1_000_000])
+def test_the_seal_knows_the_sum_of_every_cell(source_of: Callable[[object], PayloadSource], part_bytes: int) -> None:
+    """Of an object that is larger than one; the size of a cell is told with them."""
+    payload = planned(odd_state())
+    body, source = expected(payload), source_of(payload)
+    for start in range(0, len(body), part_bytes):
+        with source.hold(start, min(part_bytes, len(body) - start)):
+            pass
+    sealed, _ = source.seal()
+    sums = tuple(crc32c(body[start : start + CELL]) for start in range(0, len(body), CELL))
+    assert sealed.cells == Cells(size_bytes=CELL, crc32c=sums)
+
+
+def test_an_object_that_fits_into_a_cell_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own sum says the same."""
+    payload = planned({"w": torch.ones(3)})
+    monkeypatch.setattr(cloudckpt.tensors.sources, "CELL_BYTES", payload.size_bytes)
+    sealed, _ = from_tensors(payload).seal()
+    assert sealed.cells is None
+
+
 def _hold(source: PayloadSource) -> None:
     with source.hold(0, 10):
         pass
@@ -82,8 +129,9 @@ def test_whoever_asks_for_the_bytes_ends_the_summing_ahead(end: Callable[[Payloa
     """Once a part is held, or the source stopped, nothing more is looked at ahead of it."""
     source = from_tensors(planned({"w": torch.randn(100_000)}))
     end(source)
+    before = dict(source._sums._cells)
     source.sum_ahead()
-    assert not source._sums._cells
+    assert source._sums._cells == before
 
 
 def test_no_thread_looks_at_the_bytes_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
