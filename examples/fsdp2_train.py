@@ -76,8 +76,9 @@ def digest_of(model: nn.Module) -> str:
     """What the whole weights sum up to. All ranks take part, rank zero gets the answer."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     found = hashlib.sha256()
-    for name in sorted(whole):
-        found.update(name.encode() + whole[name].numpy().tobytes())
+    for name, weight in sorted(whole.items()):
+        assert isinstance(weight, torch.Tensor)
+        found.update(name.encode() + weight.numpy().tobytes())
     return found.hexdigest()[:16]
 
 

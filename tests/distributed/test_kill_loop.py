@@ -28,8 +28,7 @@ def test_survivors_name_a_killed_rank_each_time(tmp_path: Path) -> None:
         root, note = tmp_path / f"run-{number}", tmp_path / f"died-{number}"
         ranks = Ranks(RANKS)
         try:
-            words = {"root": str(root), "victim": victim, "moment": moment, "note": str(note)}
-            outcomes = ranks.run(kills.die, **words)
+            outcomes = ranks.run(kills.die, root=str(root), victim=victim, moment=moment, note=str(note))
         finally:
             ranks.close()
         assert [outcome.gone for outcome in outcomes] == [rank == victim for rank in range(RANKS)]

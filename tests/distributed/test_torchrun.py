@@ -101,7 +101,9 @@ def test_the_example_runs_to_its_end_and_logs_once(undisturbed: Undisturbed) -> 
     """Two ranks, and each INFO line comes out once."""
     assert steps_of(undisturbed.lines, "saving") == SAVED
     assert steps_of(undisturbed.lines, "saved") == SAVED
-    said = Counter(line for line in undisturbed.lines if re.search(r"checkpoint-\d+ \(|^saving|^New best|^Training", line))
+    said = Counter(
+        line for line in undisturbed.lines if re.search(r"checkpoint-\d+ \(|^saving|^New best|^Training", line)
+    )
     assert said
     assert {*said.values()} == {1}, said
     assert weights_in(undisturbed.lines)
