@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,20 @@ from cloudckpt import CheckpointManager, PerRank, loading
 from tests.distributed.scenarios import QUICK
 
 MOMENTS = ("announce", "upload", "commit", "restore")
+
+
+def be_rank(rank: int, ranks: int, port: int, answers: Connection, words: dict[str, Any]) -> None:
+    """Be one process of a job: join its group, and answer with what ``die`` gives."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    answers.send(die(**words))
 
 
 def die(root: str, victim: int, moment: str, note: str) -> dict[str, Any]:

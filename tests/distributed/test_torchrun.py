@@ -50,7 +50,7 @@ def end(job: subprocess.Popen[str]) -> None:
 def lines_of(job: subprocess.Popen[str]) -> list[str]:
     """What the job printed, once it has ended well."""
     try:
-        out, err = job.communicate(timeout=100)
+        out, err = job.communicate(timeout=200)
     except BaseException:
         end(job)
         raise
@@ -119,7 +119,7 @@ def test_a_killed_job_ends_with_the_same_weights(
     held = s3_faults.inject("hang", method="PUT", match=payload)
     job = torchrun(faulty_s3_root, 2, restarts=1)
     try:
-        assert held.wait(60)
+        assert held.wait(120)
         os.kill(worker(job, victim), signal.SIGKILL)
     except BaseException:
         end(job)
