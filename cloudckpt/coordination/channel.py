@@ -447,6 +447,7 @@ class Channel:
             raise ValueError("a stranger")
         peer = Peer(rank=int(said["rank"]), host=str(said["host"]), pid=int(said["pid"]))
         if not 0 < peer.rank < self.world_size or peer.rank in self._by_rank or peer.rank in self._lost:
+            # One that was lost has been told to everybody as lost; who comes under its number belongs to a later job.
             raise ValueError("a rank that is there, that counts as gone, or that there is none of")
         self._admit(line, peer)
         self._queue(line, _WELCOME, json.dumps({"host": self.me.host, "pid": self.me.pid}).encode())

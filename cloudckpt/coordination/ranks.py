@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
@@ -24,6 +25,8 @@ _BALLOT = "ballot"
 _WORD, _FAILURE, _FINDING = b"+", b"-", b"!"
 #: How much longer than rank zero the others wait for its answer: it is rank zero that decides when it is too late.
 _PATIENCE = 2
+#: How often the others look whether rank zero is to be met somewhere else by now.
+_LOOK_AGAIN_S = 0.2
 
 
 class _Polls(Arbiter):
@@ -106,10 +109,25 @@ class ManyRanks:
         return channel
 
     def _meet_zero(self) -> Channel:
-        meeting = self._group.find(self._key, self._timeout_s)
         channel = self._channel_of(None)
-        channel.join(meeting, self._timeout_s)
-        return channel
+        end = time.monotonic() + self._timeout_s
+        tried: Meeting | None = None
+        while True:
+            meeting = self._group.find(self._key, max(0.1, end - time.monotonic()))
+            if meeting != tried:
+                tried = meeting
+                try:
+                    channel.join(meeting, max(0.1, end - time.monotonic()))
+                except RankError:
+                    # torchrun keeps the store when it starts the ranks again: this may be where rank zero was before.
+                    if time.monotonic() >= end:
+                        raise
+                else:
+                    return channel
+            elif time.monotonic() >= end:
+                channel.join(meeting, 0.1)
+                return channel
+            time.sleep(_LOOK_AGAIN_S)
 
     # -- in the foreground -----------------------------------------------------------------------------------
 

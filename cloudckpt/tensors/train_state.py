@@ -41,8 +41,12 @@ class OptimizerState:
         self.optimizers = list(optimizers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and options. An optimizer that has not stepped yet gets its moments here, all zero."""
-        return dcp_state.get_optimizer_state_dict(self.model, self.optimizers)
+        """Moments and options. An optimizer that has not stepped yet gets some here, until it steps."""
+        fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
+        found = dcp_state.get_optimizer_state_dict(self.model, self.optimizers)
+        for optimizer in fresh:
+            _forget_at_first_step(optimizer)
+        return found
 
     def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Give it to the optimizers; ``strict=False`` leaves out what the model has no parameter for."""
@@ -56,6 +60,22 @@ class OptimizerState:
             state = {"state": kept, "param_groups": groups}
         options = dcp_state.StateDictOptions(strict=strict)
         dcp_state.set_optimizer_state_dict(self.model, self.optimizers, state, options=options)
+
+
+def _forget_at_first_step(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer begin from nothing, unless it is given a state before its first step.
+
+    torch makes a state by a step with gradients of zero. That counts as a step in Adam's bias correction, and weight
+    decay gets into the moments: a training that has been looked at once would go another way than one that has not.
+    """
+    invented: list[object] = [optimizer.state]
+
+    def forget(stepping: torch.optim.Optimizer, *_: object) -> None:
+        # load_state_dict() puts another mapping in its place. The hook stays, since hooks are being called here.
+        if invented and invented.pop() is stepping.state:
+            stepping.state.clear()
+
+    optimizer.register_step_pre_hook(forget)
 
 
 class TrainState(MutableMapping[str, Any]):

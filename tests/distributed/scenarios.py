@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cloudckpt import CheckpointManager, PerRank, RankError, Settings, TrainState
+from cloudckpt import CheckpointManager, PerRank, RankError, Settings
 
 QUICK = Settings(coordination_timeout_s=20, retry_base_s=0.01, retry_cap_s=0.05)
 
@@ -176,81 +176,6 @@ def die_in_upload(root: str, victim: int) -> dict[str, Any]:
         else:
             closing = ""
     return {"said": said, "took": took, "committed": committed, "closing": closing}
-
-
-def _meshed(size: int) -> tuple[Any, Any]:
-    """A process group and a mesh of the first so many ranks. Every rank takes part in making them."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    return dist.new_group(list(range(size))), DeviceMesh("cpu", list(range(size)))
-
-
-def _filled(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Steps with made-up gradients: the same for equal parameters, however they are sharded."""
-    for step in range(steps):
-        for number, parameter in enumerate(model.parameters()):
-            parameter.grad = (parameter.detach() * 0.5 + 0.01 * (number + step)).clone()
-        optimizer.step()
-
-
-def _sharded(kind: str, mesh: Any, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model under FSDP2, tensor parallelism or nothing, over the first so many ranks."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(48, 101), torch.nn.ReLU(), torch.nn.Linear(101, 10))
-    if kind == "tp":
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(48, 104), torch.nn.ReLU(), torch.nn.Linear(104, 10))
-    if kind == "fsdp":
-        fully_shard(model, mesh=mesh)
-    elif kind == "tp":
-        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
-
-
-def _full(state: Any) -> Any:
-    """The same with all tensors whole."""
-    if isinstance(state, dict):
-        return {key: _full(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [_full(value) for value in state]
-    if isinstance(state, torch.Tensor) and hasattr(state, "full_tensor"):
-        return state.full_tensor()
-    return state
-
-
-def save_sharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str, Any] | None:
-    """Save from the first so many ranks."""
-    group, mesh = _meshed(ranks)
-    if dist.get_rank() >= ranks:
-        return None
-    model, optimizer = _sharded(kind, mesh, seed=3)
-    _filled(model, optimizer, 3)
-    state = TrainState(model, optimizer) if wrapped else {"model": model, "optimizer": optimizer}
-    with CheckpointManager(root, settings=QUICK, process_group=group) as ckpts:
-        name = ckpts.save(3, state).wait(30).name
-    whole = _full(model.state_dict())
-    return {"name": name, "model": digest(whole), "optimizer": digest(_full(optimizer.state_dict()["state"]))}
-
-
-def restore_sharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str, Any] | None:
-    """Restore on the first so many ranks, into fresh objects."""
-    group, mesh = _meshed(ranks)
-    if dist.get_rank() >= ranks:
-        return None
-    model, optimizer = _sharded(kind, mesh, seed=4)
-    state = TrainState(model, optimizer) if wrapped else {"model": model, "optimizer": optimizer}
-    with CheckpointManager(root, settings=QUICK, process_group=group) as ckpts:
-        found = ckpts.restore(state)
-        assert found is not None
-    whole = _full(model.state_dict())
-    return {"name": found.name, "model": digest(whole), "optimizer": digest(_full(optimizer.state_dict()["state"]))}
 
 
 def save_stages(root: str) -> dict[str, Any]:

@@ -1,29 +1,53 @@
-"""Saved on N ranks, restored on M: bit for bit."""
+"""Saved under one parallelism, restored under another: bit for bit."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 
 import cloudckpt
-from tests.distributed import scenarios
+from tests.distributed import resharding
 from tests.distributed.ranks import Ranks
+from tests.distributed.scenarios import digest
+
+Saved = tuple[str, dict[str, dict[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def saved_by_each(four_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+    """A run in which every parallelism has saved once, and the digests of what it saved; by how the state was given."""
+
+    @cache
+    def saved(given: str) -> Saved:
+        root = str(tmp_path_factory.mktemp("resharding") / "run")
+        outcomes = four_ranks.run(resharding.save_each, root=root, given=given)
+        assert [outcome.error for outcome in outcomes] == [None] * 4
+        return root, outcomes[0].value
+
+    return saved
 
 
 @pytest.mark.parametrize("given", ["train-state", "objects"])
-@pytest.mark.parametrize("ranks", [(n, m) for n in (1, 2, 4) for m in (1, 2, 4)], ids="{0[0]}-to-{0[1]}".format)
-@pytest.mark.parametrize("kind", ["fsdp", "tp", "ddp"])
-def test_any_number_of_ranks_restores_what_any_number_saved(
-    four_ranks: Ranks, tmp_path: Path, kind: str, ranks: tuple[int, int], given: str
+@pytest.mark.parametrize("kind", resharding.KINDS)
+def test_each_parallelism_restores_what_every_other_saved(
+    four_ranks: Ranks, saved_by_each: Callable[[str], Saved], kind: str, given: str
 ) -> None:
-    """Weights and moments are the same, whole, whatever they were sharded over."""
-    root, (before, after), wrapped = str(tmp_path / "run"), ranks, given == "train-state"
-    saved = four_ranks.run(scenarios.save_sharded, root=root, kind=kind, ranks=before, wrapped=wrapped)
-    assert [outcome.error for outcome in saved] == [None] * 4
-    restored = four_ranks.run(scenarios.restore_sharded, root=root, kind=kind, ranks=after, wrapped=wrapped)
-    assert [outcome.error for outcome in restored] == [None] * 4
-    for outcome in restored[:after]:
-        assert outcome.value == saved[0].value
-    loaded = cloudckpt.open(root).load()
-    assert scenarios.digest({**loaded["model"]}) == saved[0].value["model"]
+    """Weights and moments are the same, whole, on every rank, whatever they were sharded over."""
+    root, saved = saved_by_each(given)
+    assert len({str(digests) for digests in saved.values()}) == len(resharding.KINDS)
+    outcomes = four_ranks.run(resharding.restore_each, root=root, given=given, kind=kind)
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    for outcome in outcomes:
+        assert outcome.value in ({}, saved)  # nothing on ranks that this one has no use for
+    assert outcomes[0].value == saved
+
+
+@pytest.mark.parametrize("given", ["train-state", "objects"])
+def test_a_process_alone_loads_whole_tensors(saved_by_each: Callable[[str], Saved], given: str) -> None:
+    """No process group, and no parallelism: ``load()`` gives what each of them saved."""
+    root, saved = saved_by_each(given)
+    run = cloudckpt.open(root)
+    loaded = {kind: digest(run.load(step)["model"]) for step, kind in enumerate(resharding.KINDS)}
+    assert loaded == {kind: digests["model"] for kind, digests in saved.items()}

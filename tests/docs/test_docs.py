@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
+MANY_RANKS = ROOT / "docs" / "guide" / "distributed.md"
+#: On loopback, and on a free port.
+AT_HOME = ["--local-addr", "127.0.0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
@@ -31,11 +34,14 @@ def test_generated_parts_are_fresh() -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.name)
 def test_every_python_block_runs(page: Path, tmp_path: Path) -> None:
-    """The Python of a page runs from top to bottom in an empty folder, warnings as errors."""
+    """The Python of a page runs from top to bottom in an empty folder, warnings as errors; that of many ranks on two."""
     code = "\n".join(BLOCK.findall(page.read_text()))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    if page == MANY_RANKS:
+        tmp_path.joinpath("page.py").write_text(code)
+        # Warnings are torchrun's and torch's own here.
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *AT_HOME, "page.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

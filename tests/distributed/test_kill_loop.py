@@ -1,0 +1,70 @@
+"""A rank is killed, again and again: how soon the others say so."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cloudckpt
+from cloudckpt.testing.servers import free_ports
+from tests.distributed import kills
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+RANKS = 3
+ROUNDS = 20
+
+
+def killed_once(words: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """What each rank of a new job answered; None from the one that died."""
+    forks = multiprocessing.get_context("forkserver")  # torch is imported once, not by each of sixty processes
+    forks.set_forkserver_preload([kills.__name__])
+    (port,) = free_ports(1)
+    job = []
+    for rank in range(RANKS):
+        answers, ours = forks.Pipe(duplex=False)
+        process = forks.Process(target=kills.be_rank, args=(rank, RANKS, port, ours, words))
+        process.start()
+        ours.close()
+        job.append((process, answers))
+    found: list[dict[str, Any] | None] = []
+    try:
+        for rank, (_, answers) in enumerate(job):
+            assert answers.poll(90), f"rank {rank} has not answered"
+            try:
+                found.append(answers.recv())
+            except EOFError:
+                found.append(None)
+            answers.close()
+    finally:
+        for process, _ in job:
+            process.kill()
+            process.join()
+            process.close()
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_survivors_name_a_killed_rank_each_time(tmp_path: Path) -> None:
+    """Whoever dies, and whenever: every survivor names it, and nothing is committed. ``-s`` prints how soon."""
+    times: dict[str, list[float]] = {moment: [] for moment in kills.MOMENTS}
+    # Each moment meets each rank: three and four have no common divisor.
+    turns = zip(itertools.cycle(kills.MOMENTS), itertools.cycle(range(RANKS)), range(ROUNDS), strict=False)
+    for moment, victim, number in turns:
+        root, note = tmp_path / f"run-{number}", tmp_path / f"died-{number}"
+        found = killed_once({"root": str(root), "victim": victim, "moment": moment, "note": str(note)})
+        assert [answer is None for answer in found] == [rank == victim for rank in range(RANKS)]
+        for answer in found:
+            if answer is not None:
+                assert f"rank {victim} (" in answer["said"], (moment, answer)
+                assert "is gone" in answer["said"], (moment, answer)
+                times[moment].append(answer["heard"] - float(note.read_text()))
+        assert [c.step for c in cloudckpt.open(root).checkpoints()] == [0], moment
+    print(f"\n{ROUNDS} kills of one of {RANKS} ranks; ms from SIGKILL until a survivor's call has raised")
+    for moment, own in [*times.items(), ("all", [*itertools.chain(*times.values())])]:
+        print(f"{moment:>10}: median {1000 * statistics.median(own):.1f}, max {1000 * max(own):.1f}")
