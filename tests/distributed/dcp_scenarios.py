@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from cloudckpt import Settings, StorageError
 from cloudckpt.dcp import StorageReader, StorageWriter
 from cloudckpt.storage import LocalStorage
-from tests.distributed.scenarios import _filled, _full, _meshed, _sharded, digest
+from tests.distributed.scenarios import digest
+from tests.distributed.sharded import filled, full, meshed, sharded
 
 #: Any: the package imports its names without exporting them.
 dcp: Any = torch.distributed.checkpoint
@@ -25,16 +26,16 @@ QUICK = Settings(retry_base_s=0.01, retry_cap_s=0.05)
 
 
 def _digests(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    return {"model": digest(_full(model.state_dict())), "optimizer": digest(_full(optimizer.state_dict()["state"]))}
+    return {"model": digest(full(model.state_dict())), "optimizer": digest(full(optimizer.state_dict()["state"]))}
 
 
 def save(root: str, kind: str, ranks: int, how: str = "save") -> dict[str, Any] | None:
     """Save a model and its optimizer from the first so many ranks, by the names that PyTorch gives them."""
-    group, mesh = _meshed(ranks)
+    group, mesh = meshed(ranks)
     if dist.get_rank() >= ranks:
         return None
-    model, optimizer = _sharded(kind, mesh, seed=3)
-    _filled(model, optimizer, 3)
+    model, optimizer = sharded(kind, mesh, seed=3)
+    filled(model, optimizer, 3)
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "step": 3, "options": {"lr": (0.1, 0.2)}}
     writer = StorageWriter(root, step=3, metrics={"loss": 0.5}, settings=QUICK)
@@ -53,10 +54,10 @@ def save(root: str, kind: str, ranks: int, how: str = "save") -> dict[str, Any] 
 
 def load(root: str, kind: str, ranks: int) -> dict[str, Any] | None:
     """Load it on the first so many ranks, into fresh objects."""
-    group, mesh = _meshed(ranks)
+    group, mesh = meshed(ranks)
     if dist.get_rank() >= ranks:
         return None
-    model, optimizer = _sharded(kind, mesh, seed=4)
+    model, optimizer = sharded(kind, mesh, seed=4)
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
     reader = StorageReader(root, settings=QUICK)

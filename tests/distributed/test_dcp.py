@@ -12,7 +12,7 @@ import torch
 import cloudckpt
 from cloudckpt.storage import LocalStorage
 from cloudckpt.testing.invariants import check_store
-from tests.distributed import dcp_scenarios, scenarios
+from tests.distributed import dcp_scenarios, scenarios, sharded
 from tests.distributed.ranks import Outcome, Ranks
 
 pytestmark = pytest.mark.processes
@@ -49,12 +49,12 @@ def test_a_manager_and_dcp_read_each_others_checkpoints(
     """Saved by one on some ranks, restored by the other on more or fewer."""
     before, after = ranks
     managed = str(tmp_path / "managed")
-    saved = answers(four_ranks.run(scenarios.save_sharded, root=managed, kind=kind, ranks=before, wrapped=True))
+    saved = answers(four_ranks.run(sharded.save_sharded, root=managed, kind=kind, ranks=before, wrapped=True))
     loaded = answers(four_ranks.run(dcp_scenarios.load, root=managed, kind=kind, ranks=after))
     assert loaded[:after] == [saved[0]] * after
     own = str(tmp_path / "own")
     saved = answers(four_ranks.run(dcp_scenarios.save, root=own, kind=kind, ranks=before))
-    loaded = answers(four_ranks.run(scenarios.restore_sharded, root=own, kind=kind, ranks=after, wrapped=True))
+    loaded = answers(four_ranks.run(sharded.restore_sharded, root=own, kind=kind, ranks=after, wrapped=True))
     assert loaded[:after] == [saved[0]] * after
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import cloudckpt
 from cloudckpt.testing.servers import SeaweedFS
-from tests.distributed import scenarios
+from tests.distributed import scenarios, sharded
 from tests.distributed.ranks import Outcome, Ranks
 
 pytestmark = pytest.mark.processes
@@ -53,8 +53,8 @@ def test_sharded_state_is_restored_on_another_number_of_ranks(
     ranks: Ranks, root: str, kind: str, before: int, after: int
 ) -> None:
     """Bit for bit, over the wire."""
-    saved = values(ranks.run(scenarios.save_sharded, root=root, kind=kind, ranks=before, wrapped=True))
-    restored = values(ranks.run(scenarios.restore_sharded, root=root, kind=kind, ranks=after, wrapped=True))
+    saved = values(ranks.run(sharded.save_sharded, root=root, kind=kind, ranks=before, wrapped=True))
+    restored = values(ranks.run(sharded.restore_sharded, root=root, kind=kind, ranks=after, wrapped=True))
     assert restored[:after] == [saved[0]] * after
 
 
