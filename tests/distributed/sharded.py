@@ -58,7 +58,7 @@ def full(state: Any) -> Any:
     return state
 
 
-def savesharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str, Any] | None:
+def save_sharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str, Any] | None:
     """Save from the first so many ranks."""
     group, mesh = meshed(ranks)
     if dist.get_rank() >= ranks:
@@ -72,7 +72,7 @@ def savesharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str, An
     return {"name": name, "model": digest(whole), "optimizer": digest(full(optimizer.state_dict()["state"]))}
 
 
-def restoresharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str, Any] | None:
+def restore_sharded(root: str, kind: str, ranks: int, wrapped: bool) -> dict[str, Any] | None:
     """Restore on the first so many ranks, into fresh objects."""
     group, mesh = meshed(ranks)
     if dist.get_rank() >= ranks:

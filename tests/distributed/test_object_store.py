@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterator
@@ -85,9 +86,10 @@ def test_what_a_killed_rank_was_uploading_is_gone_after_the_next_claim(root: str
         job.close()
     assert found[0] == found[1]
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
-    client = seaweedfs.client()
-    keys = [item["Key"] for item in client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/").get("Contents", [])]
+    with contextlib.closing(seaweedfs.client()) as client:
+        keys = [item["Key"] for item in client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/").get("Contents", [])]
+        uploads = client.list_multipart_uploads(Bucket=bucket, Prefix=f"{prefix}/").get("Uploads", [])
     assert not [key for key in keys if "/checkpoint-1." in key]
-    assert not client.list_multipart_uploads(Bucket=bucket, Prefix=f"{prefix}/").get("Uploads", [])
+    assert not uploads
     run = cloudckpt.open(root, storage_options=seaweedfs.storage_options())
     assert [c.step for c in run.checkpoints()] == [0, 9]
