@@ -22,6 +22,16 @@ __all__ = ["ManyRanks"]
 _BALLOT = "ballot"
 #: First byte of a message: a word, one rank's failure, or what rank zero finds wrong with all words together.
 _WORD, _FAILURE, _FINDING = b"+", b"-", b"!"
+#: Where a topic's name is none that people know.
+_DOING = {
+    "save-plan": "save",
+    "save-replicas": "save",
+    "uploaded": "save",
+    "choice": "choosing a checkpoint",
+    "fits": "restore",
+    "loaded": "load",
+    "root": "claim",
+}
 #: On an error that all ranks raise: so that it is told once, should it end a later exchange of the same call as well.
 _COMMON = "_cloudckpt_told_to_all"
 #: How much longer than rank zero the others wait for its answer: it is rank zero that decides when it is too late.
@@ -164,8 +174,8 @@ class ManyRanks:
         if failure.rank == self.rank and isinstance(word, BaseException):
             if not isinstance(word, Exception):
                 raise word
-            raise _common(failure.error(topic)) from word
-        raise _common(failure.error(topic))
+            raise _common(failure.error(_doing(topic))) from word
+        raise _common(failure.error(_doing(topic)))
 
     def _decided(
         self, line: Channel, topic: str, word: bytes | BaseException, decide: Decide, timeout_s: float | None
@@ -228,7 +238,7 @@ class ManyRanks:
         """See ``Coordinator``."""
         messages = self._line().gather(topic, range(1, self.world_size), ends_early=_is_failure)
         if messages and _is_failure(messages[0]):
-            raise Failure.from_bytes(messages[0][1:]).error(topic.partition("/")[0])
+            raise Failure.from_bytes(messages[0][1:]).error(_doing(topic))
         return [message[1:] for message in messages]
 
     def watch(self, topic: str, act: Callable[[str], None]) -> None:
@@ -253,6 +263,12 @@ class ManyRanks:
             channel, self._gone = self._channel, self._gone or reason
         if channel is not None:
             channel.leave(reason)
+
+
+def _doing(topic: str) -> str:
+    """What people call what a topic is about: topics have numbers of attempts, and ids of saves."""
+    stem = topic.partition("/")[0].rstrip("-0123456789")
+    return _DOING.get(stem, stem)
 
 
 def _common(error: CloudCkptError) -> CloudCkptError:
