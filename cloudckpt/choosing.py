@@ -93,10 +93,16 @@ class Chooser:
 FindHomes = Callable[[Outline, Mapping[str, Any]], Homes]
 
 
-def fitting_everywhere(find_homes: FindHomes | None, coordinator: Coordinator, attempt: int) -> FindHomes | None:
-    """No rank reads a byte before the state of every rank fits."""
-    if find_homes is None or coordinator.world_size == 1:
-        return find_homes
+def fitting_everywhere(
+    find_homes: FindHomes | None, on_agreed: Callable[[Homes], None], coordinator: Coordinator, attempt: int
+) -> FindHomes | None:
+    """No rank reads a byte before the state of every rank fits.
+
+    Args:
+        on_agreed: told that every rank has found its homes: from here on bytes are read into them.
+    """
+    if find_homes is None:
+        return None
 
     def agreed(outline: Outline, values: Mapping[str, Any]) -> Homes:
         word: bytes | BaseException = b""
@@ -106,6 +112,7 @@ def fitting_everywhere(find_homes: FindHomes | None, coordinator: Coordinator, a
         except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
             word = exc
         coordinator.exchange(f"fits-{attempt}", word, lambda words: words)
+        on_agreed(homes)
         return homes
 
     return agreed

@@ -36,6 +36,7 @@ from cloudckpt.tensors.per_rank import PerRankLeaf
 from cloudckpt.tensors.targets import (
     Homes,
     Region,
+    Use,
     choose_homes,
     find_uses,
     note_changed,
@@ -94,6 +95,7 @@ def load_chosen(
     coordinator: Coordinator,
     on_damage: Callable[[Checkpoint, CorruptCheckpointError], None],
     find_homes: Callable[[Outline, Mapping[str, Any]], Homes] | None = None,
+    on_agreed: Callable[[Homes], None] = lambda _: None,
 ) -> Loaded:
     """Load the checkpoint that the request selects, or the one before it where damage is proven.
 
@@ -103,6 +105,7 @@ def load_chosen(
         on_damage: told of each checkpoint that is proven damaged, before the next one is tried.
         find_homes: asked, before any byte moves, where the tensors of these values get their memory. Fresh memory by
             default.
+        on_agreed: told that every rank has found its homes: from here on bytes are read into them.
 
     Raises:
         CheckpointNotFoundError: nothing matches, or nothing is left.
@@ -116,7 +119,7 @@ def load_chosen(
         word: bytes | BaseException
         loaded: Loaded | None = None
         try:
-            loaded = _load(store, chosen, request, fitting_everywhere(find_homes, coordinator, attempt))
+            loaded = _load(store, chosen, request, fitting_everywhere(find_homes, on_agreed, coordinator, attempt))
             word = b""
         except CorruptCheckpointError as exc:
             chooser.note(exc)
@@ -139,6 +142,8 @@ class _Target:
         in_place: whether bytes may be read into the objects' own tensors.
         problems: what of the checkpoint at hand does not fit.
         overwritten: the memory that was read into, and where in the state it is.
+        uses: where the checkpoint at hand is wanted in the state.
+        begun: whether bytes may have been read into the objects' own memory.
     """
 
     state: Mapping[str, object]
@@ -146,7 +151,8 @@ class _Target:
     in_place: bool
     problems: list[str] = field(default_factory=list)
     overwritten: dict[Region, str] = field(default_factory=dict)
-    homes: Homes = field(default_factory=Homes)
+    uses: Sequence[Use] = ()
+    begun: bool = False
 
     def find_homes(self, outline: Outline, values: Mapping[str, Any]) -> Homes:
         """Where this checkpoint's tensors go. What cannot be restored is refused here, before any byte moves.
@@ -161,8 +167,6 @@ class _Target:
         if refused := unwritable(uses):
             listed = "".join(f"\n  {problem}" for problem in refused)
             raise StateMismatchError(f"{where} cannot be restored into this state; nothing was changed:{listed}")
-        self.homes = choose_homes(uses, outline, in_place=self.in_place)
-        note_changed(self.homes)  # now, since from here on it may happen at any moment
         written = {use.region for use in uses}
         if left := [path for region, path in self.overwritten.items() if region not in written]:
             # No damage: nothing is wrong with this checkpoint, and other objects can be restored from it.
@@ -170,10 +174,16 @@ class _Target:
                 f"{where} has nothing for {', '.join(left[:10])}, overwritten from a damaged checkpoint that was tried "
                 "before: restoring it would leave a mixture of both"
             )
-        for use in uses:
-            if use.region is not None and use.place in self.homes.targets:
+        self.uses = uses
+        return choose_homes(uses, outline, in_place=self.in_place)
+
+    def begin(self, homes: Homes) -> None:
+        """Bytes are read into these from here on, at any moment."""
+        note_changed(homes)
+        for use in self.uses:
+            if use.region is not None and use.place in homes.targets:
                 self.overwritten[use.region] = use.path
-        return self.homes
+        self.begun = self.begun or bool(homes.targets) or any(part.in_place for part in homes.parts.values())
 
 
 def restore_chosen(
@@ -199,10 +209,16 @@ def restore_chosen(
     target = _Target(state, strict, store.settings.read_in_place)
     try:
         loaded = load_chosen(
-            store, manifest, request, coordinator=coordinator, on_damage=on_damage, find_homes=target.find_homes
+            store,
+            manifest,
+            request,
+            coordinator=coordinator,
+            on_damage=on_damage,
+            find_homes=target.find_homes,
+            on_agreed=target.begin,
         )
     except BaseException as exc:
-        if target.homes.targets or target.overwritten:
+        if target.begun:
             _say_so(exc)
         raise
     for problem in target.problems:

@@ -23,6 +23,18 @@ __all__ = ["ManyRanks"]
 _BALLOT = "ballot"
 #: First byte of a message: a word, one rank's failure, or what rank zero finds wrong with all words together.
 _WORD, _FAILURE, _FINDING = b"+", b"-", b"!"
+#: Where a topic's name is none that people know.
+_DOING = {
+    "save-plan": "save",
+    "save-replicas": "save",
+    "uploaded": "save",
+    "choice": "choosing a checkpoint",
+    "fits": "restore",
+    "loaded": "load",
+    "root": "claim",
+}
+#: On an error that all ranks raise: so that it is told once, should it end a later exchange of the same call as well.
+_COMMON = "_cloudckpt_told_to_all"
 #: How much longer than rank zero the others wait for its answer: it is rank zero that decides when it is too late.
 _PATIENCE = 2
 #: How often the others look whether rank zero is to be met somewhere else by now.
@@ -148,7 +160,7 @@ class ManyRanks:
         line, name = self._line(), f"{topic}/{self._calls}"
         with self._out_if_interrupted(topic):
             if self.rank:
-                line.post(0, name, self._message(word))
+                line.post(0, name, self._word(word))
                 answer = line.take(f"{name}/answer", 0, timeout_s=timeout_s and _PATIENCE * timeout_s)
             else:
                 answers = self._decided(line, name, word, decide, timeout_s)
@@ -159,12 +171,14 @@ class ManyRanks:
             return answer[1:]
         failure = Failure.from_bytes(answer[1:])
         if answer[:1] == _FINDING:
-            raise failure.again()
+            if isinstance(word, Exception) and getattr(word, _COMMON, False) and str(word) == failure.message:
+                raise word  # with its cause
+            raise _common(failure.again())
         if failure.rank == self.rank and isinstance(word, BaseException):
             if not isinstance(word, Exception):
                 raise word
-            raise failure.error(topic) from word
-        raise failure.error(topic)
+            raise _common(failure.error(_doing(topic))) from word
+        raise _common(failure.error(_doing(topic)))
 
     @contextlib.contextmanager
     def _out_if_interrupted(self, call: str) -> Iterator[None]:
@@ -182,9 +196,10 @@ class ManyRanks:
         """Rank zero's answers; the same failure for everybody if there is any."""
         try:
             said = line.gather(topic, range(1, self.world_size), timeout_s=timeout_s)
-            said.insert(0, self._message(word))
-            if failures := [message for message in said if message[:1] == _FAILURE]:
-                return [failures[0]] * self.world_size
+            said.insert(0, self._word(word))
+            if failures := [message for message in said if message[:1] != _WORD]:
+                # One rank's own failure says more than what all of them were told before.
+                return [min(failures, key=lambda message: message[:1] == _FINDING)] * self.world_size
             try:
                 return [_WORD + answer for answer in decide([message[1:] for message in said])]
             except CloudCkptError as exc:
@@ -197,6 +212,11 @@ class ManyRanks:
             for rank in range(1, self.world_size):
                 line.post(rank, f"{topic}/answer", failed[rank])
             raise
+
+    def _word(self, word: bytes | BaseException) -> bytes:
+        """A word for an exchange; an error that an exchange has told to all ranks already goes on as it is."""
+        told = getattr(word, _COMMON, False)
+        return _FINDING + self._message(word)[1:] if told else self._message(word)
 
     def _message(self, word: bytes | BaseException) -> bytes:
         if isinstance(word, bytes):
@@ -231,7 +251,7 @@ class ManyRanks:
         """See ``Coordinator``."""
         messages = self._line().gather(topic, range(1, self.world_size), ends_early=_is_failure)
         if messages and _is_failure(messages[0]):
-            raise Failure.from_bytes(messages[0][1:]).error(topic.partition("/")[0])
+            raise Failure.from_bytes(messages[0][1:]).error(_doing(topic))
         return [message[1:] for message in messages]
 
     def watch(self, topic: str, act: Callable[[str], None]) -> None:
@@ -256,6 +276,17 @@ class ManyRanks:
             channel, self._gone = self._channel, self._gone or reason
         if channel is not None:
             channel.leave(reason)
+
+
+def _doing(topic: str) -> str:
+    """What people call what a topic is about: topics have numbers of attempts, and ids of saves."""
+    stem = topic.partition("/")[0].rstrip("-0123456789")
+    return _DOING.get(stem, stem)
+
+
+def _common(error: CloudCkptError) -> CloudCkptError:
+    setattr(error, _COMMON, True)
+    return error
 
 
 def _is_failure(message: bytes) -> bool:

@@ -86,11 +86,13 @@ class Part:
         value: the distributed tensor over that memory, as the state's object is given it.
         local: the memory, of the box's shape.
         offsets: where the box begins in the whole tensor, elements per dimension.
+        in_place: whether the memory is that of the caller's own tensor.
     """
 
     value: torch.Tensor
     local: torch.Tensor
     offsets: tuple[int, ...]
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +304,7 @@ def _part(template: torch.Tensor, uses: Sequence[Use], *, in_place: bool) -> Par
         and own.dtype == uses[0].stored.dtype
         and own.device.type != "meta"
     ):
-        return Part(value=like(template, own), local=own, offsets=offsets)
+        return Part(value=like(template, own), local=own, offsets=offsets, in_place=True)
     fresh = torch.empty(lengths if own.numel() else own.shape, dtype=uses[0].stored.dtype, device=own.device)
     return Part(value=like(template, fresh), local=fresh, offsets=offsets)
 

@@ -155,7 +155,10 @@ def test_a_state_that_fits_on_some_ranks_changes_none(four_ranks: Ranks, tmp_pat
     )
     for value in found:
         assert value["said"].startswith("StateMismatchError"), value
-        assert f"rank {bad_rank}" in value["said"]
+        assert f"failed on rank {bad_rank} (" in value["said"]
+        assert "nothing was changed" in value["said"]
+        assert "partly overwritten" not in value["said"]
+        assert value["said"].count("failed on") == 1
         assert not value["changed"]
 
 
