@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -162,7 +162,7 @@ class Extent(ABC):
         """What is wanted of some of its bytes; each piece begins at that byte of the extent."""
 
     @abstractmethod
-    def devices(self) -> Iterator[torch.device]:
+    def devices(self) -> Iterable[torch.device]:
         """Of what does not belong on the host."""
 
     @abstractmethod
@@ -195,9 +195,9 @@ class WholeChunk(Extent):
         """See ``Extent.pieces``."""
         yield Piece(start, length, self.home, start)
 
-    def devices(self) -> Iterator[torch.device]:
+    def devices(self) -> Iterable[torch.device]:
         """See ``Extent.devices``."""
-        return _devices(self.home)
+        return () if self.home.on_host else (self.home.flat().device,)
 
     def proven(self) -> None:
         """See ``Extent.proven``. It is where it belongs."""
@@ -235,18 +235,14 @@ class Cell(Extent):
             if first < stop:
                 yield Piece(first, stop - first, piece.home, piece.at + first - piece.start)
 
-    def devices(self) -> Iterator[torch.device]:
+    def devices(self) -> Iterable[torch.device]:
         """See ``Extent.devices``."""
-        return _devices(*(piece.home for piece in self.wanted))
+        return (piece.home.flat().device for piece in self.wanted if not piece.home.on_host)
 
     def proven(self) -> None:
         """See ``Extent.proven``."""
         for piece in self.wanted:
             piece.home.proven()
-
-
-def _devices(*homes: Home) -> Iterator[torch.device]:
-    return (home.flat().device for home in homes if not home.on_host)
 
 
 def on_host(tensor: torch.Tensor) -> bool:
