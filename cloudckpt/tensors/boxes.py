@@ -25,10 +25,6 @@ from cloudckpt.tensors.targets import Part
 __all__ = ["Boxes", "plan_boxes"]
 
 
-#: Whose memory is filled by cells. CUDA is to follow when it has been run there: it reads whole chunks.
-BY_CELLS = frozenset({"cpu"})
-
-
 @dataclass(frozen=True, slots=True)
 class Boxes:
     """What is read for some boxes, and what is left to do afterwards.
@@ -103,7 +99,7 @@ def plan_boxes(
 
 def _need(local: torch.Tensor, copy: Copy, chunk: Chunk, grids: dict[str, Grid], settings: Settings) -> _Need:
     grid = grids.get(chunk.object)
-    if grid is None or local.device.type not in BY_CELLS:
+    if grid is None:
         return _Need(local, copy, chunk, None)
     found = plan_blocks(
         chunk.lengths,

@@ -11,7 +11,6 @@ from torch import nn
 import cloudckpt
 from cloudckpt import CheckpointManager, CorruptCheckpointError, Settings
 from cloudckpt.storage import MemoryStorage
-from cloudckpt.tensors import boxes
 from cloudckpt.tensors.targets import Part
 from tests.tensors.test_boxes import CELL, SETTINGS, Stored, Wanted, numbers
 
@@ -108,18 +107,14 @@ def test_damage_is_found_before_it_reaches_the_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("by_cells", "lengths", "read"),
+    ("lengths", "read"),
     [
-        ({"cpu"}, (16, 1024), 64 * CELL),
-        ({"cpu", "cuda"}, (16, 1024), 17 * CELL),
-        ({"cpu", "cuda"}, (16, 100), 64 * CELL),  # its rows lie apart
+        ((16, 1024), 17 * CELL),
+        ((16, 100), 64 * CELL),  # its rows lie apart
     ],
 )
-def test_a_part_on_the_device_has_its_bits(
-    monkeypatch: pytest.MonkeyPatch, by_cells: set[str], lengths: tuple[int, int], read: int
-) -> None:
-    """By whole chunks, or by cells where it lies on the device as it is stored."""
-    monkeypatch.setattr(boxes, "BY_CELLS", by_cells)
+def test_a_part_on_the_device_has_its_bits(lengths: tuple[int, int], read: int) -> None:
+    """By cells where it lies on the device as it is stored, otherwise by whole chunks."""
     stored = Stored()
     box = Wanted(numbers(64, 1024), (16, 0), lengths)
     local = torch.zeros(lengths, dtype=torch.int32, device="cuda")
