@@ -16,7 +16,7 @@ from cloudckpt.tensors.outline import Outline
 from cloudckpt.tensors.targets import Homes
 from cloudckpt.view import placed
 
-__all__ = ["AGAIN", "DONE", "Chooser", "FindHomes", "fitting_everywhere"]
+__all__ = ["AGAIN", "DONE", "Chooser", "FindHomes", "Fitting"]
 
 #: What rank zero answers once everybody has read what was chosen; and if another one is to be chosen.
 DONE, AGAIN = b"done", b"again"
@@ -93,29 +93,55 @@ class Chooser:
 FindHomes = Callable[[Outline, Mapping[str, Any]], Homes]
 
 
-def fitting_everywhere(
-    find_homes: FindHomes | None, on_agreed: Callable[[Homes], None], coordinator: Coordinator, attempt: int
-) -> FindHomes | None:
+class Fitting:
     """No rank reads a byte before the state of every rank fits.
 
     Args:
+        find_homes: where this rank's bytes go; None if they go into fresh memory, where everything fits.
         on_agreed: told that every rank has found its homes: from here on bytes are read into them.
     """
-    if find_homes is None:
-        return None
 
-    def agreed(outline: Outline, values: Mapping[str, Any]) -> Homes:
+    def __init__(
+        self, find_homes: FindHomes | None, on_agreed: Callable[[Homes], None], coordinator: Coordinator, attempt: int
+    ) -> None:
+        self._find_homes = find_homes
+        self._on_agreed = on_agreed
+        self._coordinator = coordinator
+        self._topic = f"fits-{attempt}"
+        self._is_due = find_homes is not None
+
+    def find_homes(self, outline: Outline, values: Mapping[str, Any]) -> Homes:
+        """This rank's homes, once all ranks have theirs."""
+        assert self._find_homes is not None
         word: bytes | BaseException = b""
         homes = Homes()
         try:
-            homes = find_homes(outline, values)
+            homes = self._find_homes(outline, values)
         except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
             word = exc
-        coordinator.exchange(f"fits-{attempt}", word, lambda words: words)
-        on_agreed(homes)
+        self._exchange(word)
+        self._on_agreed(homes)
         return homes
 
-    return agreed
+    def stand_by(self, error: BaseException | None) -> BaseException | None:
+        """This rank has come to its end, perhaps before it could be asked whether its state fits: the others ask.
+
+        Args:
+            error: why none of them is to go on; None if that is told later, as damage is.
+
+        Returns:
+            what all ranks are told instead, if anything.
+        """
+        if self._is_due:
+            try:
+                self._exchange(b"" if error is None else error)
+            except BaseException as exc:  # noqa: BLE001 - the caller's to tell
+                return exc
+        return None
+
+    def _exchange(self, word: bytes | BaseException) -> None:
+        self._is_due = False
+        self._coordinator.exchange(self._topic, word, lambda words: words, patient=True)
 
 
 def _without(manifest: Manifest, ids: Collection[str]) -> Manifest:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cloudckpt.choosing import DONE, Chooser, fitting_everywhere
+from cloudckpt.choosing import DONE, Chooser, Fitting
 from cloudckpt.coordination import Coordinator
 from cloudckpt.core.manifest_json import entry_from_bytes
 from cloudckpt.core.model import Checkpoint, Index, Manifest
@@ -118,14 +118,15 @@ def load_chosen(
         chosen = entry_from_bytes(coordinator.exchange(f"choice-{attempt}", b"", chooser.choose))
         word: bytes | BaseException
         loaded: Loaded | None = None
+        fitting = Fitting(find_homes, on_agreed, coordinator, attempt)
         try:
-            loaded = _load(store, chosen, request, fitting_everywhere(find_homes, on_agreed, coordinator, attempt))
+            loaded = _load(store, chosen, request, fitting.find_homes if find_homes is not None else None)
             word = b""
         except CorruptCheckpointError as exc:
             chooser.note(exc)
-            word = str(exc).encode()
+            word = fitting.stand_by(None) or str(exc).encode()
         except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
-            word = exc
+            word = fitting.stand_by(exc) or exc
         said = coordinator.exchange(f"loaded-{attempt}", word, chooser.judge, patient=True)
         if said == DONE and loaded is not None:
             return loaded
@@ -223,7 +224,12 @@ def restore_chosen(
         raise
     for problem in target.problems:
         on_problem(problem)
-    fill(state, loaded.values, strict=strict)
+    word: bytes | BaseException = b""
+    try:
+        fill(state, loaded.values, strict=strict)
+    except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
+        word = exc
+    coordinator.exchange("filled", word, lambda words: words, patient=True)
     return loaded
 
 

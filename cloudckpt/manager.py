@@ -300,6 +300,7 @@ class CheckpointManager(Run):
                 block=bool(block),
                 allow_pickle=self._allow_pickle,
             )
+            components = tuple(map(str, state))
         began = time.monotonic()
         with self._one_at_a_time("save"):
             self._check_usable()
@@ -307,7 +308,9 @@ class CheckpointManager(Run):
             may_skip = self._store.settings.on_busy == "skip" and not block
             last = self._saver.last if self._saver is not None and may_skip else None
             busy = last is not None and not last.done()
-            ballot = Ballot(call="save", step=request.step, components=tuple(map(str, state)), busy=busy)
+            ballot = Ballot(
+                call="save", step=request.step, components=components, options=f"block={request.block}", busy=busy
+            )
             if self._vote(ballot) is Verdict.SKIP and last is not None:
                 if self._coordinator.rank == 0:
                     self._listener(SaveSkipped(step=request.step, busy_with=last.checkpoint.name))
@@ -474,8 +477,8 @@ class CheckpointManager(Run):
             claimed_before = self._saver is not None
             self._writer()
             self._agree_ready()
-        manifest = self._manifest_to_restore(claimed_before=claimed_before)
-        if self._starts_anew(manifest, named=selector.named):
+        manifest, is_new = self._manifest_to_restore(claimed_before=claimed_before, named=selector.named)
+        if is_new:
             self._prepare_quietly(state)
             self._tell_once(NothingToResume(url=self.url))
             return None
@@ -535,17 +538,20 @@ class CheckpointManager(Run):
             word = exc
         self._coordinator.exchange("ready", word, lambda words: words, patient=True)
 
-    def _manifest_to_restore(self, *, claimed_before: bool) -> Manifest | None:
-        """What rank zero chooses from; the others choose nothing."""
-        if self._claim is None:
-            return None
-        # A claim has just read it. Later, others may have reported metrics, tagged or marked since.
-        return (self._store.read() if claimed_before else self._store.last_seen) or self._claim.manifest
+    def _manifest_to_restore(self, *, claimed_before: bool, named: bool) -> tuple[Manifest | None, bool]:
+        """What rank zero chooses from, the others choose nothing; and whether there is nothing to resume."""
+        read: list[Manifest] = []
 
-    def _starts_anew(self, manifest: Manifest | None, *, named: bool) -> bool:
-        is_new = manifest is not None and manifest.commits == 0 and not manifest.committed and not named
-        said = b"new" if is_new else b"go on"
-        return self._coordinator.exchange("start", b"", lambda words: [said] * len(words)) == b"new"
+        def current(words: Sequence[bytes]) -> list[bytes]:
+            assert self._claim is not None
+            # A claim has just read it. Later, others may have reported metrics, tagged or marked since.
+            found = (self._store.read() if claimed_before else self._store.last_seen) or self._claim.manifest
+            read.append(found)
+            is_new = found.commits == 0 and not found.committed and not named
+            return [b"new" if is_new else b"go on"] * len(words)
+
+        is_new = self._coordinator.exchange("start", b"", current, patient=True) == b"new"
+        return (read[0] if read else None), is_new
 
     def _tell_once(self, event: Event) -> None:
         if self._coordinator.rank == 0:
@@ -571,21 +577,24 @@ class CheckpointManager(Run):
         )
 
     def _protect(self, loaded: Loaded) -> None:
-        held = self._claim
-        if held is None:
-            return  # rank zero does
-        manifest = self._store.last_seen
-        try:
-            newest = select(manifest, parse_selector("latest")).id if manifest else None
-        except CheckpointNotFoundError:
-            newest = None
-        if loaded.checkpoint.id != newest:
-            self._store.transact(
-                lambda m, _: transitions.resume_from(
-                    m, loaded.checkpoint.id, writer_epoch=held.writer_epoch, at=self._store.clock()
-                ),
-                prepare=lambda _: None,
-            )
+        """Keep what is gone on with until the first commit; on every rank it is known whether that was written."""
+
+        def protected(words: Sequence[bytes]) -> list[bytes]:
+            held, manifest = self._claim, self._store.last_seen
+            try:
+                newest = select(manifest, parse_selector("latest")).id if manifest else None
+            except CheckpointNotFoundError:
+                newest = None
+            if held is not None and loaded.checkpoint.id != newest:
+                self._store.transact(
+                    lambda m, _: transitions.resume_from(
+                        m, loaded.checkpoint.id, writer_epoch=held.writer_epoch, at=self._store.clock()
+                    ),
+                    prepare=lambda _: None,
+                )
+            return [b""] * len(words)
+
+        self._coordinator.exchange("protect", b"", protected, patient=True)
 
     # -- labels, metrics, retention --------------------------------------------------------------------------
 

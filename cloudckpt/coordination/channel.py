@@ -426,7 +426,7 @@ class Channel:
                 if frame is None:
                     break
                 self._hear(line, *frame)
-        except ValueError:  # whoever that is, it is none of ours
+        except (ValueError, TypeError, KeyError, RecursionError):  # whoever that is, it is none of ours
             self._drop(line, "sent something that is no message")
             return
         if ended:

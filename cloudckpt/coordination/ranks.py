@@ -121,11 +121,11 @@ class ManyRanks:
         return channel
 
     def _meet_zero(self) -> Channel:
-        channel = self._channel_of(None)
         end = time.monotonic() + self._timeout_s
         tried: Meeting | None = None
         while True:
             meeting = self._group.find(self._key, max(0.1, end - time.monotonic()))
+            channel = self._channel_of(None)  # one that could not join is used up
             if meeting != tried:
                 tried = meeting
                 try:
@@ -169,14 +169,14 @@ class ManyRanks:
                 answer = answers[0]
         if answer[:1] == _WORD:
             return answer[1:]
+        if isinstance(word, BaseException) and not isinstance(word, Exception):
+            raise word  # Ctrl-C here is Ctrl-C, whatever has happened elsewhere
         failure = Failure.from_bytes(answer[1:])
         if answer[:1] == _FINDING:
             if isinstance(word, Exception) and getattr(word, _COMMON, False) and str(word) == failure.message:
                 raise word  # with its cause
             raise _common(failure.again())
         if failure.rank == self.rank and isinstance(word, BaseException):
-            if not isinstance(word, Exception):
-                raise word
             raise _common(failure.error(_doing(topic))) from word
         raise _common(failure.error(_doing(topic)))
 

@@ -6,10 +6,10 @@ was declared per rank has one place for each: what only one rank has is taken fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["PER_RANK", "difference", "is_like", "merge"]
+__all__ = ["PER_RANK", "difference", "is_like", "merge", "parts_missing", "references"]
 
 Json = Any
 
@@ -38,6 +38,8 @@ def _merge_dicts(first: Mapping[str, Json], second: Mapping[str, Json]) -> Json:
         return first
     if tag in _PAIRED:
         return _kept(first, {tag: _merge_pairs(first[tag], second[tag])})
+    if tag == "$tuple":
+        return _kept(first, {tag: merge(first[tag], second[tag])})
     if tag in _WITH_ITEMS:
         items = _merge_pairs(first[tag]["items"], second[tag]["items"])
         return first if items is first[tag]["items"] else {tag: {**first[tag], "items": items}}
@@ -69,6 +71,34 @@ def _tag(node: Mapping[str, Json]) -> str | None:
     return next((key for key in node if key.startswith("$")), None) if len(node) == 1 else None
 
 
+def parts_missing(node: Json, world_size: int, path: str = "") -> str | None:
+    """Where state that each rank has for itself is not there for every rank; None if it is everywhere."""
+    if isinstance(node, dict):
+        if _tag(node) == PER_RANK and {*node[PER_RANK]} != {str(rank) for rank in range(world_size)}:
+            return path
+        inner = [(path if key[:1] == "$" else f"{path}.{key}", value) for key, value in node.items()]
+    else:
+        inner = [(f"{path}[{n}]", value) for n, value in enumerate(node)] if isinstance(node, list) else []
+    found = (parts_missing(value, world_size, place) for place, value in inner)
+    return next((place for place in found if place is not None), None)
+
+
+def references(node: Json) -> Iterator[str]:
+    """The names of the tensors that a node refers to."""
+    if isinstance(node, dict):
+        tag = _tag(node)
+        if tag == "$tensor":
+            yield node[tag]
+        elif tag == "$ndarray":
+            yield node[tag]["tensor"]
+        else:
+            for value in node.values():
+                yield from references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from references(value)
+
+
 def difference(one: Json, two: Json, path: str = "") -> str | None:
     """Where two nodes with the same places first have different values; "" for the nodes themselves, None if nowhere.
 
@@ -93,6 +123,11 @@ def is_like(one: Json, two: Json) -> bool:
             return False
         if (tag := _tag(one)) == "$tensor":
             return bool(one == two)
+        if tag in _PAIRED or tag in _WITH_ITEMS:
+            pairs, others = (node[tag] if tag in _PAIRED else node[tag]["items"] for node in (one, two))
+            return [key for key, _ in pairs] == [key for key, _ in others] and all(
+                is_like(a[1], b[1]) for a, b in zip(pairs, others, strict=True)
+            )
         return all(is_like(node, two[key]) for key, node in one.items()) if tag != "$bytes" else True
     if isinstance(one, list) and isinstance(two, list):
         return len(one) == len(two) and all(map(is_like, one, two))

@@ -62,7 +62,7 @@ class Agreement:
             word = self._word(look)
         except BaseException as exc:  # noqa: BLE001 - goes to all ranks, and is raised on each
             word = exc
-        said = self.coordinator.exchange("save", word, self._answer)
+        said = self.coordinator.exchange("save", word, self._answer, patient=True)
         save_id, what = said[:-1].decode(), said[-1:]
         share = self._planned_anew(look) if what == _ANEW else None
         plan = self.planner.settle(look, share)
@@ -80,7 +80,8 @@ class Agreement:
         if tokens[0] and len(set(tokens)) == 1:
             # Ranks that share the same tensors look at the same ones; those that share others, at others.
             groups = set(zip(self.planner.groups, digests, strict=True))
-            what = _SAME if len(groups) == len({group for group, _ in groups}) else _SHOW
+            agree = len(groups) == len({group for group, _ in groups})
+            what = _SAME if agree and not self.planner.mixed else _SHOW
         return [self.new_id().encode() + what] * len(words)
 
     def _planned_anew(self, look: Look) -> Share:

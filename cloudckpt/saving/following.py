@@ -58,7 +58,7 @@ class Following:
 
     def committed(self, job: Job, entry: Checkpoint) -> None:  # noqa: ARG002 - the protocol's
         """See ``Side``."""
-        self._coordinator.forget(topic("ended", entry))
+        self._forget(entry)
 
     def failed(self, job: Job, error: BaseException) -> BaseException:
         """See ``Side``. The error that all ranks have, if rank zero can still tell it."""
@@ -67,7 +67,7 @@ class Following:
             self._coordinator.report(topic("uploaded", entry), error)
             with contextlib.suppress(Exception):  # it is kept
                 self._end(entry)
-        self._coordinator.forget(topic("ended", entry))
+        self._forget(entry)
         if self._told is None or self._told[0] != entry.id:
             return error
         common = self._told[1]
@@ -75,6 +75,10 @@ class Following:
             common.__cause__ = error
         self.fenced = self.fenced or isinstance(common, FencedError)
         return common
+
+    def _forget(self, entry: Checkpoint) -> None:
+        for moment in ("announced", "ended"):
+            self._coordinator.forget(topic(moment, entry))
 
     def close(self) -> None:
         """See ``Side``."""

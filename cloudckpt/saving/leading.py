@@ -6,6 +6,7 @@ is rank zero of one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ class Leading:
 
     def __init__(self, store: ManifestStore, claim: Claim, coordinator: Coordinator, listener: Listener) -> None:
         self._coordinator = coordinator
+        self._heard: Exception | None = None
         self._recorder = Recorder(store, claim, listener)
 
     @property
@@ -66,7 +68,7 @@ class Leading:
     def commit(self, job: Job, announced: Checkpoint) -> Checkpoint:
         """See ``Side``."""
         assert job.uploaded is not None
-        reports = self._coordinator.reports(topic("uploaded", announced))
+        reports = self._reports(announced)
         uploaded = [job.uploaded, *map(Uploaded.from_bytes, reports)]
         overall = _overall(job)
         _check_reports(overall, uploaded, announced)
@@ -96,6 +98,7 @@ class Leading:
         if job.broken_off is not None and not isinstance(error, ConflictError):
             # What ended the upload here is somebody else's failure: that is the one to tell.
             error = self._others_failure(entry, error)
+        self._heard = None
         self._recorder.give_up(entry, error)
         if not isinstance(error, SaveError | ConflictError) and isinstance(error, Exception):
             cause = error
@@ -111,11 +114,18 @@ class Leading:
         return error
 
     def _others_failure(self, entry: Checkpoint, error: BaseException) -> BaseException:
+        if self._heard is None:
+            with contextlib.suppress(Exception):  # it is kept
+                self._reports(entry)
+        return self._heard or error
+
+    def _reports(self, entry: Checkpoint) -> Sequence[bytes]:
+        """What the others report. A failure among them is taken out of the mailbox once, so it is kept."""
         try:
-            self._coordinator.reports(topic("uploaded", entry))
-        except Exception as exc:  # noqa: BLE001 - handed on
-            return exc
-        return error
+            return self._coordinator.reports(topic("uploaded", entry))
+        except Exception as exc:
+            self._heard = exc
+            raise
 
     def close(self) -> None:
         """See ``Recorder.close``."""

@@ -158,6 +158,7 @@ class Planner:
         self._number = 0
         #: By rank, which of them share the same tensors; on rank zero only.
         self.groups: Sequence[int] = ()
+        self.mixed = False
         #: What people should know of the last division; on rank zero only.
         self.remarks: Sequence[str] = ()
 
@@ -208,7 +209,7 @@ class Planner:
                 if own
             ]
             self._drawn = _overall(drawn, division.aliases, [*components], pickled=division.pickled)
-            self.groups = division.groups
+            self.groups, self.mixed = division.groups, division.mixed
             self.remarks = division.remarks
             return division.shares
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloudckpt.core.merging import difference, is_like, merge
+from cloudckpt.core.merging import difference, is_like, merge, parts_missing, references
 from cloudckpt.core.spreading import spread
 from cloudckpt.errors import StateMismatchError
 from cloudckpt.tensors.dcp import Box
@@ -124,6 +124,7 @@ class Division:
         aliases: component -> name -> the name under which a tied tensor is stored, on any rank.
         pickled: whether any rank had to pickle a leaf.
         groups: by rank, a number that ranks have in common which share the same boxes with others.
+        mixed: whether ranks of different groups have some of these boxes in common.
         remarks: values that ranks have differently, of which only one is stored; sentences.
     """
 
@@ -133,6 +134,7 @@ class Division:
     pickled: bool
     groups: Sequence[int]
     remarks: Sequence[str]
+    mixed: bool
 
 
 def divide(offers: Sequence[Offer]) -> Division:
@@ -147,6 +149,8 @@ def divide(offers: Sequence[Offer]) -> Division:
     for rank, offer in enumerate(offers):
         for component, own in offer.boxes.items():
             for box in own:
+                if _is_empty(box):
+                    continue  # of a tensor that has more, elsewhere: nothing is written, and nothing is known of ties
                 size = math.prod(box.lengths) * box.dtype.itemsize
                 holders.setdefault((component, box.name, box.offsets, box.lengths), (size, []))[1].append(rank)
     _check_whole(offers, holders)
@@ -156,11 +160,15 @@ def divide(offers: Sequence[Offer]) -> Division:
     known: dict[object, int] = {}
     for rank, offer in enumerate(offers):
         keep = {
-            component: [n for n, b in enumerate(own) if writers[component, b.name, b.offsets, b.lengths] == rank]
+            component: [n for n, b in enumerate(own) if writers.get((component, b.name, b.offsets, b.lengths)) == rank]
             for component, own in offer.boxes.items()
         }
         shared = {
-            component: [n for n, b in enumerate(own) if len(holders[component, b.name, b.offsets, b.lengths][1]) > 1]
+            component: [
+                n
+                for n, b in enumerate(own)
+                if not _is_empty(b) and len(holders[component, b.name, b.offsets, b.lengths][1]) > 1
+            ]
             for component, own in offer.boxes.items()
         }
         sends = tuple(_added(structure, offer.structure)) if rank else ()
@@ -173,15 +181,51 @@ def divide(offers: Sequence[Offer]) -> Division:
             structure |= offer.structure
         boxes.append({component: [offer.boxes[component][n] for n in kept] for component, kept in keep.items()})
     stored = {(component, name) for component, name, _, _ in holders}
+    aliases = _aliases(offers, stored)
+    pickled = any(offer.pickled for offer in offers)
+    _check_structure(structure, stored, aliases, len(offers))
+    mixed = any(len({groups[rank] for rank in ranks}) > 1 for _, ranks in holders.values())
+    return Division(
+        shares=shares,
+        boxes=boxes,
+        aliases=aliases,
+        pickled=pickled,
+        groups=groups,
+        remarks=_remarks(offers),
+        mixed=mixed,
+    )
+
+
+def _aliases(offers: Sequence[Offer], stored: set[_Place]) -> dict[str, dict[str, str]]:
     aliases: dict[str, dict[str, str]] = {component: {} for component in offers[0].structure}
     for offer in offers:
         for component, named in offer.aliases.items():
             for name, first in named.items():
                 if (component, name) not in stored:
                     aliases.setdefault(component, {}).setdefault(name, first)
-    pickled = any(offer.pickled for offer in offers)
-    remarks = _remarks(offers)
-    return Division(shares=shares, boxes=boxes, aliases=aliases, pickled=pickled, groups=groups, remarks=remarks)
+    return aliases
+
+
+def _is_empty(box: Box) -> bool:
+    return not math.prod(box.lengths) and bool(math.prod(box.shape))
+
+
+def _check_structure(
+    structure: Mapping[str, Any], stored: set[_Place], aliases: Mapping[str, Mapping[str, str]], world_size: int
+) -> None:
+    """Refuse what could be written and never be read: places that ranks have so differently that one would be lost."""
+    problems: list[str] = []
+    for component, node in structure.items():
+        if (place := parts_missing(node, world_size, component)) is not None:
+            problems.append(f"{place} is declared PerRank, and not on every rank in the same place")
+        known = {name for owner, name in stored if owner == component} | {*aliases.get(component, ())}
+        referred = {*references(node)}
+        problems += [f"{component}.{name}: no rank here has any of it" for name in sorted(referred - known)]
+        problems += [
+            f"{component}.{name} stands where other ranks have something else (a list or tuple of another length?)"
+            for name in sorted(known - referred)
+        ]
+    _refuse(problems, "the ranks' states do not make one")
 
 
 def _remarks(offers: Sequence[Offer]) -> list[str]:

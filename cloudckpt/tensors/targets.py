@@ -357,6 +357,11 @@ def same_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Whether both show the same elements of the same memory in the same way."""
     if one is two:
         return True
+    if has_parts(one) or has_parts(two):  # whose own address is none
+        if not (has_parts(one) and has_parts(two)):
+            return False
+        pairs = zip(held_parts(one), held_parts(two), strict=True)
+        return one.shape == two.shape and all(a.numel() and same_memory(a, b) for a, b in pairs)
     return (
         (one.device, one.dtype, one.shape, one.layout) == (two.device, two.dtype, two.shape, two.layout)
         and one.layout == torch.strided
