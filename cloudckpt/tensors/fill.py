@@ -146,6 +146,8 @@ def fill(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict: bool
         if name not in loaded:
             continue
         try:
+            if _lacks_own_part(target, loaded[name]):
+                continue
             value = _fill(target, loaded[name], strict=strict)
         except (StateMismatchError, TypeError, ValueError, KeyError, RuntimeError, AttributeError) as exc:
             raise StateMismatchError(
@@ -157,6 +159,23 @@ def fill(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict: bool
                 raise StateMismatchError(f"{name} is a plain value, and the state is read-only: pass a dict")
             state[name] = value
         filled.append(name)
+
+
+def _lacks_own_part(target: object, stored: Any) -> bool:
+    """Whether something in it was saved for each rank and not for this one, and the object takes it only as a whole."""
+    if isinstance(target, PerRank) or (
+        isinstance(target, MutableMapping | list) and isinstance(stored, Mapping | list)
+    ):
+        return False
+    return _has_gap(stored)
+
+
+def _has_gap(stored: Any) -> bool:
+    if isinstance(stored, Mapping):
+        return any(map(_has_gap, stored.values()))
+    if isinstance(stored, list | tuple):
+        return any(map(_has_gap, stored))
+    return stored is SKIP
 
 
 def _fill(target: Any, stored: Any, *, strict: bool) -> Any:  # noqa: C901, PLR0911 - a table of kinds
@@ -178,7 +197,9 @@ def _fill(target: Any, stored: Any, *, strict: bool) -> Any:  # noqa: C901, PLR0
         return _fill_tensor(target, stored)
     if isinstance(target, MutableMapping) and isinstance(stored, Mapping):
         for key, value in stored.items():
-            target[key] = _fill(target[key], value, strict=strict) if key in target else value
+            own = target.get(key)
+            if not _lacks_own_part(own, value):
+                target[key] = _fill(own, value, strict=strict) if key in target else value
         return target
     if isinstance(target, list) and isinstance(stored, list):
         same = len(target) == len(stored)

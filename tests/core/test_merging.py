@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cloudckpt.core.merging import difference, is_like, merge
+from cloudckpt.core.merging import difference, is_like, merge, parts_missing, references
 from cloudckpt.core.values import Codec
 
 
@@ -70,3 +70,35 @@ def test_the_first_difference_is_named_by_its_place() -> None:
     assert difference({"$tensor": "a"}, {"$tensor": "b"}, "c") is None
     assert difference({"a": 1}, {"b": 1}, "c") == "c"
     assert difference([1], [1, 2], "c") == "c"
+
+
+def test_tuples_are_merged_as_lists_are() -> None:
+    """Item by item; of another length, the first one counts."""
+    first = {"$tuple": [{"a": 1}, 2]}
+    assert merge(first, {"$tuple": [{"b": 1}, 2]}) == {"$tuple": [{"a": 1, "b": 1}, 2]}
+    assert merge(first, {"$tuple": [1]}) is first
+    assert merge(first, {"$tuple": [{"a": 5}, 3]}) is first
+
+
+def test_keys_of_any_kind_are_places() -> None:
+    """A mapping with another key is not alike, whatever the key's type."""
+    codec = Codec()
+    assert is_like(codec.encode({1: "x", 2: "y"}), codec.encode({1: "z", 2: "y"}))
+    assert not is_like(codec.encode({1: "x"}), codec.encode({3: "x"}))
+    ordered = {"$ordered": {"items": [["a", 1]]}}
+    assert is_like(ordered, {"$ordered": {"items": [["a", 2]]}})
+    assert not is_like(ordered, {"$ordered": {"items": [["b", 1]]}})
+
+
+def test_parts_that_are_not_everywhere_are_found() -> None:
+    """The place of what some rank has not declared, or has elsewhere."""
+    whole = {"$per_rank": {"0": 1, "1": 2}}
+    assert parts_missing({"a": [whole, {"$tuple": [whole]}], "b": 1}, 2, "c") is None
+    assert parts_missing({"a": [1, {"$per_rank": {"0": 1}}]}, 2, "c") == "c.a[1]"
+    assert parts_missing({"$tuple": [{"$per_rank": {"1": 1}}]}, 2, "c") == "c[0]"
+
+
+def test_tensors_that_are_referred_to_are_found() -> None:
+    """Also as the bytes of arrays, and at any depth."""
+    node = {"a": [{"$tensor": "x"}, 1], "b": {"$per_rank": {"0": {"$ndarray": {"tensor": "y", "dtype": "<f4"}}}}}
+    assert [*references(node)] == ["x", "y"]
