@@ -275,7 +275,15 @@ def _check_whole(
     covered: Counter[_Place] = Counter()
     for component, name, _, lengths in holders:
         covered[component, name] += math.prod(lengths)
-    shapes = {(c, box.name): box.shape for offer in offers for c, own in offer.boxes.items() for box in own}
+    # A rank that has nothing of a tensor does not see to what it is tied.
+    tied = {(c, name) for offer in offers for c, named in offer.aliases.items() for name in named}
+    shapes = {
+        (c, box.name): box.shape
+        for offer in offers
+        for c, own in offer.boxes.items()
+        for box in own
+        if covered[c, box.name] or (c, box.name) not in tied
+    }
     problems = [
         f"{component}.{name}: the ranks have {covered[component, name]} of {math.prod(shape)} elements"
         for (component, name), shape in shapes.items()

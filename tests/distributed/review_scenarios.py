@@ -200,17 +200,19 @@ def slow_deletes(root: str) -> dict[str, Any]:
     ckpts.save(1, {"x": torch.ones(4)}).wait(30)
     if rank == 0:
         saver: Any = ckpts._saver
-        clean_up = saver._side._clean_up
+        recorder = saver._side._recorder
+        clean_up = recorder.clean_up
 
-        def slow(manifest: Any) -> None:
+        def slow() -> None:
             time.sleep(4)
-            clean_up(manifest)
+            clean_up()
 
-        saver._side._clean_up = slow
+        recorder.clean_up = slow
     ckpts.save(2, {"x": torch.ones(4)})
     found: list[Any] = []
     said = _said(lambda: found.append(ckpts.save(3, {"x": torch.ones(4)})))
     ended = _said(lambda: found[0].wait(10)) if found else ""
+    _said(ckpts.close)
     return {"said": said, "ended": ended}
 
 
