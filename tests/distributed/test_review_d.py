@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,30 @@ from cloudckpt.coordination.channel import Channel, Peer, _framed
 from tests.distributed import review_scenarios as scenarios
 from tests.distributed.ranks import Ranks
 
+_JOBS: dict[int, Ranks] = {}
 
-def run(count: int, scenario: Callable[..., Any], timeout_s: float = 60, **words: Any) -> list[Any]:
-    """In processes of their own: some of these hang."""
-    ranks = Ranks(count)
+
+@pytest.fixture(scope="module", autouse=True)
+def _ended_with_the_module() -> Iterator[None]:
+    yield
+    while _JOBS:
+        _JOBS.popitem()[1].close()
+
+
+def run(
+    count: int, scenario: Callable[..., Any], timeout_s: float = 60, *, apart: bool = False, **words: Any
+) -> list[Any]:
+    """On so many ranks, kept for the next scenario; ``apart``: in processes of their own, for what leaves traces."""
+    ranks = Ranks(count) if apart or count not in _JOBS else _JOBS.pop(count)
     try:
         outcomes = ranks.run(scenario, timeout_s=timeout_s, **words)
-    finally:
+    except BaseException:
         ranks.close()
+        raise
+    if apart or any(outcome.error or outcome.gone for outcome in outcomes):
+        ranks.close()
+    else:
+        _JOBS[count] = ranks
     assert [outcome.error for outcome in outcomes] == [None] * count
     return [outcome.value for outcome in outcomes]
 
@@ -128,7 +144,7 @@ def test_an_upload_that_fails_while_rank_zero_waits_is_told(tmp_path: Path) -> N
 
 def test_a_slow_clean_up_makes_no_rank_decide_alone(tmp_path: Path) -> None:
     """All ranks save, or all raise."""
-    first, second = run(2, scenarios.slow_deletes, root=str(tmp_path / "run"))
+    first, second = run(2, scenarios.slow_deletes, apart=True, root=str(tmp_path / "run"))
     assert bool(first["said"]) == bool(second["said"])
     assert not first["ended"].startswith("TimeoutError")
 
@@ -160,7 +176,7 @@ def test_what_keeps_rank_zero_from_protecting_the_choice_is_told_to_all(tmp_path
 
 def test_an_interrupt_on_every_rank_is_an_interrupt_on_every_rank(tmp_path: Path) -> None:
     """Ctrl-C reaches all processes of a terminal's job: none of them turns it into an error to go on from."""
-    for found in run(2, scenarios.interrupted_everywhere, root=str(tmp_path / "run")):
+    for found in run(2, scenarios.interrupted_everywhere, apart=True, root=str(tmp_path / "run")):
         assert found["said"].startswith("KeyboardInterrupt")
 
 
@@ -172,7 +188,7 @@ def test_a_call_that_blocks_on_one_rank_is_decided_for_all(tmp_path: Path) -> No
 
 def test_a_state_that_is_none_on_one_rank_is_told_to_all(tmp_path: Path) -> None:
     """The others learn why, and at once."""
-    first, _ = run(2, scenarios.no_state_on_one, root=str(tmp_path / "run"))
+    first, _ = run(2, scenarios.no_state_on_one, apart=True, root=str(tmp_path / "run"))
     assert "no call of it came" not in first["said"]
 
 
@@ -181,14 +197,14 @@ def test_a_state_that_is_none_on_one_rank_is_told_to_all(tmp_path: Path) -> None
 
 def test_no_rank_keeps_anything_of_saves_that_have_ended(tmp_path: Path) -> None:
     """Neither their states, nor what was said about them."""
-    for found in run(2, scenarios.copies_left, root=str(tmp_path / "run"), saves=4):
+    for found in run(2, scenarios.copies_left, apart=True, root=str(tmp_path / "run"), saves=4):
         assert found["unwanted"] <= 64  # names only, of the last ones
         assert found == {"alive": 0, "watchers": 0, "unwanted": found["unwanted"], "letters": 0}
 
 
 def test_no_letter_of_a_failed_save_is_left(tmp_path: Path) -> None:
     """A job whose store refuses for a night does not fill the mailboxes."""
-    for found in run(2, scenarios.letters_after_failures, root=str(tmp_path / "run")):
+    for found in run(2, scenarios.letters_after_failures, apart=True, root=str(tmp_path / "run")):
         assert found["left"] == []
 
 
