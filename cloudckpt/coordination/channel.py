@@ -358,12 +358,7 @@ class Channel:
             with self._changed:
                 self._leaving = self._leaving or f"its channel broke: {exc}"
         finally:
-            for line in [*self._lines.values()]:
-                line.socket.close()
-            for end in (self._waker, self._woken, self._listener):
-                if end is not None:
-                    end.close()
-            self._selector.close()
+            self.abandon()
             with self._changed:
                 self._changed.notify_all()
 

@@ -5,6 +5,8 @@ the text of its index are made at the first save; later ones compare names, dtyp
 
 A process alone has its plan at once. Of many, each looks at its own state; if all of them find what they found before,
 the plan stands, otherwise each makes an offer, and rank zero divides the work.
+
+(Past 350 lines: alone or among many, it is one plan, drawn by the same hand.)
 """
 
 from __future__ import annotations

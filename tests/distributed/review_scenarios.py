@@ -1,4 +1,7 @@
-"""What the ranks of a job do in the tests of a review: each function runs on every rank."""
+"""What the ranks of a job do in the tests of a review: each function runs on every rank.
+
+(Past 350 lines: a table of scenarios, each on its own.)
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def copies_left(root: str, saves: int) -> dict[str, Any]:
             ckpts.save(step, {"held": PerRank(held)}).wait(30)
         gc.collect()
         alive = sum(ref() is not None for ref in held.given)
-        channel: Any = ckpts._coordinator._channel  # type: ignore[attr-defined]
+        channel: Any = ckpts._coordinator._channel  # type: ignore[attr-defined]  # many ranks have one
         sizes = {
             "watchers": len(channel._watchers),
             "unwanted": len(channel._unwanted),
@@ -409,7 +412,7 @@ def letters_after_failures(root: str) -> dict[str, Any]:
         _storage(ckpts).put = failing
     for step in range(1, 6):
         _said(ckpts.save(step, {"x": PerRank(torch.ones(4))}).wait)
-    channel: Any = ckpts._coordinator._channel  # type: ignore[attr-defined]
+    channel: Any = ckpts._coordinator._channel  # type: ignore[attr-defined]  # many ranks have one
     left = sorted(topic for topic, _ in channel._letters)
     _said(ckpts.close)
     return {"left": left}

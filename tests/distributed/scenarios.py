@@ -1,4 +1,7 @@
-"""What the ranks of a job do in the tests: each function runs on every rank."""
+"""What the ranks of a job do in the tests: each function runs on every rank.
+
+(Past 350 lines: a table of scenarios, each on its own.)
+"""
 
 from __future__ import annotations
 
@@ -146,20 +149,26 @@ def _break(ckpts: CheckpointManager, how: str) -> Callable[[], None]:
     return lambda: None
 
 
+def _signal_in_upload(ckpts: CheckpointManager, number: signal.Signals) -> None:
+    """This process gets the signal when it begins to put payload."""
+    storage: Any = ckpts._store.unretried
+    put = storage.put
+
+    def struck(key: str, *words: Any, **named: Any) -> None:
+        if key.endswith(".safetensors"):
+            os.kill(os.getpid(), number)
+        put(key, *words, **named)
+
+    storage.put = struck
+
+
 def die_in_upload(root: str, victim: int) -> dict[str, Any]:
     """One rank is killed with SIGKILL while all of them upload."""
     rank = dist.get_rank()
     with CheckpointManager(root, settings=QUICK) as ckpts:
         ckpts.save(0, {"x": PerRank(torch.ones(1000))}).wait(30)
-        inner: Any = getattr(ckpts._store.storage, "inner", ckpts._store.storage)
-        put = inner.put
-
-        def deadly(key: str, *words: Any, **named: Any) -> None:
-            if rank == victim and key.endswith(".safetensors"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            put(key, *words, **named)
-
-        inner.put = deadly
+        if rank == victim:
+            _signal_in_upload(ckpts, signal.SIGKILL)
         began = time.monotonic()
         try:
             ckpts.save(1, {"x": PerRank(torch.ones(1000))}).wait(60)
@@ -255,8 +264,8 @@ def bad_arguments_on_one_rank(root: str, bad_rank: int) -> str:
 def folders_that_are_not_shared(root: str) -> str:
     """As on nodes with disks of their own: each rank has another working directory."""
     own = os.path.join(root, f"node-{dist.get_rank()}")  # noqa: PTH118 - the scenario's words are JSON
-    os.makedirs(own)  # noqa: PTH103
-    before = os.getcwd()  # noqa: PTH109
+    os.makedirs(own)  # noqa: PTH103 - as above
+    before = os.getcwd()  # noqa: PTH109 - as above
     os.chdir(own)
     try:
         with CheckpointManager("./runs", settings=QUICK) as ckpts:
@@ -290,8 +299,8 @@ def damaged_for_one(root: str, seeing_rank: int) -> dict[str, Any]:
         if dist.get_rank() == seeing_rank:
             newest = ckpts.latest()
             assert newest is not None
-            path = os.path.join(newest.url, f"x-{seeing_rank:05}-of-{dist.get_world_size():05}.safetensors")  # noqa: PTH118
-            with open(path, "r+b") as file:  # noqa: PTH123
+            path = os.path.join(newest.url, f"x-{seeing_rank:05}-of-{dist.get_world_size():05}.safetensors")  # noqa: PTH118 - JSON
+            with open(path, "r+b") as file:  # noqa: PTH123 - as above
                 file.seek(-8, 2)
                 file.write(b"\xff" * 8)
         dist.barrier()
@@ -329,15 +338,8 @@ def stop_one(root: str, victim: int) -> dict[str, Any]:
     said = ""
     with CheckpointManager(root, settings=settings) as ckpts:
         ckpts.save(0, {"x": PerRank(torch.ones(1000))}).wait(30)
-        inner: Any = getattr(ckpts._store.storage, "inner", ckpts._store.storage)
-        put = inner.put
-
-        def stopping(key: str, *words: Any, **named: Any) -> None:
-            if rank == victim and key.endswith(".safetensors"):
-                os.kill(os.getpid(), signal.SIGSTOP)
-            put(key, *words, **named)
-
-        inner.put = stopping
+        if rank == victim:
+            _signal_in_upload(ckpts, signal.SIGSTOP)
         began = time.monotonic()
         try:
             ckpts.save(1, {"x": PerRank(torch.ones(1000))}).wait(60)

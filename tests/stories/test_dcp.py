@@ -1,4 +1,7 @@
-"""PyTorch's own ``dcp.save`` and ``dcp.load`` on a run, in one process."""
+"""PyTorch's own ``dcp.save`` and ``dcp.load`` on a run, in one process.
+
+(Past 350 lines: the two ends of one format, and what is done to it in between.)
+"""
 
 from __future__ import annotations
 
