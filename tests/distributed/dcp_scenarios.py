@@ -106,7 +106,7 @@ def one_rank_cannot(root: str, bad_rank: int, how: str) -> dict[str, Any]:
     except CheckpointException as exc:
         said = {number: f"{type(error).__name__}: {error}" for number, (error, _) in exc.failures.items()}
     dist.barrier()
-    committed = sorted(name for name in os.listdir(root) if name.startswith("checkpoint-0."))  # noqa: PTH208
+    committed = sorted(name for name in os.listdir(root) if name.startswith("checkpoint-0."))  # noqa: PTH208 - words are JSON
     dcp.save(state, storage_writer=StorageWriter(root, step=2, settings=QUICK))
     return {"said": {str(number): text for number, text in said.items()}, "committed": len(committed)}
 
@@ -114,8 +114,8 @@ def one_rank_cannot(root: str, bad_rank: int, how: str) -> dict[str, Any]:
 def folders_that_are_not_shared(root: str) -> str:
     """As on nodes with disks of their own: each rank has another working directory."""
     own = os.path.join(root, f"node-{dist.get_rank()}")  # noqa: PTH118 - the scenario's words are JSON
-    os.makedirs(own)  # noqa: PTH103
-    before = os.getcwd()  # noqa: PTH109
+    os.makedirs(own)  # noqa: PTH103 - as above
+    before = os.getcwd()  # noqa: PTH109 - as above
     os.chdir(own)
     try:
         state = {"x": {str(dist.get_rank()): torch.ones(4)}}
