@@ -33,6 +33,7 @@ from pathlib import Path
 import crc32c
 from cloudckpt.storage import Landed, LocalStorage
 from cloudckpt.storage.base import Part
+from cloudckpt.storage.body import NeverStopped
 from cloudckpt.storage.local_calls import start_write_back
 
 MIB = 1 << 20
@@ -40,7 +41,7 @@ GIB = 1 << 30
 PART = 8 * MIB
 
 
-class MemorySource:
+class MemorySource(NeverStopped):
     """Plain page-aligned memory, summed as it is handed out."""
 
     def __init__(self, memory: memoryview) -> None:

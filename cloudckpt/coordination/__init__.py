@@ -3,9 +3,9 @@
 Nothing here uses NCCL or a collective of the training's process group: that group's store hands over one address, once.
 """
 
-from cloudckpt.coordination.failure import Failure
+from cloudckpt.coordination.failure import Failure, is_common
 from cloudckpt.coordination.group import find_group
 from cloudckpt.coordination.protocol import Ballot, Coordinator, SingleProcess, Verdict
 from cloudckpt.coordination.ranks import ManyRanks
 
-__all__ = ["Ballot", "Coordinator", "Failure", "ManyRanks", "SingleProcess", "Verdict", "find_group"]
+__all__ = ["Ballot", "Coordinator", "Failure", "ManyRanks", "SingleProcess", "Verdict", "find_group", "is_common"]

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from cloudckpt import errors
 from cloudckpt.errors import CloudCkptError, SaveError
 
-__all__ = ["Failure"]
+__all__ = ["Failure", "is_common", "mark_common"]
 
+#: On an error that all ranks raise: so that it is told once, should it end a later exchange of the same call as well.
+_COMMON = "_cloudckpt_told_to_all"
 #: Past this a message says nothing new, and it goes to every rank and into the manifest.
 _LONGEST = 4000
 
@@ -71,3 +73,14 @@ class Failure:
 def _class_named(name: str) -> type[CloudCkptError] | None:
     found = getattr(errors, name, None) if name in errors.__all__ else None
     return found if isinstance(found, type) and issubclass(found, CloudCkptError) else None
+
+
+def mark_common(error: CloudCkptError) -> CloudCkptError:
+    """The error, as one that all ranks raise."""
+    setattr(error, _COMMON, True)
+    return error
+
+
+def is_common(error: object) -> bool:
+    """Whether all ranks were told this error."""
+    return getattr(error, _COMMON, False)

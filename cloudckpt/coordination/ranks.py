@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 from cloudckpt.coordination.channel import Arbiter, Channel, Meeting, Outgoing, Peer
-from cloudckpt.coordination.failure import Failure
+from cloudckpt.coordination.failure import Failure, is_common, mark_common
 from cloudckpt.coordination.group import Group, new_token, own_addresses
 from cloudckpt.coordination.protocol import Ballot, Decide, Verdict
 from cloudckpt.coordination.tally import Answer, Tally
@@ -33,8 +33,6 @@ _DOING = {
     "loaded": "load",
     "root": "claim",
 }
-#: On an error that all ranks raise: so that it is told once, should it end a later exchange of the same call as well.
-_COMMON = "_cloudckpt_told_to_all"
 #: How much longer than rank zero the others wait for its answer: it is rank zero that decides when it is too late.
 _PATIENCE = 2
 #: How often the others look whether rank zero is to be met somewhere else by now.
@@ -173,12 +171,12 @@ class ManyRanks:
             raise word  # Ctrl-C here is Ctrl-C, whatever has happened elsewhere
         failure = Failure.from_bytes(answer[1:])
         if answer[:1] == _FINDING:
-            if isinstance(word, Exception) and getattr(word, _COMMON, False) and str(word) == failure.message:
+            if isinstance(word, Exception) and is_common(word) and str(word) == failure.message:
                 raise word  # with its cause
-            raise _common(failure.again())
+            raise mark_common(failure.again())
         if failure.rank == self.rank and isinstance(word, BaseException):
-            raise _common(failure.error(_doing(topic))) from word
-        raise _common(failure.error(_doing(topic)))
+            raise mark_common(failure.error(_doing(topic))) from word
+        raise mark_common(failure.error(_doing(topic)))
 
     @contextlib.contextmanager
     def _out_if_interrupted(self, call: str) -> Iterator[None]:
@@ -215,7 +213,7 @@ class ManyRanks:
 
     def _word(self, word: bytes | BaseException) -> bytes:
         """A word for an exchange; an error that an exchange has told to all ranks already goes on as it is."""
-        told = getattr(word, _COMMON, False)
+        told = is_common(word)
         return _FINDING + self._message(word)[1:] if told else self._message(word)
 
     def _message(self, word: bytes | BaseException) -> bytes:
@@ -244,7 +242,7 @@ class ManyRanks:
         """See ``Coordinator``."""
         message = self._line().take(topic, 0)
         if message[:1] == _FAILURE:
-            raise Failure.from_bytes(message[1:]).again()
+            raise mark_common(Failure.from_bytes(message[1:]).again())
         return message[1:]
 
     def reports(self, topic: str) -> Sequence[bytes]:
@@ -282,11 +280,6 @@ def _doing(topic: str) -> str:
     """What people call what a topic is about: topics have numbers of attempts, and ids of saves."""
     stem = topic.partition("/")[0].rstrip("-0123456789")
     return _DOING.get(stem, stem)
-
-
-def _common(error: CloudCkptError) -> CloudCkptError:
-    setattr(error, _COMMON, True)
-    return error
 
 
 def _is_failure(message: bytes) -> bool:

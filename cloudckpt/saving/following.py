@@ -6,10 +6,10 @@ import contextlib
 import json
 from dataclasses import replace
 
-from cloudckpt.coordination import Coordinator
+from cloudckpt.coordination import Coordinator, is_common
 from cloudckpt.core.manifest_json import entry_from_bytes
 from cloudckpt.core.model import Checkpoint
-from cloudckpt.errors import FencedError
+from cloudckpt.errors import FencedError, RankError
 from cloudckpt.saving.job import Job
 
 __all__ = ["Following", "topic"]
@@ -46,12 +46,23 @@ class Following:
         """See ``Side``."""
         assert job.uploaded is not None
         self._coordinator.report(topic("uploaded", announced), job.uploaded.to_bytes())
-        return self._end(announced)
+        return self._end(job, announced)
 
-    def _end(self, entry: Checkpoint) -> Checkpoint:
+    def _end(self, job: Job, entry: Checkpoint) -> Checkpoint:
         """How the save ended, as rank zero tells it once."""
         try:
             return entry_from_bytes(self._coordinator.hear(topic("ended", entry)))
+        except RankError as exc:
+            if is_common(exc) or job.uploaded is None:
+                self._told = entry.id, exc
+                raise
+            # Rank zero went without a word, and may have had all that it needed.
+            doubt = RankError(
+                f"{exc}. Whether it had committed {entry.url} before that is not known here; the next restore() finds "
+                "it if so"
+            )
+            self._told = entry.id, doubt
+            raise doubt from exc
         except Exception as exc:
             self._told = entry.id, exc
             raise
@@ -66,7 +77,7 @@ class Following:
         if self._told is None or self._told[0] != entry.id:
             self._coordinator.report(topic("uploaded", entry), error)
             with contextlib.suppress(Exception):  # it is kept
-                self._end(entry)
+                self._end(job, entry)
         self._forget(entry)
         if self._told is None or self._told[0] != entry.id:
             return error

@@ -130,6 +130,13 @@ class Source(Protocol):
         """
         ...
 
+    def stopping(self, act: Callable[[], None]) -> AbstractContextManager[None]:
+        """While the block runs, ``act`` is called as soon as nothing more is to be sent, by the thread that says so.
+
+        From then on ``hold`` raises; this is for a transfer that can be broken off in mid-part (the direct lanes).
+        """
+        ...
+
     def __iter__(self) -> Iterator[memoryview]:
         """All bytes in order."""
         ...

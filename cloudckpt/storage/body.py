@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import crc32c
 
 from cloudckpt.storage.base import Part
 
-__all__ = ["Body"]
+__all__ = ["Body", "NeverStopped"]
 
 #: Whoever iterates gets slices of at most this size.
 _SLICE_BYTES = 8 * 1024 * 1024
 
 
-class Body:
+class NeverStopped:
+    """Of a ``Source`` whose bytes are sent to the end, or until somebody else gives up."""
+
+    def stopping(self, act: Callable[[], None]) -> AbstractContextManager[None]:  # noqa: ARG002 - the protocol's
+        """See ``Source.stopping``: nobody does."""
+        return contextlib.nullcontext()
+
+
+class Body(NeverStopped):
     """A ``Source`` over one piece of bytes that never change.
 
     Args:

@@ -21,7 +21,7 @@ from cloudckpt.config import Settings
 from cloudckpt.core.parts import plan_part_bytes
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Part, Source
-from cloudckpt.storage.direct import Answer, Crew, Declined, Request, Stop, Throttle, Wire, WireError
+from cloudckpt.storage.direct import Answer, BrokenOff, Crew, Declined, Request, Stop, Throttle, Wire, WireError
 from cloudckpt.storage.multipart import Carried
 from cloudckpt.storage.retry import Backoff
 
@@ -259,7 +259,12 @@ class Lane(ABC, Generic[RouteT, ShownT]):
 
             return carry
 
-        return self._crew.each(job(number, start) for number, start in enumerate(range(0, size, step), 1))
+        jobs = (job(number, start) for number, start in enumerate(range(0, size, step), 1))
+        try:
+            return self._crew.each(jobs, source.stopping)
+        except BrokenOff:
+            with source.hold(0, 0):  # says why the source was stopped
+                raise
 
     def _carry(self, route: RouteT, what: str, outgoing: Outgoing, part: Part, stop: Stop) -> Carried:
         backoff = Backoff(

@@ -10,7 +10,7 @@ import contextlib
 import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -46,6 +46,9 @@ class PayloadSource(ABC):
         self.together_bytes = together_bytes
         self._sums = Sums(payload.bounds)
         self._stopped: str | None = None
+        self._stopping: dict[int, Callable[[], None]] = {}
+        # An interrupt may come to a thread that holds it, and stop the source itself.
+        self._mutex = threading.RLock()
         self._asked_for = False
         # Shared by all threads that sum ahead: each takes the next.
         self._ahead = iter(range(0, payload.size_bytes, CELL_BYTES))
@@ -82,7 +85,23 @@ class PayloadSource(ABC):
 
     def stop(self, reason: str) -> None:
         """Give out no further bytes: whoever asks gets a ``SaveError`` with this reason."""
-        self._stopped = self._stopped or reason
+        with self._mutex:
+            self._stopped = self._stopped or reason
+            acts = [*self._stopping.values()]
+        for act in acts:
+            act()
+
+    @contextlib.contextmanager
+    def stopping(self, act: Callable[[], None]) -> Iterator[None]:
+        """See ``Source.stopping``."""
+        with self._mutex:
+            self._check(0, 0)
+            self._stopping[id(act)] = act
+        try:
+            yield
+        finally:
+            with self._mutex:
+                del self._stopping[id(act)]
 
     def seal(self) -> tuple[PayloadObject, list[int]]:
         """The object as the index records it, and the sum of each box. Once all of it has been put.

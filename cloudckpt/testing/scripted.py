@@ -284,6 +284,10 @@ class _MortalSource:
             yield part
             self._passes(False)
 
+    def stopping(self, act: Callable[[], None]) -> AbstractContextManager[None]:
+        """See ``Source.stopping``."""
+        return self._inner.stopping(act)
+
     def __iter__(self) -> Iterator[memoryview]:
         for buffer in _mortal(self._inner, self._passes, self._stop_at):
             yield memoryview(buffer)

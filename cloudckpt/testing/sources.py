@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 import crc32c
 
 from cloudckpt.storage.base import Buffer, Part
+from cloudckpt.storage.body import NeverStopped
 
 __all__ = ["BytesSource"]
 
 
-class BytesSource:
+class BytesSource(NeverStopped):
     """A ``Source`` over buffers laid end to end.
 
     Args:

@@ -11,6 +11,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -185,6 +187,32 @@ def die_in_upload(root: str, victim: int) -> dict[str, Any]:
         else:
             closing = ""
     return {"said": said, "took": took, "committed": committed, "closing": closing}
+
+
+def die_in_long_upload(root: str, notes: str, mib: int) -> dict[str, Any]:
+    """Rank one is killed while all of them send a part that would take a minute."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    settings = replace(QUICK, max_bandwidth=float(mib * 2**20 // 60), coordination_timeout_s=120)
+    with contextlib.suppress(RankError), CheckpointManager(root, settings=settings) as ckpts:
+        storage: Any = ckpts._store.storage
+        throttle = storage.inner._lane._throttle
+        pause = throttle.pause
+
+        def sending(size_bytes: int) -> float:
+            Path(notes, f"{rank}").touch()
+            if rank == 1 and len(list(Path(notes).iterdir())) == ranks:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return float(pause(size_bytes))
+
+        ckpts.save(0, {"x": PerRank(torch.ones(8))}).wait(60)
+        throttle.pause = sending
+        pending = ckpts.save(1, {"x": PerRank(torch.zeros(mib * 2**18))})
+        said = ""
+        try:
+            pending.wait(120)
+        except Exception as exc:
+            said = f"{type(exc).__name__}: {exc}"
+    return {"said": said, "sent": pending.progress.bytes_done, "of": pending.progress.bytes_total}
 
 
 def save_stages(root: str) -> dict[str, Any]:

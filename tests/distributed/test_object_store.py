@@ -6,6 +6,7 @@ import contextlib
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,3 +94,21 @@ def test_what_a_killed_rank_was_uploading_is_gone_after_the_next_claim(root: str
     assert not uploads
     run = cloudckpt.open(root, storage_options=seaweedfs.storage_options())
     assert [c.step for c in run.checkpoints()] == [0, 9]
+
+
+def test_a_long_upload_is_broken_off_when_a_rank_is_gone(root: str, seaweedfs: SeaweedFS, tmp_path: Path) -> None:
+    """The others do not send on what will never be committed, and leave no upload behind."""
+    seaweedfs.create_bucket("ranks")
+    job = Ranks(2, environment=seaweedfs.environment())
+    try:
+        survivor, killed = job.run(scenarios.die_in_long_upload, root=root, notes=str(tmp_path), mib=60)
+    finally:
+        job.close()
+    assert killed.gone
+    assert survivor.error is None, survivor.error
+    assert survivor.value["said"].startswith("RankError: rank 1 (")
+    assert survivor.value["sent"] < survivor.value["of"]
+    bucket, _, prefix = root.removeprefix("s3://").partition("/")
+    with contextlib.closing(seaweedfs.client()) as client:
+        found = client.list_multipart_uploads(Bucket=bucket, Prefix=f"{prefix}/").get("Uploads", [])
+    assert [upload["Key"] for upload in found if "00000-of" in upload["Key"]] == []

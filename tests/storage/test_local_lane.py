@@ -28,6 +28,7 @@ import pytest
 from cloudckpt import Settings
 from cloudckpt.errors import ConfigError, ObjectNotFoundError, SaveError, StorageError
 from cloudckpt.storage import LocalStorage, Part, Source, local_calls, local_lane, local_write, open_storage
+from cloudckpt.storage.body import NeverStopped
 from cloudckpt.storage.local_calls import move, read_at
 
 PAYLOAD = "checkpoint-1.0123abcd/model-00000-of-00001.safetensors"
@@ -43,7 +44,7 @@ def memory(size: int, *, shift: int = 0) -> memoryview:
     return whole
 
 
-class Views:
+class Views(NeverStopped):
     """A source over views of memory; counts what is held, and can fail at a part."""
 
     def __init__(self, *views: memoryview, fail_at: int = -1, error: BaseException | None = None) -> None:
@@ -429,8 +430,9 @@ def test_a_part_of_another_size_is_refused(storage: LocalStorage, tmp_path: Path
 KILLED = """
 import contextlib, sys, threading
 from cloudckpt.storage import LocalStorage, Part
+from cloudckpt.storage.body import NeverStopped
 PART = 8 * 1024 * 1024
-class Stuck:
+class Stuck(NeverStopped):
     size_bytes = together_bytes = 4 * PART
     @contextlib.contextmanager
     def hold(self, start, length):
@@ -515,9 +517,10 @@ def test_a_disk_that_fills_under_buffers(small_disk: Path) -> None:
 LIMITED = """
 import contextlib, resource, sys
 from cloudckpt.storage import LocalStorage, Part
+from cloudckpt.storage.body import NeverStopped
 from cloudckpt.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-class Zeros:
+class Zeros(NeverStopped):
     size_bytes = together_bytes = 1 << 24
     @contextlib.contextmanager
     def hold(self, start, length):

@@ -14,6 +14,7 @@ import pytest
 from cloudckpt.errors import StorageError
 from cloudckpt.storage import Landed, MemoryStorage, Storage, Unknown
 from cloudckpt.storage.base import Part, Source
+from cloudckpt.storage.body import NeverStopped
 from cloudckpt.testing import Call, Crash, Fault, ScriptedStorage, StorageContract
 
 WRITES: dict[str, Callable[[Storage], object]] = {
@@ -151,7 +152,7 @@ def test_a_crash_ends_the_calls_under_way() -> None:
     assert state(inner) == state(filled())
 
 
-class Parts:
+class Parts(NeverStopped):
     """A source of ten bytes."""
 
     size_bytes = together_bytes = 10

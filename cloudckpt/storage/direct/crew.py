@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from cloudckpt.errors import StorageError
@@ -18,6 +19,8 @@ from cloudckpt.storage.retry import Backoff
 __all__ = ["Attempts", "BrokenOff", "Crew", "Stop"]
 
 _T = TypeVar("_T")
+#: Given what gives a transfer up; entered while it runs.
+Stopping = Callable[[Stop], AbstractContextManager[None]]
 
 #: Bytes a second that all connections together should carry: what a large machine is lent, and a small one computes.
 _ENOUGH = 2.7e9
@@ -188,15 +191,23 @@ class Crew:
                 self._pool = Threads(self._most)
             return self._pool
 
-    def each(self, jobs: Iterable[Callable[[Stop], _T]]) -> list[_T]:
+    def each(self, jobs: Iterable[Callable[[Stop], _T]], stopping: Stopping = lambda _: nullcontext()) -> list[_T]:
         """Do every job, side by side, and return what they return, in order.
 
         Whatever ends the wait, ``KeyboardInterrupt`` included, ends the jobs: when this returns or raises, none runs.
 
+        Args:
+            stopping: entered meanwhile, with what gives all of them up.
+
         Raises:
             BaseException: what the first job to fail raised; the others were broken off.
         """
-        pool, stop, gate = self._threads(), Stop(), self._gate
+        stop = Stop()
+        with stopping(stop):
+            return self._each(jobs, stop)
+
+    def _each(self, jobs: Iterable[Callable[[Stop], _T]], stop: Stop) -> list[_T]:
+        pool, gate = self._threads(), self._gate
         running: list[Future[_T]] = []
         waiting = iter(jobs)
         left: set[Future[_T]] = set()

@@ -27,12 +27,12 @@ def test_a_thread_that_cannot_start_leaves_no_job_behind(monkeypatch: pytest.Mon
     def begun(stop: Stop) -> None:
         first.set()
         with stop.calls(may_end.set):
-            may_end.wait(30)
+            may_end.wait(2)
 
     ended = threading.Event()
 
     def other(stop: Stop) -> None:
-        if ended.wait(10):
+        if ended.wait(1):
             late.append("a job was done that nobody waits for")
 
     monkeypatch.setattr(threading.Thread, "start", failing)

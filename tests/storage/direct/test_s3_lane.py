@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cloudckpt import ObjectNotFoundError, Settings, StorageError
+from cloudckpt import ObjectNotFoundError, SaveError, Settings, StorageError
 from cloudckpt.storage import Conditions, S3Storage
+from cloudckpt.storage.base import Part
 from cloudckpt.testing import BytesSource
 from cloudckpt.testing.fault_proxy import FaultProxy
 from cloudckpt.testing.servers import MotoServer, SeaweedFS
@@ -132,6 +136,53 @@ def test_a_fault_costs_a_part_and_not_the_upload(
         storage = opened(s3_server, through=proxy.url)
         proxy.inject(action, method="PUT", match="partNumber", skip=number)
         sent_and_back(storage, 3 * PART)
+        assert storage._lane.declined is None
+        assert s3_server.uploads(bucket) == []
+
+
+class Stopped(BytesSource):
+    """Stopped by somebody else as soon as its first part is under way."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(bytes(size))
+        self.acts: list[Callable[[], None]] = []
+        self.reason: str | None = None
+
+    @contextlib.contextmanager
+    def stopping(self, act: Callable[[], None]) -> Iterator[None]:
+        self.acts.append(act)
+        yield
+        self.acts.remove(act)
+
+    @contextlib.contextmanager
+    def hold(self, start: int, length: int) -> Iterator[Part]:
+        if self.reason:
+            raise SaveError(self.reason)
+        with super().hold(start, length) as part:
+            yield part
+
+
+def test_parts_under_way_are_broken_off_when_the_source_is_stopped(
+    s3_server: MotoServer, opened: Make, bucket: str
+) -> None:
+    """At once and not when they have been sent; with the source's reason, and without an upload left."""
+    with FaultProxy(s3_server.url) as proxy:
+        storage = opened(s3_server, through=proxy.url, settings=replace(SMALL_PARTS, request_timeout_s=600))
+        held: Any = proxy.inject("hold_after", method="PUT", match="partNumber=1&")
+        source = Stopped(3 * PART)
+
+        def stop() -> None:
+            held.wait(60)
+            source.reason = "another rank is gone"
+            for act in [*source.acts]:
+                act()
+
+        stopping = threading.Thread(target=stop)
+        stopping.start()
+        with pytest.raises(SaveError, match="another rank is gone"):
+            storage.put(KEY, source, size_bytes=3 * PART)
+        stopping.join()
+        held.release()
         assert storage._lane.declined is None
         assert s3_server.uploads(bucket) == []
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import http.server
 import os
@@ -68,6 +69,8 @@ class Server:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for connection in self._open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # which wakes who reads from it, as a close does not
             connection.close()
         for thread in (self._acceptor, *self._threads):
             thread.join(10)
