@@ -26,7 +26,7 @@ from cloudckpt.core.index_json import TensorsText
 from cloudckpt.core.layout import Item, Layout, plan_layout
 from cloudckpt.core.merging import is_like
 from cloudckpt.core.model import Chunk, TensorEntry
-from cloudckpt.tensors.dcp import Box, plan_save
+from cloudckpt.tensors.dcp import Box, Where, plan_save
 from cloudckpt.tensors.memory import dtype_name
 from cloudckpt.tensors.replicas import Replica
 from cloudckpt.tensors.sharded import is_sharded
@@ -158,6 +158,7 @@ class Planner:
         self._drawn: Overall | None = None
         self._skeleton: dict[str, tuple[bytes, object]] = {}
         self._number = 0
+        self._known: dict[object, Where] = {}
         #: By rank, which of them share the same tensors; on rank zero only.
         self.groups: Sequence[int] = ()
         self.mixed = False
@@ -239,7 +240,7 @@ class Planner:
             return self._planned(look)
 
     def _look(self, flat: FlatState) -> Look:
-        pieces = plan_save(flat.tensors) if _any_sharded(flat) else None
+        pieces = plan_save(flat.tensors, self._known) if _any_sharded(flat) else None
         if pieces is None:
             data = {component: [*named.values()] for component, named in flat.tensors.items()}
         else:

@@ -12,7 +12,7 @@ from cloudckpt import CheckpointManager
 from cloudckpt.core import keys
 from cloudckpt.core.index_json import decode_index, encode_index
 from cloudckpt.storage import MemoryStorage
-from cloudckpt.tensors.dcp import plan_save
+from cloudckpt.tensors.dcp import _ask
 from cloudckpt.tensors.planning import Plan, Planner
 from cloudckpt.tensors.sharded import is_sharded
 from cloudckpt.tensors.tree import flatten
@@ -70,7 +70,8 @@ def test_a_component_more_without_tensors_makes_a_new_plan() -> None:
 def test_plain_tensors_are_planned_as_dcp_would() -> None:
     """Without DCP's planners the boxes of a single process are the same as with them."""
     flat = flatten(state())
-    asked = {component: [box for box, _ in own] for component, own in plan_save(flat.tensors).items()}
+    answered = _ask({(c, name): tensor for c, named in flat.tensors.items() for name, tensor in named.items()})
+    asked = {c: [box for (owner, _), own in answered.items() if owner == c for box, _ in own] for c in flat.tensors}
     plan = planned(Planner(0, 1), state())
     for payload in plan.payloads:
         ours = sorted(payload.boxes, key=lambda box: box.name)
