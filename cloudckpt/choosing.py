@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,12 @@ from cloudckpt.core.model import Checkpoint, Manifest, State
 from cloudckpt.core.selection import Selector, select
 from cloudckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from cloudckpt.storage import ManifestStore
+from cloudckpt.tensors.fit import in_common
 from cloudckpt.tensors.outline import Outline
 from cloudckpt.tensors.targets import Homes
 from cloudckpt.view import placed
 
-__all__ = ["AGAIN", "DONE", "Chooser", "FindHomes", "Fitting"]
+__all__ = ["AGAIN", "DONE", "Chooser", "FindHomes", "Fitting", "FoundDamaged", "OnAgreed"]
 
 #: What rank zero answers once everybody has read what was chosen; and if another one is to be chosen.
 DONE, AGAIN = b"done", b"again"
@@ -91,6 +93,12 @@ class Chooser:
 
 
 FindHomes = Callable[[Outline, Mapping[str, Any]], Homes]
+#: Told that every rank has found its homes, and for which stored names none of them has a use, by place in the state.
+OnAgreed = Callable[[Homes, Mapping[str, Sequence[str]]], None]
+
+
+class FoundDamaged(Exception):  # noqa: N818 - nothing is wrong here
+    """Another rank has found the checkpoint damaged: nobody needs to read it."""
 
 
 class Fitting:
@@ -98,11 +106,11 @@ class Fitting:
 
     Args:
         find_homes: where this rank's bytes go; None if they go into fresh memory, where everything fits.
-        on_agreed: told that every rank has found its homes: from here on bytes are read into them.
+        on_agreed: from here on bytes are read into the homes, unless it raises.
     """
 
     def __init__(
-        self, find_homes: FindHomes | None, on_agreed: Callable[[Homes], None], coordinator: Coordinator, attempt: int
+        self, find_homes: FindHomes | None, on_agreed: OnAgreed, coordinator: Coordinator, attempt: int
     ) -> None:
         self._find_homes = find_homes
         self._on_agreed = on_agreed
@@ -111,16 +119,23 @@ class Fitting:
         self._is_due = find_homes is not None
 
     def find_homes(self, outline: Outline, values: Mapping[str, Any]) -> Homes:
-        """This rank's homes, once all ranks have theirs."""
+        """This rank's homes, once all ranks have theirs.
+
+        Raises:
+            FoundDamaged: a rank stands by, and will say why.
+        """
         assert self._find_homes is not None
         word: bytes | BaseException = b""
         homes = Homes()
         try:
             homes = self._find_homes(outline, values)
+            word = homes.word
         except BaseException as exc:  # noqa: BLE001 - raised on every rank by the exchange
             word = exc
-        self._exchange(word)
-        self._on_agreed(homes)
+        answer = self._exchange(word)
+        if not answer:
+            raise FoundDamaged
+        self._on_agreed(homes, json.loads(answer))
         return homes
 
     def stand_by(self, error: BaseException | None) -> BaseException | None:
@@ -139,9 +154,13 @@ class Fitting:
                 return exc
         return None
 
-    def _exchange(self, word: bytes | BaseException) -> None:
+    def _exchange(self, word: bytes | BaseException) -> bytes:
         self._is_due = False
-        self._coordinator.exchange(self._topic, word, lambda words: words, patient=True)
+        return self._coordinator.exchange(self._topic, word, _useless, patient=True)
+
+
+def _useless(words: Sequence[bytes]) -> list[bytes]:
+    return [json.dumps(in_common(words)).encode() if all(words) else b""] * len(words)
 
 
 def _without(manifest: Manifest, ids: Collection[str]) -> Manifest:

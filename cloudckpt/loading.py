@@ -9,13 +9,13 @@ that does not fit: raised at once. Training is never rolled back by a fault of t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cloudckpt.choosing import DONE, Chooser, Fitting
+from cloudckpt.choosing import DONE, Chooser, FindHomes, Fitting, FoundDamaged, OnAgreed
 from cloudckpt.coordination import Coordinator
 from cloudckpt.core.manifest_json import entry_from_bytes
 from cloudckpt.core.model import Checkpoint, Index, Manifest
@@ -29,7 +29,8 @@ from cloudckpt.errors import (
 )
 from cloudckpt.storage import LocalStorage, ManifestStore, RetryingStorage
 from cloudckpt.tensors.fetch import fetch
-from cloudckpt.tensors.fill import check_fits, fill
+from cloudckpt.tensors.fill import fill
+from cloudckpt.tensors.fit import Findings, look, sentences, take_out
 from cloudckpt.tensors.mapped import map_files
 from cloudckpt.tensors.outline import Outline
 from cloudckpt.tensors.per_rank import PerRankLeaf
@@ -94,8 +95,8 @@ def load_chosen(
     *,
     coordinator: Coordinator,
     on_damage: Callable[[Checkpoint, CorruptCheckpointError], None],
-    find_homes: Callable[[Outline, Mapping[str, Any]], Homes] | None = None,
-    on_agreed: Callable[[Homes], None] = lambda _: None,
+    find_homes: FindHomes | None = None,
+    on_agreed: OnAgreed = lambda *_: None,
 ) -> Loaded:
     """Load the checkpoint that the request selects, or the one before it where damage is proven.
 
@@ -105,7 +106,7 @@ def load_chosen(
         on_damage: told of each checkpoint that is proven damaged, before the next one is tried.
         find_homes: asked, before any byte moves, where the tensors of these values get their memory. Fresh memory by
             default.
-        on_agreed: told that every rank has found its homes: from here on bytes are read into them.
+        on_agreed: told that every rank has found its homes: from here on bytes are read into them, unless it raises.
 
     Raises:
         CheckpointNotFoundError: nothing matches, or nothing is left.
@@ -116,12 +117,13 @@ def load_chosen(
     chooser = Chooser(store, manifest, request.selector, on_damage)
     for attempt in range(store.settings.max_fallbacks):
         chosen = entry_from_bytes(coordinator.exchange(f"choice-{attempt}", b"", chooser.choose))
-        word: bytes | BaseException
+        word: bytes | BaseException = b""
         loaded: Loaded | None = None
         fitting = Fitting(find_homes, on_agreed, coordinator, attempt)
         try:
             loaded = _load(store, chosen, request, fitting.find_homes if find_homes is not None else None)
-            word = b""
+        except FoundDamaged:
+            pass  # whoever found it says so below
         except CorruptCheckpointError as exc:
             chooser.note(exc)
             word = fitting.stand_by(None) or str(exc).encode()
@@ -141,7 +143,9 @@ class _Target:
         state: component -> object.
         strict: whether names and shapes must match exactly.
         in_place: whether bytes may be read into the objects' own tensors.
-        problems: what of the checkpoint at hand does not fit.
+        where: the checkpoint at hand.
+        findings: what of it does not fit here.
+        problems: what of it does not fit, seen from all ranks.
         overwritten: the memory that was read into, and where in the state it is.
         uses: where the checkpoint at hand is wanted in the state.
         begun: whether bytes may have been read into the objects' own memory.
@@ -150,7 +154,9 @@ class _Target:
     state: Mapping[str, object]
     strict: bool
     in_place: bool
-    problems: list[str] = field(default_factory=list)
+    where: str = ""
+    findings: Findings = field(default_factory=Findings)
+    problems: Sequence[str] = ()
     overwritten: dict[Region, str] = field(default_factory=dict)
     uses: Sequence[Use] = ()
     begun: bool = False
@@ -162,8 +168,11 @@ class _Target:
             StateMismatchError: the state does not fit, or has tensors that cannot be written; or this one stands in for
                 a damaged one, and would leave some of that in the state.
         """
-        where = outline.checkpoint.url
-        self.problems = check_fits(self.state, values, strict=self.strict, where=where)
+        where = self.where = outline.checkpoint.url
+        found = self.findings = look(self.state, values)
+        if self.strict and found.problems:
+            raise self._refused([*found.problems, *sentences(found.unexpected)])
+        take_out(values, found.left_out, outline.forget)
         uses = find_uses(self.state, values, outline)
         if refused := unwritable(uses):
             listed = "".join(f"\n  {problem}" for problem in refused)
@@ -176,15 +185,30 @@ class _Target:
                 "before: restoring it would leave a mixture of both"
             )
         self.uses = uses
-        return choose_homes(uses, outline, in_place=self.in_place)
+        homes = choose_homes(uses, outline, in_place=self.in_place)
+        return replace(homes, left_out=found.left_out, word=found.to_bytes())
 
-    def begin(self, homes: Homes) -> None:
-        """Bytes are read into these from here on, at any moment."""
+    def begin(self, homes: Homes, unexpected: Mapping[str, Sequence[str]]) -> None:
+        """Bytes are read into these from here on, at any moment.
+
+        Raises:
+            StateMismatchError: some stored names have a place in no rank's state.
+        """
+        if self.strict and unexpected:
+            raise self._refused(sentences(unexpected))
+        self.problems = [*self.findings.problems, *sentences(unexpected)]
         note_changed(homes)
         for use in self.uses:
             if use.region is not None and use.place in homes.targets:
                 self.overwritten[use.region] = use.path
         self.begun = self.begun or bool(homes.targets) or any(part.in_place for part in homes.parts.values())
+
+    def _refused(self, problems: Sequence[str]) -> StateMismatchError:
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        return StateMismatchError(
+            f"the state does not fit {self.where}; nothing was changed:{listed}\nFix the state, name fewer components="
+            "[...], or pass strict=False to restore what fits"
+        )
 
 
 def restore_chosen(
@@ -241,12 +265,7 @@ def _say_so(error: BaseException) -> None:
         error.add_note(_PARTLY)
 
 
-def _load(
-    store: ManifestStore,
-    chosen: Checkpoint,
-    request: LoadRequest,
-    find_homes: Callable[[Outline, Mapping[str, Any]], Homes] | None,
-) -> Loaded:
+def _load(store: ManifestStore, chosen: Checkpoint, request: LoadRequest, find_homes: FindHomes | None) -> Loaded:
     checkpoint = placed(chosen, store.storage.url)
     index = read_index(store.storage, checkpoint)
     components = _components(index, request, checkpoint)
@@ -268,6 +287,7 @@ def _load(
     if homes.parts:
         # What the state holds a part of is a distributed tensor from here on.
         values = _values(structure, outline, request, homes)
+        take_out(values, homes.left_out, outline.forget)
     done = map_files(_folder(store), outline, store.settings, verify=request.verify) if request.mmap else set()
     fetch(store.storage, outline, homes, store.settings, done=done)
     return Loaded(checkpoint=checkpoint, index=index, values=values)

@@ -2,6 +2,8 @@
 
 Most state is the same on all ranks, or sharded under the same names. Pipeline stages have disjoint keys, and state that
 was declared per rank has one place for each: what only one rank has is taken from it, everything else from the first.
+Items of lists have no names, but for the groups of an optimizer's options, ``[{"params": [names], "lr": ...}]`` as
+``torch.distributed.checkpoint.state_dict`` gives them: those of all stages are one list.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["PER_RANK", "difference", "is_like", "merge", "parts_missing", "references"]
+__all__ = ["PER_RANK", "conflict", "is_like", "merge", "parts_missing", "references"]
 
 Json = Any
 
@@ -19,6 +21,8 @@ PER_RANK = "$per_rank"
 #: Tags whose payload, or whose payload's ``items``, are pairs of a key and a value.
 _PAIRED = {"$dict", "$counter"}
 _WITH_ITEMS = {"$ordered", "$defaultdict"}
+#: Whose options they are is not among the options.
+_MEMBERS: Mapping[str, Json] = {"params": None}
 
 
 def merge(first: Json, second: Json) -> Json:
@@ -27,8 +31,11 @@ def merge(first: Json, second: Json) -> Json:
         return first
     if isinstance(first, dict):
         return _merge_dicts(first, second)
-    if isinstance(first, list) and len(first) == len(second):
-        return _merge_lists(first, second)
+    if isinstance(first, list):
+        if _are_groups(first) and _are_groups(second):
+            return _merge_groups(first, second)
+        if len(first) == len(second):
+            return _merge_lists(first, second)
     return first
 
 
@@ -42,12 +49,19 @@ def _merge_dicts(first: Mapping[str, Json], second: Mapping[str, Json]) -> Json:
         return _kept(first, {tag: merge(first[tag], second[tag])})
     if tag in _WITH_ITEMS:
         items = _merge_pairs(first[tag]["items"], second[tag]["items"])
-        return first if items is first[tag]["items"] else {tag: {**first[tag], "items": items}}
+        rest, others = (_beside_items(node[tag]) for node in (first, second))
+        merged = merge(rest, others)
+        return first if items is first[tag]["items"] and merged is rest else {tag: {"items": items, **merged}}
     if tag is not None and tag not in {PER_RANK, "$state"}:
         return first  # a leaf
     found = {key: merge(node, second[key]) if key in second else node for key, node in first.items()}
     found |= {key: node for key, node in second.items() if key not in first}
     return _kept(first, found)
+
+
+def _beside_items(payload: Mapping[str, Json]) -> dict[str, Json]:
+    """What a mapping has besides: a module's state dict has the versions of its modules, by their names."""
+    return {key: node for key, node in payload.items() if key != "items"}
 
 
 def _merge_pairs(first: Sequence[list[Json]], second: Sequence[list[Json]]) -> Sequence[list[Json]]:
@@ -60,6 +74,23 @@ def _merge_pairs(first: Sequence[list[Json]], second: Sequence[list[Json]]) -> S
 def _merge_lists(first: list[Json], second: list[Json]) -> list[Json]:
     found = [merge(a, b) for a, b in zip(first, second, strict=True)]
     return first if all(a is b for a, b in zip(found, first, strict=True)) else found
+
+
+def _are_groups(node: list[Json]) -> bool:
+    return bool(node) and all(
+        isinstance(group, dict)
+        and isinstance(group.get("params"), list)
+        and all(isinstance(name, str) for name in group["params"])
+        for group in node
+    )
+
+
+def _merge_groups(first: list[Json], second: list[Json]) -> list[Json]:
+    """Both ranks' groups; a parameter that both have keeps the first one's options."""
+    known = {name for group in first for name in group["params"]}
+    more = [{**group, "params": [name for name in group["params"] if name not in known]} for group in second]
+    more = [group for group in more if group["params"]]
+    return [*first, *more] if more else first
 
 
 def _kept(first: Mapping[str, Json], found: dict[str, Json]) -> Mapping[str, Json]:
@@ -99,21 +130,51 @@ def references(node: Json) -> Iterator[str]:
             yield from references(value)
 
 
-def difference(one: Json, two: Json, path: str = "") -> str | None:
-    """Where two nodes with the same places first have different values; "" for the nodes themselves, None if nowhere.
+def conflict(first: Json, second: Json, path: str = "") -> str | None:
+    """Where the first of two nodes would win over something else in the second, were they merged; None if nowhere.
 
-    What each rank has for itself, and tensors, are not looked at.
+    What only one of them has is no conflict, nor is what each rank has for itself. Of tensors only their places count:
+    their values are compared elsewhere.
     """
-    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
-        if _tag(one) in {PER_RANK, "$tensor"}:
+    if isinstance(first, dict) and isinstance(second, dict):
+        if (tag := _tag(first)) != _tag(second):
+            return path
+        if tag in {PER_RANK, "$tensor"}:
             return None
-        pairs = [(f"{path}.{key}" if path and key[:1] != "$" else path or key, one[key], two[key]) for key in one]
-    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
-        pairs = [(f"{path}[{n}]", a, b) for n, (a, b) in enumerate(zip(one, two, strict=True))]
+        if tag in _PAIRED or tag in _WITH_ITEMS:
+            one, two = (node[tag] if tag in _PAIRED else node[tag]["items"] for node in (first, second))
+            others = {repr(key): value for key, value in two}
+            pairs = [(_within(path, key), value, others[repr(key)]) for key, value in one if repr(key) in others]
+            if tag in _WITH_ITEMS:
+                pairs.append((path, _beside_items(first[tag]), _beside_items(second[tag])))
+        elif tag is None or tag in {"$tuple", "$state"}:
+            common = [key for key in first if key in second]
+            pairs = [(path if key[:1] == "$" else _within(path, key), first[key], second[key]) for key in common]
+        else:
+            return None if first == second else path
+    elif isinstance(first, list) and isinstance(second, list) and _are_groups(first) and _are_groups(second):
+        pairs = _shared_options(first, second, path)
+    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        pairs = [(f"{path}[{n}]", a, b) for n, (a, b) in enumerate(zip(first, second, strict=True))]
     else:
-        return None if one == two else path
-    found = (difference(a, b, place) for place, a, b in pairs)
+        return None if first == second else path
+    found = (conflict(a, b, place) for place, a, b in pairs)
     return next((place for place in found if place is not None), None)
+
+
+def _shared_options(first: list[Json], second: list[Json], path: str) -> list[tuple[str, Json, Json]]:
+    """The options of every two groups that have a parameter in common, and the place of the first's."""
+    pairs: dict[tuple[int, int], None] = {}
+    place = {name: n for n, group in enumerate(first) for name in group["params"]}
+    for m, group in enumerate(second):
+        pairs |= dict.fromkeys((place[name], m) for name in group["params"] if name in place)
+    return [(f"{path}[{n}]", first[n] | _MEMBERS, second[m] | _MEMBERS) for n, m in pairs]
+
+
+def _within(path: str, key: Json) -> str:
+    if not isinstance(key, str):
+        return f"{path}[{key!r}]"
+    return f"{path}.{key}" if path else key
 
 
 def is_like(one: Json, two: Json) -> bool:

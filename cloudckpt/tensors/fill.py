@@ -1,4 +1,4 @@
-"""Loaded values into the caller's own objects, in place; everything is checked before anything changes."""
+"""Loaded values into the caller's own objects, in place; what does not fit was left out before (see ``fit``)."""
 
 from __future__ import annotations
 
@@ -7,133 +7,21 @@ from typing import Any
 
 import torch
 
-from cloudckpt.core.values import SKIP, Path, render_path
+from cloudckpt.core.values import SKIP
 from cloudckpt.errors import StateMismatchError
+from cloudckpt.tensors.extents import narrowed
 from cloudckpt.tensors.leaves import has_state, is_optimizer
 from cloudckpt.tensors.memory import copy_bits
 from cloudckpt.tensors.per_rank import PerRank
-from cloudckpt.tensors.sharded import has_parts
-from cloudckpt.tensors.targets import group_sizes, same_groups, same_memory
+from cloudckpt.tensors.sharded import has_parts, held_parts, is_many, like, local_boxes
+from cloudckpt.tensors.targets import same_groups, same_memory
 from cloudckpt.tensors.train_state import ModelState, OptimizerState
 
-__all__ = ["check_fits", "fill"]
-
-#: More names than this say nothing new.
-_NAMES_SHOWN = 10
-
-
-def check_fits(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict: bool, where: str) -> list[str]:
-    """What of ``loaded`` does not fit into ``state``; with ``strict`` any of it is refused.
-
-    Args:
-        where: the checkpoint's URL, for messages.
-
-    Returns:
-        what does not fit, one sentence each: with ``strict=False`` these are warnings.
-
-    Raises:
-        StateMismatchError: lists missing, unexpected and mis-shaped names. Nothing was changed.
-    """
-    problems: list[str] = []
-    for name, target in state.items():
-        if name not in loaded:
-            problems.append(f"{name}: the checkpoint has no such component (it has {', '.join(sorted(loaded))})")
-        else:
-            _check(target, loaded[name], (name,), problems)
-    if problems and strict:
-        listed = "".join(f"\n  {problem}" for problem in problems)
-        raise StateMismatchError(
-            f"the state does not fit {where}; nothing was changed:{listed}\nFix the state, name fewer components="
-            "[...], or pass strict=False to restore what fits"
-        )
-    return problems
-
-
-def _check(target: object, stored: Any, path: Path, problems: list[str]) -> None:  # noqa: C901 - a table of kinds
-    here = render_path(path)
-    if isinstance(target, PerRank):
-        if stored is not SKIP:  # nothing of this rank's was saved, and the caller has allowed that
-            _check(target.value, stored, path, problems)
-    elif isinstance(target, torch.nn.Module | ModelState):
-        _check_named(target.state_dict(), stored, here, problems)
-    elif isinstance(target, OptimizerState):
-        _check_moments(target, stored, here, problems)
-    elif is_optimizer(target):
-        _check_optimizer(target, stored, here, problems)
-    elif has_state(target):
-        return
-    elif isinstance(target, torch.Tensor):
-        if not isinstance(stored, torch.Tensor) or stored.shape != target.shape:
-            problems.append(f"{here}: the state has {_kind(target)}, the checkpoint {_kind(stored)}")
-    elif isinstance(target, MutableMapping) and isinstance(stored, Mapping):
-        _check_mapping(target, stored, path, problems)
-    elif isinstance(target, list) and isinstance(stored, list) and len(target) == len(stored):
-        for n, (inner, value) in enumerate(zip(target, stored, strict=True)):
-            _check(inner, value, (*path, n), problems)
-
-
-def _check_mapping(
-    target: MutableMapping[Any, Any], stored: Mapping[Any, Any], path: Path, problems: list[str]
-) -> None:
-    for key in target:
-        if key in stored:
-            _check(target[key], stored[key], (*path, key), problems)
-        else:
-            problems.append(f"{render_path((*path, key))}: missing in the checkpoint")
-
-
-def _check_named(own: Mapping[str, object], stored: Any, here: str, problems: list[str]) -> None:
-    if not isinstance(stored, Mapping):
-        problems.append(f"{here}: the state has a module, the checkpoint {_kind(stored)}")
-        return
-    missing = [name for name in own if name not in stored]
-    unexpected = [name for name in stored if name not in own]
-    other = [
-        f"{name} ({_kind(own[name])} here, {_kind(stored[name])} in the checkpoint)"
-        for name in own
-        if name in stored and isinstance(own[name], torch.Tensor) and not _same_shape(own[name], stored[name])
-    ]
-    for what, names in (("missing in the checkpoint", missing), ("unexpected", unexpected), ("mis-shaped", other)):
-        if names:
-            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-            problems.append(f"{here}: {what}: {', '.join(map(str, names[:_NAMES_SHOWN]))}{more}")
-
-
-def _check_moments(target: OptimizerState, stored: Any, here: str, problems: list[str]) -> None:
-    own = target.state_dict()["state"]
-    found = stored.get("state") if isinstance(stored, Mapping) else None
-    if not isinstance(found, Mapping) or not all(isinstance(value, Mapping) for value in found.values()):
-        problems.append(f"{here}: the state has optimizers by parameter names, the checkpoint {_kind(stored)} without")
-        return
-    _check_named(own, found, here, problems)
-    for name in own:
-        if name in found:
-            _check_named(own[name], found[name], f"{here}.{name}", problems)
-
-
-def _check_optimizer(target: torch.optim.Optimizer, stored: Any, here: str, problems: list[str]) -> None:
-    counts, own = group_sizes(stored), group_sizes({"param_groups": target.param_groups})
-    if counts is None:
-        problems.append(f"{here}: the state has an optimizer, the checkpoint {_kind(stored)}")
-    elif counts != own:
-        problems.append(f"{here}: the optimizer has groups of {own} parameters, the checkpoint of {counts}")
-
-
-def _same_shape(own: object, stored: object) -> bool:
-    if not isinstance(own, torch.Tensor) or not isinstance(stored, torch.Tensor):
-        return isinstance(own, torch.Tensor) == isinstance(stored, torch.Tensor)
-    # A lazy module's parameters have no shape yet: they take the stored one's.
-    return torch.nn.parameter.is_lazy(own) or own.shape == stored.shape
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
+__all__ = ["fill"]
 
 
 def fill(state: Mapping[str, object], loaded: Mapping[str, Any], *, strict: bool) -> None:
-    """Fill every component of ``state`` that ``loaded`` has, in place. ``check_fits`` comes first.
+    """Fill every component of ``state`` that ``loaded`` has, in place. What does not fit is not in there any more.
 
     Tensors of ``loaded`` that already have the memory of the tensor they are for cost nothing: torch itself copies
     nothing onto the same memory, so that ``load_state_dict`` runs with all of its hooks and moves no byte.
@@ -183,11 +71,8 @@ def _fill(target: Any, stored: Any, *, strict: bool) -> Any:  # noqa: C901, PLR0
         if stored is not SKIP:
             target.value = _fill(target.value, stored, strict=strict)
         return target
-    if isinstance(target, torch.nn.Module | ModelState):
-        target.load_state_dict(stored if strict else _fitting(target, stored), strict=strict)
-        return target
-    if isinstance(target, OptimizerState):
-        target.load_state_dict(stored, strict=strict)
+    if isinstance(target, torch.nn.Module | ModelState | OptimizerState):
+        _load(target, stored, strict=strict)
         return target
     if has_state(target):
         if strict or not is_optimizer(target) or same_groups(target, stored):
@@ -208,21 +93,48 @@ def _fill(target: Any, stored: Any, *, strict: bool) -> Any:  # noqa: C901, PLR0
     return stored
 
 
+def _load(target: torch.nn.Module | ModelState | OptimizerState, stored: Any, *, strict: bool) -> None:
+    """With ``strict=False`` something of another kind was warned about, and is left."""
+    if isinstance(target, OptimizerState):
+        if strict or (isinstance(stored, Mapping) and {"state", "param_groups"} <= stored.keys()):
+            target.load_state_dict(stored, strict=strict)
+    elif isinstance(stored, Mapping):
+        target.load_state_dict(_in_parts(target, stored), strict=strict)
+
+
 def _fill_tensor(target: torch.Tensor, stored: Any) -> torch.Tensor:
     if not isinstance(stored, torch.Tensor) or target.shape != stored.shape:
         return target  # strict=False: it was warned about
     if same_memory(target, stored):
         return target  # read in place
     with torch.no_grad():
-        if target.dtype == stored.dtype and not has_parts(target):
+        if has_parts(target) and not has_parts(stored):
+            _part_of(stored, target, held_parts(target)[0])
+        elif target.dtype == stored.dtype and not has_parts(target):
             copy_bits(target, stored)
         else:
             target.copy_(stored)
     return target
 
 
-def _fitting(module: torch.nn.Module | ModelState, stored: Any) -> dict[str, Any]:
-    own = module.state_dict()
-    if not isinstance(stored, Mapping):
-        return {}
-    return {name: value for name, value in stored.items() if name in own and _same_shape(own[name], value)}
+def _in_parts(module: torch.nn.Module | ModelState, stored: Any) -> dict[str, Any]:
+    """A state dict with distributed tensors wherever the module has some: torch copies between none of the two kinds.
+
+    Whole ones come of a stored tensor that is wanted both ways. torch's own kind of mapping keeps its ``_metadata``.
+    """
+    own = module.state_dict() if is_many() else {}
+    for name, target in own.items():
+        value = stored.get(name)
+        if not isinstance(target, torch.Tensor) or not isinstance(value, torch.Tensor):
+            continue
+        if has_parts(target) and not has_parts(value):
+            local = torch.empty_like(held_parts(target)[0], dtype=value.dtype)
+            _part_of(value, target, local)
+            stored[name] = like(target, local)
+    found: dict[str, Any] = stored
+    return found
+
+
+def _part_of(whole: torch.Tensor, target: torch.Tensor, local: torch.Tensor) -> None:
+    for offsets, lengths in local_boxes(target):
+        local.copy_(narrowed(whole, offsets, lengths))

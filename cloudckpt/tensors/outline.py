@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from cloudckpt.core.model import Checkpoint, Index, PayloadObject, TensorEntry
@@ -51,6 +53,7 @@ class Outline:
         self._shapes_only = shapes_only
         self._tensors: dict[Place, torch.Tensor] = {}
         self._places: dict[int, Place] = {}
+        self._by_address: dict[int, Place] = {}
 
     @property
     def objects(self) -> Sequence[PayloadObject]:
@@ -94,11 +97,21 @@ class Outline:
             raise self._corrupt(f"{component}.{name} is referred to as an array's bytes, and is no row of bytes")
         if place not in self.arrays:
             self.arrays[place] = torch.empty(entry.shape, dtype=torch.uint8, device=_HOST)
+            self._by_address[self.arrays[place].data_ptr()] = place
         return self.arrays[place]
 
     def place_of(self, tensor: torch.Tensor) -> Place | None:
         """Where the bytes of a tensor that ``tensor`` gave are stored; None for any other."""
         return self._places.get(id(tensor))
+
+    def forget(self, value: torch.Tensor | np.ndarray[Any, Any]) -> None:
+        """One use less of a tensor, or of an array over memory, that this gave; with the last, no bytes are wanted."""
+        place = self.place_of(value) if isinstance(value, torch.Tensor) else self._by_address.get(value.ctypes.data)
+        if place is not None:
+            self.uses[place] -= 1
+            if not self.uses[place]:
+                del self.entries[place]
+                self.arrays.pop(place, None)
 
     def settle(self, place: Place, memory: torch.Tensor) -> None:
         """Give the tensor that was handed out the memory of another, of the same dtype and shape, on any device."""

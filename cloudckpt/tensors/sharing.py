@@ -10,11 +10,11 @@ import json
 import math
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloudckpt.core.merging import difference, is_like, merge, parts_missing, references
+from cloudckpt.core.merging import conflict, merge, parts_missing, references
 from cloudckpt.core.spreading import spread
 from cloudckpt.errors import StateMismatchError
 from cloudckpt.tensors.dcp import Box
@@ -158,6 +158,7 @@ def divide(offers: Sequence[Offer]) -> Division:
     shares, boxes, groups = [], [], []
     structure: dict[str, Any] = {}
     known: dict[object, int] = {}
+    conflicts: dict[str, list[int]] = {}
     for rank, offer in enumerate(offers):
         keep = {
             component: [n for n, b in enumerate(own) if writers.get((component, b.name, b.offsets, b.lengths)) == rank]
@@ -171,6 +172,8 @@ def divide(offers: Sequence[Offer]) -> Division:
             ]
             for component, own in offer.boxes.items()
         }
+        for place in _conflicts(structure, offer.structure):
+            conflicts.setdefault(place, []).append(rank)
         sends = tuple(_added(structure, offer.structure)) if rank else ()
         shares.append(Share(keep=keep, sends=sends, shared=shared))
         names = tuple(
@@ -191,7 +194,7 @@ def divide(offers: Sequence[Offer]) -> Division:
         aliases=aliases,
         pickled=pickled,
         groups=groups,
-        remarks=_remarks(offers),
+        remarks=_remarks(conflicts),
         mixed=mixed,
     )
 
@@ -228,18 +231,19 @@ def _check_structure(
     _refuse(problems, "the ranks' states do not make one")
 
 
-def _remarks(offers: Sequence[Offer]) -> list[str]:
-    found: dict[str, list[int]] = {}
-    first = offers[0].structure
-    for rank, offer in enumerate(offers):
-        for component, node in offer.structure.items():
-            place = difference(first[component], node, component) if component in first else None
-            if place is not None and is_like(first[component], node):
-                found.setdefault(place, []).append(rank)
+def _conflicts(known: Mapping[str, Any], said: Mapping[str, Any]) -> Iterator[str]:
+    """Where a rank has something else than what is stored, which is that of the ranks before it."""
+    for component, node in said.items():
+        place = conflict(known[component], node, component) if component in known else None
+        if place is not None:
+            yield place
+
+
+def _remarks(conflicts: Mapping[str, Sequence[int]]) -> list[str]:
     return [
-        f"{place} has another value on rank {', '.join(map(str, ranks[:_SHOWN]))} than on rank 0, whose is stored: "
-        "declare it PerRank(...) if each rank needs its own"
-        for place, ranks in found.items()
+        f"{place} has another value on rank {', '.join(map(str, ranks[:_SHOWN]))} than on the first rank that has it, "
+        "whose is stored: declare it PerRank(...) if each rank needs its own"
+        for place, ranks in conflicts.items()
     ]
 
 

@@ -105,11 +105,15 @@ class Homes:
         targets: the caller's own tensors that are read into.
         devices: where fresh memory is wanted elsewhere than on the host.
         parts: of which only a box is needed here.
+        left_out: what is not needed here at all, as ``fit.take_out`` is given it.
+        word: what of that the other processes are asked about.
     """
 
     targets: Mapping[Place, torch.Tensor] = field(default_factory=dict)
     devices: Mapping[Place, torch.device] = field(default_factory=dict)
     parts: Mapping[Place, Part] = field(default_factory=dict)
+    left_out: Sequence[tuple[Path, str]] = ()
+    word: bytes = b""
 
 
 def find_uses(state: Mapping[str, object], values: Mapping[str, Any], outline: Outline) -> list[Use]:
@@ -154,8 +158,7 @@ def _of_stateful(target: object, stored: Any, path: Path, outline: Outline) -> I
     """An object whose state dict may be a copy that it makes up gets fresh tensors, sharded as those in there are."""
     own: Any = target
     for use in _walk(own.state_dict(), stored, path, outline):
-        if use.template is not None:
-            yield replace(use, target=None, direct=False, region=None)
+        yield replace(use, target=None, direct=False, region=None)
 
 
 # -- modules ---------------------------------------------------------------------------------------------------
@@ -268,7 +271,8 @@ def choose_homes(uses: Collection[Use], outline: Outline, *, in_place: bool) -> 
     shared = _on_shared_memory(uses) if in_place else set()
     for place, own in by_place.items():
         templates = [use.template for use in own if use.template is not None]
-        if templates:
+        # Also wanted as a plain tensor, it is read whole, and cut into parts afterwards.
+        if templates and len(templates) == len(own):
             whole = in_place and len(own) == outline.uses[place] and place not in shared
             parts[place] = _part(templates[0], own, in_place=whole)
             continue

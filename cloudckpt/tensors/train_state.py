@@ -7,8 +7,10 @@ other parameters. PyTorch's ``torch.distributed.checkpoint.state_dict`` names th
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import random
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -43,23 +45,98 @@ class OptimizerState:
     def state_dict(self) -> dict[str, Any]:
         """Moments and options. An optimizer that has not stepped yet gets some here, until it steps."""
         fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
-        found = dcp_state.get_optimizer_state_dict(self.model, self.optimizers)
+        found: dict[str, Any] = {"state": {}, "param_groups": []}
+        if self.optimizers:  # a stage without parameters has none, and torch asks for one
+            found = dcp_state.get_optimizer_state_dict(self.model, self.optimizers)
         for optimizer in fresh:
             _forget_at_first_step(optimizer)
         return found
 
+    def disagreements(self, state: Mapping[str, Any]) -> list[str]:
+        """Parameters whose options were not saved, or that are in one group now and had different ones; sentences."""
+        own, stored = _options_by_name(self.state_dict()), _options_by_name(state)
+        lost = [name for name in own if name not in stored]
+        found = [f"no options were saved for {', '.join(lost[:_NAMES_SHOWN])}"] if lost else []
+        firsts: dict[int, tuple[str, Mapping[str, Any]]] = {}
+        for name, group in own.items():
+            if name in stored:
+                first, options = firsts.setdefault(id(group), (name, stored[name]))
+                if options is not stored[name] and (what := _first_difference(options, stored[name])):
+                    found.append(f"{first} and {name} are in one group, and were saved with different {what}")
+        return found
+
     def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
-        """Give it to the optimizers; ``strict=False`` leaves out what the model has no parameter for."""
-        if not strict:
-            own = {*self.state_dict()["state"]}
-            kept = {name: value for name, value in state["state"].items() if name in own}
-            groups = [
-                {**group, "params": [name for name in group["params"] if name in own]}
-                for group in state["param_groups"]
-            ]
-            state = {"state": kept, "param_groups": groups}
-        options = dcp_state.StateDictOptions(strict=strict)
-        dcp_state.set_optimizer_state_dict(self.model, self.optimizers, state, options=options)
+        """Give it to the optimizers; ``strict=False`` leaves out what the model has no parameter for.
+
+        Options come by the parameters' names, however these are grouped here.
+        """
+        if strict and (found := self.disagreements(state)):
+            raise ValueError("; ".join(found))  # of options that are tensors, now that these have values
+        options = _options_by_name(state)
+        for optimizer in self.optimizers:
+            self._load(optimizer, state["state"], options, strict=strict)
+
+    def _load(
+        self,
+        optimizer: torch.optim.Optimizer,
+        moments: Mapping[str, Any],
+        options: Mapping[str, Mapping[str, Any]],
+        *,
+        strict: bool,
+    ) -> None:
+        own = OptimizerState(self.model, [optimizer]).state_dict()
+        groups = [group for group in own["param_groups"] if group["params"]]
+        listed: list[dict[str, Any]] = []
+        for group in groups:
+            saved = next((options[name] for name in group["params"] if name in options), {})
+            # A copy for each: schedulers write into a learning rate that is a tensor. What was not saved stays.
+            listed.append({**group, **copy.deepcopy(saved)})
+        kept = {name: moments[name] for group in groups for name in group["params"] if name in moments}
+        with _without_empty_groups(optimizer):
+            dcp_state.set_optimizer_state_dict(
+                self.model,
+                optimizer,
+                {"state": kept, "param_groups": listed},
+                options=dcp_state.StateDictOptions(strict=strict),
+            )
+
+
+@contextlib.contextmanager
+def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Nothing is stored by name for a group without parameters, and torch takes no more than one of them."""
+    groups = optimizer.param_groups
+    empty = [number for number, group in enumerate(groups) if not group["params"]]
+    if empty:
+        optimizer.param_groups = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        for number in empty:
+            optimizer.param_groups.insert(number, groups[number])
+
+
+#: More names than this say nothing new.
+_NAMES_SHOWN = 10
+#: What a group says of its parameters, beside its options.
+_MEMBERS = frozenset({"params", "param_names"})
+
+
+def _options_by_name(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Each parameter's options; those of one group are the same object."""
+    by_name: dict[str, Mapping[str, Any]] = {}
+    for group in state["param_groups"]:
+        options = {key: value for key, value in group.items() if key not in _MEMBERS}
+        by_name |= dict.fromkeys(group["params"], options)
+    return by_name
+
+
+def _first_difference(one: Mapping[str, Any], two: Mapping[str, Any]) -> str | None:
+    for key in sorted({*one, *two}):
+        a, b = one.get(key), two.get(key)
+        same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+        if not same:
+            return key
+    return None
 
 
 def _forget_at_first_step(optimizer: torch.optim.Optimizer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cloudckpt.core.merging import difference, is_like, merge, parts_missing, references
+from cloudckpt.core.merging import conflict, is_like, merge, parts_missing, references
 from cloudckpt.core.values import Codec
 
 
@@ -43,7 +43,9 @@ def test_tagged_mappings_are_merged_as_mappings() -> None:
     merged = merge(codec.encode({1: {"a": 1}, 2: "x"}), codec.encode({1: {"b": 2}, 3: "y"}))
     assert codec.decode(merged) == {1: {"a": 1, "b": 2}, 2: "x", 3: "y"}
     ordered = merge({"$ordered": {"items": [["a", 1]]}}, {"$ordered": {"items": [["b", 2]], "attributes": {"m": 1}}})
-    assert ordered == {"$ordered": {"items": [["a", 1], ["b", 2]]}}
+    assert ordered == {"$ordered": {"items": [["a", 1], ["b", 2]], "attributes": {"m": 1}}}
+    versions = merge(ordered, {"$ordered": {"items": [], "attributes": {"m": 2, "n": 3}}})
+    assert versions == {"$ordered": {"items": [["a", 1], ["b", 2]], "attributes": {"m": 1, "n": 3}}}
     assert merge({"$per_rank": {"0": 1}}, {"$per_rank": {"1": 2}}) == {"$per_rank": {"0": 1, "1": 2}}
     assert merge({"$state": {"a": 1}}, {"$state": {"b": 1}}) == {"$state": {"a": 1, "b": 1}}
 
@@ -60,16 +62,57 @@ def test_states_are_alike_if_only_values_differ() -> None:
     assert not is_like({"a": 1}, [1])
 
 
-def test_the_first_difference_is_named_by_its_place() -> None:
-    """But not in what each rank has for itself, nor of tensors."""
-    assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}, "options") == "options.a[1].b"
-    assert difference({"a": 1}, {"a": 1}) is None
-    assert difference({"$dict": [[1, "x"]]}, {"$dict": [[1, "y"]]}, "c") == "c[0][1]"
-    assert difference({"$dict": [[1, "x"]]}, {"$dict": [[1, "y"]]}) == "$dict[0][1]"
-    assert difference({"$per_rank": {"0": 1}}, {"$per_rank": {"0": 2}}, "c") is None
-    assert difference({"$tensor": "a"}, {"$tensor": "b"}, "c") is None
-    assert difference({"a": 1}, {"b": 1}, "c") == "c"
-    assert difference([1], [1, 2], "c") == "c"
+@pytest.mark.parametrize(
+    ("first", "second", "place"),
+    [
+        ({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}, "c.a[1].b"),
+        ({"a": 1}, {"a": 1}, None),
+        ({"a": 1}, {"b": 1}, None),
+        ([1], [1, 2], "c"),
+        ({"a": [{"lr": 1}]}, {"a": [{"lr": 1}, {"lr": 2}]}, "c.a"),
+        ({"a": 1}, {"a": {"b": 1}}, "c.a"),
+        ({"a": {"$tensor": "w"}}, {"a": {"b": 1}}, "c.a"),
+        ({"$tensor": "a"}, {"$tensor": "b"}, None),
+        ({"$per_rank": {"0": 1}}, {"$per_rank": {"0": 2}}, None),
+        ({"$dict": [[1, "x"], [2, "y"]]}, {"$dict": [[3, "z"], [1, "w"]]}, "c[1]"),
+        ({"$ordered": {"items": [["a", 1]]}}, {"$ordered": {"items": [["b", 2], ["a", 3]]}}, "c.a"),
+        (
+            {"$ordered": {"items": [], "attributes": {"a": 1, "b": 1}}},
+            {"$ordered": {"items": [], "attributes": {"c": 1, "b": 2}}},
+            "c.attributes.b",
+        ),
+        ({"$tuple": [1, 2]}, {"$tuple": [1, 3]}, "c[1]"),
+        ({"$state": {"a": 1, "b": 2}}, {"$state": {"b": 3}}, "c.b"),
+        ({"$bytes": "AA=="}, {"$bytes": "AAAA"}, "c"),
+    ],
+)
+def test_what_a_merge_would_lose_is_named_by_its_place(first: Any, second: Any, place: str | None) -> None:
+    """The first one's word counts; what only one has, and what each rank has for itself, is not lost."""
+    assert conflict(first, second, "c") == place
+    assert (conflict(first, second) is None) == (place is None)
+
+
+def group(lr: float, *names: str) -> dict[str, Any]:
+    """The options of some parameters."""
+    return {"lr": lr, "params": [*names]}
+
+
+def test_groups_of_options_are_united_by_the_names_of_parameters() -> None:
+    """Each stage's groups are added; a parameter that was there keeps its options, and a rank like the first adds none."""
+    first = [group(1, "a", "b"), group(2)]
+    assert merge(first, [group(1, "a", "b"), group(2)]) is first
+    assert merge(first, [group(3, "c")]) == [*first, group(3, "c")]
+    assert merge(first, [group(3, "b", "c"), group(4, "d"), group(5)]) == [*first, group(3, "c"), group(4, "d")]
+    assert merge([group(1, "a")], []) == [group(1, "a")]
+    numbered = [{"lr": 1, "params": [0]}]
+    assert merge(numbered, [{"lr": 2, "params": [1]}]) == [{"lr": 1, "params": [0]}]
+
+
+def test_options_that_differ_are_a_conflict_where_a_parameter_is_in_both() -> None:
+    """However the parameters are grouped."""
+    assert conflict([group(1, "a")], [group(2, "b")], "c") is None
+    assert conflict([group(1, "a")], [group(1, "b", "a")], "c") is None
+    assert conflict([group(9, "z"), group(1, "a")], [group(2, "b", "a")], "c") == "c[1].lr"
 
 
 def test_tuples_are_merged_as_lists_are() -> None:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import time
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -294,31 +298,58 @@ def strided_and_uneven(root: str) -> dict[str, Any]:
     return {"said": said, "whole": whole}
 
 
+def _stages(*numbers: int, lrs: Sequence[float]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Some stages of a pipeline, each with a learning rate of its own, after a step."""
+    torch.manual_seed(sum(numbers))
+    model = torch.nn.ModuleDict({f"layer{n}": torch.nn.Linear(2, 2) for n in numbers})
+    groups = [{"params": [*model[f"layer{n}"].parameters()], "lr": lr} for n, lr in zip(numbers, lrs, strict=True)]
+    optimizer = torch.optim.AdamW(groups)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
 def stages_with_options(root: str) -> dict[str, Any]:
     """Pipeline stages, each with an optimizer of its own and a learning rate of its own."""
     rank = dist.get_rank()
-
-    class Stage(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.add_module(f"layer{rank}", torch.nn.Linear(2, 2))
-
-    def made(lr: float) -> tuple[Stage, torch.optim.Optimizer]:
-        torch.manual_seed(0)
-        stage = Stage()
-        optimizer = torch.optim.AdamW(stage.parameters(), lr=lr)
-        for parameter in stage.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        return stage, optimizer
-
-    stage, optimizer = made(0.25)
+    stage, optimizer = _stages(rank, lrs=[[0.25, 0.125][rank]])
     with CheckpointManager(root, settings=QUICK) as ckpts:
         saved = _said(lambda: ckpts.save(1, TrainState(stage, optimizer)).wait(30))
-    stage, optimizer = made(0.5)
+    stage, optimizer = _stages(rank, lrs=[0.5])
+    whole, of_whole = _stages(0, 1, lrs=[0.5, 0.5])
+    whole.zero_grad()
+    one = torch.optim.AdamW(whole.parameters(), lr=0.5)
     with CheckpointManager(root, settings=QUICK) as ckpts:
-        restored = _said(lambda: ckpts.restore(TrainState(stage, optimizer), strict=False))
-    return {"saved": saved, "restored": restored, "lr": optimizer.param_groups[0].get("lr")}
+        restored = _said(lambda: ckpts.restore(TrainState(stage, optimizer)))
+        ckpts.restore(TrainState(whole, of_whole))
+        said = _said(lambda: ckpts.restore(TrainState(whole, one)))
+    return {
+        "saved": saved,
+        "restored": restored,
+        "lr": optimizer.param_groups[0].get("lr"),
+        "whole": [group["lr"] for group in of_whole.param_groups],
+        "one": said,
+    }
+
+
+def lists_of_different_lengths(root: str) -> dict[str, Any]:
+    """Rank n has n + 1 schedules, in a list."""
+    rank = dist.get_rank()
+    told: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    handler = Keep(logging.WARNING)
+    logging.getLogger("cloudckpt").addHandler(handler)
+    try:
+        with CheckpointManager(root, settings=QUICK) as ckpts:
+            saved = _said(lambda: ckpts.save(1, {"x": {"schedules": [0.5] * (rank + 1)}}).wait(30))
+    finally:
+        logging.getLogger("cloudckpt").removeHandler(handler)
+    return {"saved": saved, "rank": rank, "told": sum("x.schedules has another value" in text for text in told)}
 
 
 class Interrupted:
@@ -349,13 +380,15 @@ def keys_move(root: str) -> dict[str, Any]:
 
 
 def report_everywhere(root: str) -> dict[str, Any]:
-    """Every rank calls the same line."""
+    """Every rank calls the same lines."""
     with CheckpointManager(root, settings=QUICK) as ckpts:
         ckpts.save(1, {"x": torch.ones(4)}).wait(30)
         dist.barrier()
         before = ckpts.manifest().revision
         dist.barrier()
-        ckpts.report_metrics(1, {"loss": float(dist.get_rank())})
+        ckpts.report_metrics(1, {"loss": 0.5})
+        ckpts.pin(1)
+        ckpts.tag(1, "release")
         dist.barrier()
         after = ckpts.manifest().revision
         dist.barrier()
@@ -461,10 +494,18 @@ def untied(root: str, kind: str) -> dict[str, Any]:
     with CheckpointManager(root, settings=QUICK) as ckpts:
         ckpts.save(1, {"m": {"a": weight, "b": weight}}).wait(30)
     first = distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)])
-    other: Any = torch.zeros(4, 2) if kind == "plain" else distribute_tensor(torch.zeros(4, 2), mesh, [Replicate()])
+    other: Any = torch.zeros(4, 2)
+    if kind == "replicated":
+        other = distribute_tensor(other, mesh, [Replicate()])
+    state: Any = {"a": first, "b": other}
+    if kind in {"plain in a module", "plain in a train state"}:
+        state = torch.nn.Module()
+        state.register_buffer("a", first)
+        state.register_buffer("b", other)
+        state = TrainState(state)["model"] if kind == "plain in a train state" else state
     with CheckpointManager(root, settings=QUICK) as ckpts:
-        said = _said(lambda: ckpts.restore({"m": {"a": first, "b": other}}))
-    local = other if kind == "plain" else other.to_local()
+        said = _said(lambda: ckpts.restore({"m": state}))
+    local = other.to_local() if kind == "replicated" else other
     return {"said": said, "a": first.full_tensor().tolist(), "b": local.tolist()}
 
 
@@ -496,15 +537,176 @@ def more_ranks_than_parts(root: str) -> dict[str, Any]:
     return {"said": said, "got": loader.got, "y": repr(state["y"])}
 
 
-def stages_strictly(root: str) -> dict[str, Any]:
-    """Pipeline stages restore what they saved, as modules."""
+def stages_strictly(root: str, kind: str) -> dict[str, Any]:
+    """Pipeline stages restore what they saved, as modules or with their optimizers; then some that lack a layer."""
     rank = dist.get_rank()
 
-    def made() -> torch.nn.Module:
-        return torch.nn.ModuleDict({f"layer{rank}": torch.nn.Linear(2, 2)})
+    def state(stage: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        return {"model": stage} if kind == "modules" else TrainState(stage, optimizer)
+
+    stage, optimizer = _stages(rank, lrs=[0.25])
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        ckpts.save(1, state(stage, optimizer)).wait(30)
+    fresh, other = _stages(rank, lrs=[0.25])
+    for tensor in fresh.state_dict().values():
+        tensor.zero_()
+    read: set[str] = set()
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        inner = _storage(ckpts)
+        read_into = inner.read_into
+
+        def noted(key: str, *words: Any, **named: Any) -> Any:
+            read.add(key.split("-of-", maxsplit=1)[0][-5:])
+            return read_into(key, *words, **named)
+
+        inner.read_into = noted
+        said = _said(lambda: ckpts.restore(state(fresh, other)))
+        first, its = _stages(0, lrs=[0.25])
+        of_one_only = _said(lambda: ckpts.restore(state(first, its)))
+    right = all(torch.equal(value, stage.state_dict()[name]) for name, value in fresh.state_dict().items())
+    return {"said": said, "right": right, "read_from": [*read], "own": [f"{rank:05}"], "of one only": of_one_only}
+
+
+def _layers(*names: str) -> torch.nn.Module:
+    return torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in names})
+
+
+def names_to_spare(root: str, where: str) -> dict[str, Any]:
+    """What was saved for rank zero alone has more names than its object has now."""
+    rank = dist.get_rank()
+
+    def state(*names: str) -> dict[str, Any]:
+        if where == "per rank":
+            return {"m": PerRank(_layers(*(names if rank == 0 else ["own"])))}
+        return {"m": {f"stage{rank}": _layers(*names)}}
 
     with CheckpointManager(root, settings=QUICK) as ckpts:
-        ckpts.save(1, {"model": made()}).wait(30)
+        ckpts.save(1, state("own", "other")).wait(30)
     with CheckpointManager(root, settings=QUICK) as ckpts:
-        said = _said(lambda: ckpts.restore({"model": made()}))
-    return {"said": said}
+        return {"said": _said(lambda: ckpts.restore(state("own")))}
+
+
+def experts(root: str) -> dict[str, Any]:
+    """Each rank has an expert of its own and the same router, in one group of options."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = _layers(f"experts{rank}", "router")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    told: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    handler = Keep(logging.WARNING)
+    logging.getLogger("cloudckpt").addHandler(handler)
+    try:
+        with CheckpointManager(root, settings=QUICK) as ckpts:
+            saved = _said(lambda: ckpts.save(1, TrainState(model, optimizer)).wait(30))
+    finally:
+        logging.getLogger("cloudckpt").removeHandler(handler)
+    optimizer.zero_grad()
+    fresh = torch.optim.AdamW(model.parameters(), lr=0.25)
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        restored = _said(lambda: ckpts.restore(TrainState(model, fresh)))
+    lr = fresh.param_groups[0]["lr"]
+    return {"saved": saved, "restored": restored, "lr": lr, "told": [t for t in told if "another value" in t]}
+
+
+def damaged_for_one(root: str, step: int | None) -> dict[str, Any]:
+    """Rank one reads another index of step 2 than the one that was committed."""
+    rank = dist.get_rank()
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        for saved in (1, 2):
+            ckpts.save(saved, {"x": torch.full((4,), float(saved))}).wait(30)
+    x = torch.zeros(4)
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        inner = _storage(ckpts)
+        read, read_into = inner.read, inner.read_into
+        touched: list[str] = []
+
+        def damaged(key: str, *words: Any, **named: Any) -> Any:
+            found = read(key, *words, **named)
+            wrong = rank and key.startswith("checkpoint-2") and key.endswith("checkpoint.json")
+            return replace(found, body=found.body + b" ") if wrong else found
+
+        def noted(key: str, *words: Any, **named: Any) -> Any:
+            touched.append(key.partition(".")[0])
+            return read_into(key, *words, **named)
+
+        inner.read, inner.read_into = damaged, noted
+        said = _said(lambda: ckpts.restore({"x": x}, *([] if step is None else [step])))
+    return {"said": said, "x": x.tolist(), "touched": [*dict.fromkeys(touched)]}
+
+
+class Counting(torch.nn.Linear):
+    """Has an array beside its parameters."""
+
+    def get_extra_state(self) -> Any:
+        return {"counts": np.arange(5.0)}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.counts = state["counts"]
+
+
+def arrays_of_stages(root: str) -> dict[str, Any]:
+    """Each stage has an array of its own."""
+    rank = dist.get_rank()
+    layer = Counting(2, 2)
+    stage = torch.nn.ModuleDict({f"layer{rank}": layer})
+    read: set[str] = set()
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        ckpts.save(1, {"model": stage}).wait(30)
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        inner = _storage(ckpts)
+        read_into = inner.read_into
+
+        def noted(key: str, *words: Any, **named: Any) -> Any:
+            read.add(key.split("-of-", maxsplit=1)[0][-5:])
+            return read_into(key, *words, **named)
+
+        inner.read_into = noted
+        said = _said(lambda: ckpts.restore({"model": stage}))
+    return {"said": said, "counts": layer.counts.tolist(), "read_from": [*read]}
+
+
+class Versioned(torch.nn.Linear):
+    """Migrates what older versions of it have saved."""
+
+    _version = 7
+    read_version: int | None = None
+
+    def _load_from_state_dict(self, state: Any, prefix: str, local_metadata: Any, *words: Any) -> None:
+        self.read_version = local_metadata.get("version")
+        super()._load_from_state_dict(state, prefix, local_metadata, *words)
+
+
+def versions_of_stages(root: str) -> dict[str, Any]:
+    """Each stage has a module that has a version."""
+    rank = dist.get_rank()
+    layer = Versioned(2, 2)
+    stage = torch.nn.ModuleDict({f"layer{rank}": layer})
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        ckpts.save(1, {"model": stage}).wait(30)
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        said = _said(lambda: ckpts.restore({"model": stage}))
+    return {"said": said, "version": layer.read_version}
+
+
+def stage_without_parameters(root: str) -> dict[str, Any]:
+    """Rank one's stage has nothing to optimize, and a list of no optimizers."""
+    model, optimizer = _stages(0, lrs=[0.5])
+    state = (
+        TrainState(model, [optimizer])
+        if dist.get_rank() == 0
+        else TrainState(torch.nn.BatchNorm1d(2, affine=False), [])
+    )
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        saved = _said(lambda: ckpts.save(1, state).wait(30))
+    optimizer.param_groups[0]["lr"] = 0.0
+    with CheckpointManager(root, settings=QUICK) as ckpts:
+        restored = _said(lambda: ckpts.restore(state))
+    return {"saved": saved, "restored": restored, "lr": optimizer.param_groups[0]["lr"]}

@@ -251,7 +251,7 @@ def test_values_that_differ_are_told_once(four_ranks: Ranks, tmp_path: Path) -> 
     assert values(outcomes) == [0] * 4
     told = [line for outcome in outcomes for line in outcome.lines("WARNING")]
     assert len(told) == 1, told
-    assert told[0].startswith("options.best[0] has another value on rank 1, 2, 3 than on rank 0, whose is stored")
+    assert told[0].startswith("options.best[0] has another value on rank 1, 2, 3 than on the first rank that has it")
 
 
 def test_summands_are_refused_by_name(two_ranks: Ranks, tmp_path: Path) -> None:

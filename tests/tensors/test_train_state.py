@@ -67,6 +67,59 @@ def test_moments_are_named_as_the_parameters_are(tmp_path: Path) -> None:
     assert loaded["optimizer"]["param_groups"][0]["params"] == ["a.weight", "a.bias", "b.weight", "b.bias"]
 
 
+def _in_two_groups(model: torch.nn.Module, lrs: tuple[float, float]) -> torch.optim.AdamW:
+    named = dict(model.named_parameters())
+    groups = [[named[n] for n in ("b.weight", "a.weight")], [named[n] for n in ("b.bias", "a.bias")]]
+    found = torch.optim.AdamW([{"params": own, "lr": lr} for own, lr in zip(groups, lrs, strict=True)])
+    step(model, found)
+    return found
+
+
+def test_options_come_back_by_the_names_of_parameters(tmp_path: Path) -> None:
+    """However they are grouped and ordered now; parameters of one group that had different ones are refused by name."""
+    model, _ = loop(0)
+    optimizer = _in_two_groups(model, (0.5, 0.25))
+    fresh, single = loop(1)
+    apart = torch.optim.AdamW([{"params": [p]} for p in fresh.parameters()], lr=1.0)
+    with CheckpointManager(tmp_path / "run") as ckpts:
+        ckpts.save(1, TrainState(model, optimizer), block=True)
+        ckpts.restore(TrainState(fresh, apart))
+        assert [group["lr"] for group in apart.param_groups] == [0.5, 0.25, 0.5, 0.25]
+        before = fresh.state_dict()["a.weight"].clone()
+        said = r"optimizer: a.weight and a.bias are in one group, and were saved with different lr"
+        with pytest.raises(StateMismatchError, match=said):
+            ckpts.restore(TrainState(fresh, single))
+        assert torch.equal(fresh.state_dict()["a.weight"], before)
+        ckpts.restore(TrainState(fresh, single), strict=False)
+        assert single.param_groups[0]["lr"] == 0.5
+
+
+def test_a_group_without_parameters_keeps_its_options(tmp_path: Path) -> None:
+    """Nothing can be stored for it by a parameter's name."""
+    model, _ = loop(0)
+    lists: list[dict[str, Any]] = [{"params": [*model.parameters()]}, {"params": [], "lr": 0.75}]
+    optimizer = torch.optim.AdamW(lists, lr=0.5)
+    step(model, optimizer)
+    with CheckpointManager(tmp_path / "run") as ckpts:
+        ckpts.save(1, TrainState(model, optimizer), block=True)
+        optimizer.param_groups[0]["lr"] = 0.0
+        ckpts.restore(TrainState(model, optimizer))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.75]
+
+
+def test_moments_that_do_not_fit_are_left_out_whole(tmp_path: Path) -> None:
+    """With ``strict=False`` an optimizer has all moments of a parameter or none, and can step either way."""
+    model, optimizer = loop(0)
+    step(model, optimizer)
+    wider, other = loop(1, width=6)
+    step(wider, other)
+    with CheckpointManager(tmp_path / "run") as ckpts:
+        ckpts.save(1, TrainState(model, optimizer), block=True)
+        ckpts.restore(TrainState(wider, other), strict=False)
+    assert torch.equal(wider.state_dict()["b.bias"], model.state_dict()["b.bias"])
+    step(wider, other)
+
+
 def test_a_renamed_or_reshaped_model_is_refused_by_name(tmp_path: Path) -> None:
     """Missing, unexpected and mis-shaped names of model and optimizer; ``strict=False`` takes what fits."""
     model, optimizer = loop(0)
