@@ -108,6 +108,7 @@ PLANS = _plans(
     Plan("grow-size", "save-s3", "plain", _GROWN, ("socket_1", "cloudckpt", "s3torchconnector_dcp"), 3),
     Plan("grow-load", "load-s3", "plain", _GROWN[:4], ("socket_1", "cloudckpt_restore", "s3torchconnector_dcp"), 3),
     Plan("grow-tensors", "save-s3", "plain", _COUNTS, ("socket_1", "cloudckpt", "dcp_fsspec"), 3),
+    Plan("grow-load-tensors", "load-s3", "plain", _COUNTS, ("socket_1", "cloudckpt_restore", "dcp_fsspec"), 3),
     Plan(
         "grow-processes", "save-s3", "plain", ("bytes-256",), ("socket_1", "cloudckpt", "s3torchconnector_dcp"), 3,
         processes=(1, 2, 4, 8),

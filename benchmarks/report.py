@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.charts import draw_bars, draw_lines
 from benchmarks.gpu_page import gpu_section
+from benchmarks.gpus_page import several_gpus_section
 from benchmarks.plans import LINKS, PLANS
 from benchmarks.state import GIB
 from benchmarks.tables import Results, bars_table, floor_of, good, judged, median_of, read_results, tables
@@ -42,6 +43,7 @@ _TITLES = {
     "grow-size": "How a save grows with its size",
     "grow-load": "How a load grows with its size",
     "grow-tensors": "How a save grows with the number of tensors",
+    "grow-load-tensors": "How a load grows with the number of tensors",
     "grow-processes": "Processes that save at once",
     "discover": "Finding the latest and the best",
     "discover-far": "Finding the latest and the best in a far store",
@@ -71,8 +73,9 @@ def write_page(results: Path, docs: Path) -> None:
     """Write ``performance.md`` and the folder ``performance`` of its charts into ``docs``."""
     found = read_results(results)
     drawn = _draw(found, docs / "performance")
+    folder = results / "gpu"
     notes: dict[str, str] = tomllib.loads(_NOTES.read_text(encoding="utf-8"))
-    gpu = gpu_section(results / "gpu" / "saves.jsonl")
+    gpu = "\n".join(filter(None, [gpu_section(folder / "saves.jsonl"), several_gpus_section(folder / "fsdp2.jsonl")]))
     (docs / "performance.md").write_text(page(found, notes, drawn, gpu=gpu), encoding="utf-8")
 
 
@@ -147,7 +150,12 @@ def _draw(results: Results, folder: Path) -> dict[str, str]:
 
 
 def _chart_of(name: str, group: str) -> Callable[[Sequence[Row], Path], bool] | None:
-    grown = {"grow-size": _over_bytes, "grow-load": _over_bytes, "grow-tensors": _over_count}
+    grown = {
+        "grow-size": _over_bytes,
+        "grow-load": _over_bytes,
+        "grow-tensors": _over_count,
+        "grow-load-tensors": _over_count,
+    }
     if name in grown:
         return grown[name]
     if name == "grow-processes":

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import bars
 from benchmarks.bars import BARS, Bar, judge
 from benchmarks.gpu_page import gpu_section
+from benchmarks.gpus_page import several_gpus_section
 from benchmarks.machine import facts, without_paths
 from benchmarks.plans import BARS as BAR_PLANS
 from benchmarks.plans import PLANS, quick
@@ -166,3 +167,31 @@ def test_the_page_tells_of_one_gpu(tmp_path: Path) -> None:
     assert "a copy takes 0.40 s" in text
     assert "equal bit for bit" in text
     assert text in page(Results({}, {}), {}, {}, gpu=text)
+
+
+def test_the_page_tells_of_several_gpus(tmp_path: Path) -> None:
+    """What gpu_fsdp2.py printed becomes a table for each kind of store, what failed a line."""
+    measured = {
+        "to": "s3", "first_blocks_s": 0.3, "blocks_s": 0.1, "blocks_p99_s": 0.2, "slowdown": 1.25, "total_s": 1.5,
+        "restore_s": 1.4, "host_gib": 1.5, "state_gib": 1.0, "exact": True,
+    }  # fmt: skip
+    lines = [
+        {"case": "machine", "device": "A GPU", "ranks": 2, "torch": "2.11", "gib": 1.5, "cores": 32},
+        {"case": "copy", **measured},
+        {"case": "thread", **measured, "exact": False, "slowdown": None},
+        {"case": "process", "error": "a rank ended with 1"},
+        {"case": "killed", "ranks": 2, "told_after_s": 0.25, "said": "RankError: rank 1 (host, pid 1) is gone"},
+        {"case": "restarted", "ranks": 1, "step": 1, "exact": True},
+    ]
+    path = tmp_path / "fsdp2.jsonl"
+    assert not several_gpus_section(path)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    text = several_gpus_section(path)
+
+    plain = text.replace("\N{MULTIPLICATION SIGN}", "times")
+    assert '| cloudckpt, `stage="copy"` | 100 (200) | 300 | times 1.25 | 1.50 | 1.40 | times 1.50 |' in plain
+    assert "| `dcp.async_save`, thread, pinned **NOT EQUAL** | 100 (200) | 300 |  | 1.50 | 1.40 | times 1.50 |" in plain
+    assert "local disk" not in text
+    assert "process: a rank ended with 1" in text
+    assert "after 0.25 s the others raised `RankError: rank 1 (host, pid 1) is gone`. Started again on 1" in text
