@@ -67,7 +67,7 @@ slow: .venv/.dev ## every slow suite at full length
 	$(BIN)/python -m pytest tests -m slow -s --kills $(KILLS)
 
 ci-extra: .venv/.dev ## the slow suites, shorter
-	$(BIN)/python -m pytest tests -m slow -s --kills 24 --stride 40
+	$(BIN)/python -m pytest tests -m slow -n 2 --dist loadfile --kills 24 --stride 50
 
 spec: .venv/.dev ## write the examples of docs/spec/v1.md and the generated tables anew
 	$(BIN)/python tools/generate_docs.py --write

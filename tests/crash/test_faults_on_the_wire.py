@@ -105,7 +105,7 @@ def survive(wire: Wire, fault: str, stride: int) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_save_fails_by_a_fault_on_the_wire(wire: Wire, fault: str) -> None:
     """A sample of the requests of the history, each broken once in each way."""
-    survive(wire, fault, 23)
+    survive(wire, fault, 59)
 
 
 @pytest.mark.slow
