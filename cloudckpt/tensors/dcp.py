@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from cloudckpt.core.model import TensorEntry
 from cloudckpt.tensors.memory import dtype_named, same_bits_dtype
-from cloudckpt.tensors.sharded import has_parts, held_parts, is_sharded
+from cloudckpt.tensors.sharded import held_parts, is_sharded
 
 __all__ = ["Box", "Copy", "Where", "plan_copies", "plan_save"]
 
@@ -103,7 +103,7 @@ def plan_save(
 
 def _spec_of(tensor: torch.Tensor) -> object:
     """What of a DTensor says which box this process has; None for any other tensor."""
-    return tensor._spec if has_parts(tensor) else None  # type: ignore[attr-defined]  # noqa: SLF001 - hashable, and compared by value
+    return getattr(tensor, "_spec", None)  # hashable, and compared by value
 
 
 def _box(component: str, name: str, tensor: torch.Tensor, known: Mapping[object, Where]) -> tuple[Box, torch.Tensor]:

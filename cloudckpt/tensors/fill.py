@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from cloudckpt.tensors.extents import narrowed
 from cloudckpt.tensors.leaves import has_state, is_optimizer
 from cloudckpt.tensors.memory import copy_bits
 from cloudckpt.tensors.per_rank import PerRank
-from cloudckpt.tensors.sharded import has_parts, held_parts, is_many, like, local_boxes
+from cloudckpt.tensors.sharded import has_parts, held_parts, is_in_shards, is_many, like, local_boxes
 from cloudckpt.tensors.targets import same_groups, same_memory
 from cloudckpt.tensors.train_state import ModelState, OptimizerState
 
@@ -109,7 +109,10 @@ def _fill_tensor(target: torch.Tensor, stored: Any) -> torch.Tensor:
         return target  # read in place
     with torch.no_grad():
         if has_parts(target) and not has_parts(stored):
-            _part_of(stored, target, held_parts(target)[0])
+            _cut(stored, target, held_parts(target))
+        elif is_in_shards(target):
+            for own, new in zip(held_parts(target), held_parts(stored), strict=True):
+                own.copy_(new)
         elif target.dtype == stored.dtype and not has_parts(target):
             copy_bits(target, stored)
         else:
@@ -128,13 +131,14 @@ def _in_parts(module: torch.nn.Module | ModelState, stored: Any) -> dict[str, An
         if not isinstance(target, torch.Tensor) or not isinstance(value, torch.Tensor):
             continue
         if has_parts(target) and not has_parts(value):
-            local = torch.empty_like(held_parts(target)[0], dtype=value.dtype)
-            _part_of(value, target, local)
-            stored[name] = like(target, local)
+            parts = [torch.empty_like(part, dtype=value.dtype) for part in held_parts(target)]
+            _cut(value, target, parts)
+            stored[name] = like(target, parts[0] if parts else value[:0])
     found: dict[str, Any] = stored
     return found
 
 
-def _part_of(whole: torch.Tensor, target: torch.Tensor, local: torch.Tensor) -> None:
-    for offsets, lengths in local_boxes(target):
-        local.copy_(narrowed(whole, offsets, lengths))
+def _cut(whole: torch.Tensor, target: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    # A DTensor without elements here has memory for none, and no box.
+    for part, (offsets, lengths) in zip(parts, local_boxes(target), strict=False):
+        part.copy_(narrowed(whole, offsets, lengths))

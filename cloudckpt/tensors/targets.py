@@ -21,7 +21,7 @@ from cloudckpt.errors import StateMismatchError
 from cloudckpt.tensors.leaves import has_state, is_optimizer
 from cloudckpt.tensors.outline import Outline, Place
 from cloudckpt.tensors.per_rank import PerRank
-from cloudckpt.tensors.sharded import has_parts, held_parts, is_many, like, local_boxes
+from cloudckpt.tensors.sharded import has_parts, held_parts, is_in_shards, is_many, like, local_boxes
 
 __all__ = [
     "Homes",
@@ -150,7 +150,8 @@ def _pair(target: torch.Tensor, stored: Any, path: str, outline: Outline, *, dir
     place = outline.place_of(stored) if isinstance(stored, torch.Tensor) else None
     if place is not None and not torch.nn.parameter.is_lazy(target) and stored.shape == target.shape:
         template = target if has_parts(target) else None
-        region = _region_of(target if template is None else held_parts(target)[0])
+        held = [target] if template is None else held_parts(target)
+        region = _region_of(held[0]) if held else None
         yield Use(place=place, stored=stored, target=target, path=path, direct=direct, region=region, template=template)
 
 
@@ -295,8 +296,10 @@ def choose_homes(uses: Collection[Use], outline: Outline, *, in_place: bool) -> 
 
 def _part(template: torch.Tensor, uses: Sequence[Use], *, in_place: bool) -> Part:
     """The box that this process has of ``template``: the template's own memory, if that is all that becomes of it."""
-    (held,), ((offsets, lengths), *more) = held_parts(template), local_boxes(template) or [((), ())]
-    if more:
+    parts, boxes = held_parts(template), local_boxes(template)
+    held = parts[0] if parts else torch.empty((0,) * len(template.shape))
+    offsets, lengths = boxes[0] if boxes else ((), ())
+    if len(parts) > 1:
         raise StateMismatchError(
             f"{uses[0].path}: the state's tensor is sharded in several pieces on one rank, which cannot be restored"
         )
@@ -366,8 +369,11 @@ def same_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
     if has_parts(one) or has_parts(two):  # whose own address is none
         if not (has_parts(one) and has_parts(two)):
             return False
-        pairs = zip(held_parts(one), held_parts(two), strict=True)
-        return one.shape == two.shape and all(a.numel() and same_memory(a, b) for a, b in pairs)
+        held, other = held_parts(one), held_parts(two)
+        pairs = zip(held, other, strict=False)
+        return (one.shape, len(held)) == (two.shape, len(other)) and all(
+            a.numel() and same_memory(a, b) for a, b in pairs
+        )
     return (
         (one.device, one.dtype, one.shape, one.layout) == (two.device, two.dtype, two.shape, two.layout)
         and one.layout == torch.strided
@@ -387,7 +393,9 @@ def unwritable(uses: Iterable[Use]) -> list[str]:
     return [
         f"{use.path}: the state's tensor {problem}"
         for use in uses
-        if use.target is not None and use.direct and not use.kept and (problem := _problem(use.target)) is not None
+        if use.target is not None and use.direct and not use.kept
+        for part in (held_parts(use.target) if is_in_shards(use.target) else [use.target])
+        if (problem := _problem(part)) is not None
     ]
 
 
@@ -422,6 +430,7 @@ def _repeats(target: torch.Tensor) -> bool:
 
 def note_changed(homes: Homes) -> None:
     """Tell autograd that the caller's tensors have changed, as any write of torch's own would."""
-    for target in [*homes.targets.values(), *(part.value for part in homes.parts.values())]:
+    changed = (part.local if is_in_shards(part.value) else part.value for part in homes.parts.values())
+    for target in (*homes.targets.values(), *changed):
         if not target.is_inference():
             torch.autograd.graph.increment_version(target)

@@ -65,7 +65,7 @@ class _Component:
     def store(self, tensor: torch.Tensor, path: Path) -> str:
         wanted = path[1] if len(path) == 2 else ".".join(map(str, path[1:])) or self.name
         name = self._free_name(wanted if type(wanted) is str else str(wanted))
-        first = self._tied_to(tensor, name) if tensor.numel() else None
+        first = self._tied_to(tensor, name) if 0 not in tensor.shape else None
         if first is None:
             self.tensors[name] = tensor
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -120,3 +121,55 @@ def restore_each(root: str, given: str, kind: str) -> dict[str, dict[str, str]]:
             assert restored.step == step
             found[saved] = _digests(model, optimizer)
     return found
+
+
+def _under_fsdp1(ranks: int, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The same model under FSDP1, which gives ShardedTensors."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.manual_seed(seed)
+    plain = torch.nn.Sequential(
+        torch.nn.Linear(48, 104), torch.nn.ReLU(), torch.nn.Linear(104, 12), torch.nn.Linear(12, 7)
+    )
+    group, _ = _meshed((ranks,))
+    model = FullyShardedDataParallel(plain, process_group=group, device_id=torch.device("cpu"), use_orig_params=True)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+
+
+def save_in_turns(root: str) -> None:
+    """One state goes from plain to FSDP1 on 4 and on 2 ranks, to FSDP2 and back; each saves what it has restored."""
+    turns = [("plain", 1), ("fsdp1", 4), ("fsdp1", 2), ("fsdp1", 4), ("fsdp2", 4), ("fsdp1", 2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of FSDP1 and of ShardedTensor
+        for step, (name, ranks) in enumerate(turns):
+            group, _ = _meshed((ranks,))
+            if dist.get_rank() >= ranks:
+                continue
+            first = step < 2
+            kind = "plain-1" if name == "plain" else f"fsdp2-{ranks}"
+            seed = 5 if first else 100 + step
+            model, optimizer = _under_fsdp1(ranks, seed) if name == "fsdp1" else _trainable(kind, seed)
+            with CheckpointManager(root, keep_last=None, settings=QUICK, process_group=group) as ckpts:
+                if first:
+                    _step(model, optimizer, 3)
+                else:
+                    assert ckpts.restore(TrainState(model, optimizer), select=step - 1) is not None
+                ckpts.save(step, TrainState(model, optimizer)).wait(30)
+
+
+def restore_shards_in_a_dict(root: str) -> list[bool]:
+    """ShardedTensors that stand in a dict are saved and restored in place, also on a rank without any rows."""
+    from torch.distributed._shard import sharded_tensor
+    from torch.distributed._shard.sharding_spec import ChunkShardingSpec
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spec = ChunkShardingSpec(dim=0, placements=[f"rank:{rank}/cpu" for rank in range(4)])
+        tensor: Any = sharded_tensor.rand(spec, 5, 3)  # 2, 2, 1 and no rows
+        before = [shard.tensor.clone() for shard in tensor.local_shards()]
+        with CheckpointManager(root, settings=QUICK) as ckpts:
+            ckpts.save(1, {"x": {"sharded": tensor, "plain": 3}}).wait(30)
+            for shard in tensor.local_shards():
+                shard.tensor.zero_()
+            ckpts.restore({"x": {"sharded": tensor, "plain": 0}})
+    return [torch.equal(a, shard.tensor) for a, shard in zip(before, tensor.local_shards(), strict=True) if a.numel()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +52,23 @@ def test_a_process_alone_loads_whole_tensors(saved_by_each: Callable[[str], Save
     run = cloudckpt.open(root)
     loaded = {kind: digest(run.load(step)["model"]) for step, kind in enumerate(resharding.KINDS)}
     assert loaded == {kind: digests["model"] for kind, digests in saved.items()}
+
+
+def test_fsdp1_restores_what_it_and_others_saved(four_ranks: Ranks, tmp_path: Path) -> None:
+    """Through ShardedTensors of another number of ranks, and through DTensors, weights and moments stay the same."""
+    root = str(tmp_path / "run")
+    outcomes = four_ranks.run(resharding.save_in_turns, root=root)
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    run = cloudckpt.open(root)
+    steps = sorted(c.step for c in run.checkpoints())
+    assert steps == [*range(6)]
+    loaded = [run.load(step) for step in steps]
+    assert len({digest(state["model"]) for state in loaded}) == 1
+    assert len({digest(dict(sorted(state["optimizer"]["state"].items()))) for state in loaded}) == 1
+
+
+def test_shards_in_a_dict_are_restored(four_ranks: Ranks, tmp_path: Path) -> None:
+    """In place, where each rank has its own, or none."""
+    outcomes = four_ranks.run(resharding.restore_shards_in_a_dict, root=str(tmp_path / "run"))
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    assert [outcome.value for outcome in outcomes] == [[True], [True], [True], []]
