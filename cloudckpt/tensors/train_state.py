@@ -91,14 +91,28 @@ class OptimizerState:
             saved = next((options[name] for name in group["params"] if name in options), {})
             # A copy for each: schedulers write into a learning rate that is a tensor. What was not saved stays.
             listed.append({**group, **copy.deepcopy(saved)})
-        kept = {name: moments[name] for group in groups for name in group["params"] if name in moments}
+        names = [name for group in groups for name in group["params"]]
+        kept = {name: moments[name] for name in names if name in moments}
+        # Older torch wants some for every parameter, whatever is allowed: those it has, to begin anew after that.
+        anew = {
+            name: own["state"][name] for name in names if not strict and name not in moments and name in own["state"]
+        }
+        holders = {
+            id(value): parameter
+            for parameter, held in optimizer.state.items()
+            for value in held.values()
+            if isinstance(value, torch.Tensor)
+        }
         with _without_empty_groups(optimizer):
             dcp_state.set_optimizer_state_dict(
                 self.model,
                 optimizer,
-                {"state": kept, "param_groups": listed},
+                {"state": kept | anew, "param_groups": listed},
                 options=dcp_state.StateDictOptions(strict=strict),
             )
+        for value in (value for named in anew.values() for value in named.values()):
+            if (parameter := holders.get(id(value))) is not None:
+                optimizer.state.pop(parameter, None)
 
 
 @contextlib.contextmanager
