@@ -10,7 +10,7 @@ import gc
 import logging
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -333,9 +333,9 @@ def stages_with_options(root: str) -> dict[str, Any]:
     }
 
 
-def lists_of_different_lengths(root: str) -> dict[str, Any]:
-    """Rank n has n + 1 schedules, in a list."""
-    rank = dist.get_rank()
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What cloudckpt warns of in this process meanwhile."""
     told: list[str] = []
 
     class Keep(logging.Handler):
@@ -345,10 +345,16 @@ def lists_of_different_lengths(root: str) -> dict[str, Any]:
     handler = Keep(logging.WARNING)
     logging.getLogger("cloudckpt").addHandler(handler)
     try:
-        with CheckpointManager(root, settings=QUICK) as ckpts:
-            saved = _said(lambda: ckpts.save(1, {"x": {"schedules": [0.5] * (rank + 1)}}).wait(30))
+        yield told
     finally:
         logging.getLogger("cloudckpt").removeHandler(handler)
+
+
+def lists_of_different_lengths(root: str) -> dict[str, Any]:
+    """Rank n has n + 1 schedules, in a list."""
+    rank = dist.get_rank()
+    with _warnings() as told, CheckpointManager(root, settings=QUICK) as ckpts:
+        saved = _said(lambda: ckpts.save(1, {"x": {"schedules": [0.5] * (rank + 1)}}).wait(30))
     return {"saved": saved, "rank": rank, "told": sum("x.schedules has another value" in text for text in told)}
 
 
@@ -595,19 +601,8 @@ def experts(root: str) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    told: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            told.append(record.getMessage())
-
-    handler = Keep(logging.WARNING)
-    logging.getLogger("cloudckpt").addHandler(handler)
-    try:
-        with CheckpointManager(root, settings=QUICK) as ckpts:
-            saved = _said(lambda: ckpts.save(1, TrainState(model, optimizer)).wait(30))
-    finally:
-        logging.getLogger("cloudckpt").removeHandler(handler)
+    with _warnings() as told, CheckpointManager(root, settings=QUICK) as ckpts:
+        saved = _said(lambda: ckpts.save(1, TrainState(model, optimizer)).wait(30))
     optimizer.zero_grad()
     fresh = torch.optim.AdamW(model.parameters(), lr=0.25)
     with CheckpointManager(root, settings=QUICK) as ckpts:
