@@ -22,7 +22,7 @@ PER_RANK = "$per_rank"
 _PAIRED = {"$dict", "$counter"}
 _WITH_ITEMS = {"$ordered", "$defaultdict"}
 #: Whose options they are is not among the options.
-_MEMBERS: Mapping[str, Json] = {"params": None}
+_MEMBERS: Mapping[str, Json] = {"params": None, "param_names": None}
 
 
 def merge(first: Json, second: Json) -> Json:

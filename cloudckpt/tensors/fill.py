@@ -15,7 +15,7 @@ from cloudckpt.tensors.memory import copy_bits
 from cloudckpt.tensors.per_rank import PerRank
 from cloudckpt.tensors.sharded import has_parts, held_parts, is_in_shards, is_many, like, local_boxes
 from cloudckpt.tensors.targets import same_groups, same_memory
-from cloudckpt.tensors.train_state import ModelState, OptimizerState
+from cloudckpt.tensors.train_state import ModelState, OptimizerState, is_by_name
 
 __all__ = ["fill"]
 
@@ -96,7 +96,7 @@ def _fill(target: Any, stored: Any, *, strict: bool) -> Any:  # noqa: C901, PLR0
 def _load(target: torch.nn.Module | ModelState | OptimizerState, stored: Any, *, strict: bool) -> None:
     """With ``strict=False`` something of another kind was warned about, and is left."""
     if isinstance(target, OptimizerState):
-        if strict or (isinstance(stored, Mapping) and {"state", "param_groups"} <= stored.keys()):
+        if is_by_name(stored):
             target.load_state_dict(stored, strict=strict)
     elif isinstance(stored, Mapping):
         target.load_state_dict(_in_parts(target, stored), strict=strict)

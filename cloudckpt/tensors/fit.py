@@ -19,7 +19,7 @@ from cloudckpt.core.values import SKIP, Path, render_path
 from cloudckpt.tensors.leaves import has_state, is_optimizer
 from cloudckpt.tensors.per_rank import PerRank
 from cloudckpt.tensors.targets import group_sizes
-from cloudckpt.tensors.train_state import ModelState, OptimizerState
+from cloudckpt.tensors.train_state import ModelState, OptimizerState, is_by_name
 
 __all__ = ["Findings", "in_common", "look", "sentences", "take_out"]
 
@@ -154,17 +154,12 @@ def _some(names: Sequence[str]) -> str:
 
 def _check_moments(target: OptimizerState, stored: Any, path: Path, found: Findings) -> None:
     here, own = render_path(path), target.state_dict()["state"]
-    kept = stored.get("state") if isinstance(stored, Mapping) else None
-    groups = stored.get("param_groups") if isinstance(stored, Mapping) else None
-    if (
-        not isinstance(kept, Mapping)
-        or not all(isinstance(value, Mapping) for value in kept.values())
-        or not isinstance(groups, list)
-    ):
+    if not is_by_name(stored):
         found.problems.append(
             f"{here}: the state has optimizers by parameter names, the checkpoint {_kind(stored)} without"
         )
         return
+    kept = stored["state"]
     _check_named(own, kept, here, (*path, "state"), found)
     for name in own:
         inner = Findings()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint import state_dict as dcp_state
 
-__all__ = ["ModelState", "OptimizerState", "RngState", "TrainState", "rng_state"]
+__all__ = ["ModelState", "OptimizerState", "RngState", "TrainState", "is_by_name", "rng_state"]
 
 
 class ModelState:
@@ -133,6 +133,16 @@ def _without_empty_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 _NAMES_SHOWN = 10
 #: What a group says of its parameters, beside its options.
 _MEMBERS = frozenset({"params", "param_names"})
+
+
+def is_by_name(stored: Any) -> bool:
+    """Whether a loaded value is the state of optimizers by the names of parameters."""
+    return (
+        isinstance(stored, Mapping)
+        and isinstance(stored.get("param_groups"), list)
+        and isinstance(stored.get("state"), Mapping)
+        and all(isinstance(moments, Mapping) for moments in stored["state"].values())
+    )
 
 
 def _options_by_name(state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

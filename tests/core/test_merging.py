@@ -113,6 +113,8 @@ def test_options_that_differ_are_a_conflict_where_a_parameter_is_in_both() -> No
     assert conflict([group(1, "a")], [group(2, "b")], "c") is None
     assert conflict([group(1, "a")], [group(1, "b", "a")], "c") is None
     assert conflict([group(9, "z"), group(1, "a")], [group(2, "b", "a")], "c") == "c[1].lr"
+    named = [{**group(1, *names), "param_names": [*names]} for names in ("a", "ab")]
+    assert conflict(named[:1], named[1:], "c") is None
 
 
 def test_tuples_are_merged_as_lists_are() -> None:

@@ -37,6 +37,20 @@ def _storage(ckpts: CheckpointManager) -> Any:
     return getattr(storage, "inner", storage)
 
 
+def _read_from(ckpts: CheckpointManager) -> set[str]:
+    """The numbers of the ranks whose payload objects are read from now on, as they come."""
+    read: set[str] = set()
+    inner = _storage(ckpts)
+    read_into = inner.read_into
+
+    def noted(key: str, *words: Any, **named: Any) -> Any:
+        read.add(key.split("-of-", maxsplit=1)[0][-5:])
+        return read_into(key, *words, **named)
+
+    inner.read_into = noted
+    return read
+
+
 def upload_fails_after_the_others(root: str) -> dict[str, Any]:
     """Rank one fails to upload while rank zero, which has nothing to upload, waits for its report."""
     rank = dist.get_rank()
@@ -355,7 +369,7 @@ def lists_of_different_lengths(root: str) -> dict[str, Any]:
     rank = dist.get_rank()
     with _warnings() as told, CheckpointManager(root, settings=QUICK) as ckpts:
         saved = _said(lambda: ckpts.save(1, {"x": {"schedules": [0.5] * (rank + 1)}}).wait(30))
-    return {"saved": saved, "rank": rank, "told": sum("x.schedules has another value" in text for text in told)}
+    return {"saved": saved, "told": sum("x.schedules has another value" in text for text in told)}
 
 
 class Interrupted:
@@ -556,16 +570,8 @@ def stages_strictly(root: str, kind: str) -> dict[str, Any]:
     fresh, other = _stages(rank, lrs=[0.25])
     for tensor in fresh.state_dict().values():
         tensor.zero_()
-    read: set[str] = set()
     with CheckpointManager(root, settings=QUICK) as ckpts:
-        inner = _storage(ckpts)
-        read_into = inner.read_into
-
-        def noted(key: str, *words: Any, **named: Any) -> Any:
-            read.add(key.split("-of-", maxsplit=1)[0][-5:])
-            return read_into(key, *words, **named)
-
-        inner.read_into = noted
+        read = _read_from(ckpts)
         said = _said(lambda: ckpts.restore(state(fresh, other)))
         first, its = _stages(0, lrs=[0.25])
         of_one_only = _said(lambda: ckpts.restore(state(first, its)))
@@ -652,18 +658,10 @@ def arrays_of_stages(root: str) -> dict[str, Any]:
     rank = dist.get_rank()
     layer = Counting(2, 2)
     stage = torch.nn.ModuleDict({f"layer{rank}": layer})
-    read: set[str] = set()
     with CheckpointManager(root, settings=QUICK) as ckpts:
         ckpts.save(1, {"model": stage}).wait(30)
     with CheckpointManager(root, settings=QUICK) as ckpts:
-        inner = _storage(ckpts)
-        read_into = inner.read_into
-
-        def noted(key: str, *words: Any, **named: Any) -> Any:
-            read.add(key.split("-of-", maxsplit=1)[0][-5:])
-            return read_into(key, *words, **named)
-
-        inner.read_into = noted
+        read = _read_from(ckpts)
         said = _said(lambda: ckpts.restore({"model": stage}))
     return {"said": said, "counts": layer.counts.tolist(), "read_from": [*read]}
 

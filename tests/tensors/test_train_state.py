@@ -117,6 +117,7 @@ def test_moments_that_do_not_fit_are_left_out_whole(tmp_path: Path) -> None:
         ckpts.save(1, TrainState(model, optimizer), block=True)
         ckpts.restore(TrainState(wider, other), strict=False)
     assert torch.equal(wider.state_dict()["b.bias"], model.state_dict()["b.bias"])
+    assert [p.shape for p in other.state] == [(2,)]  # that of b.bias: the others' begin anew
     step(wider, other)
 
 
