@@ -74,14 +74,14 @@ def test_what_was_not_measured_is_not_met() -> None:
 
 
 def test_every_bar_has_a_plan_that_measures_it() -> None:
-    """The case, the base and both sizes of a bar are in its plan, and most pairs are eleven."""
+    """The case, the base and both sizes of a bar are in its plan, and the pairs are eleven or more."""
     for each in BARS:
         plan = BAR_PLANS[each.plan]
         assert each.case in plan.cases, each.name
         assert {each.size, each.base_size or each.size} <= set(plan.sizes), each.name
         if each.base not in {bars.ALONE, bars.BEST_PEER}:
             assert each.base in plan.cases, each.name
-        assert plan.rounds == 11 or each.base == bars.ALONE, each.name
+        assert plan.rounds >= 11 or each.base == bars.ALONE, each.name
 
 
 def test_the_quick_bars_can_still_be_met() -> None:
