@@ -16,7 +16,7 @@ from typing import Any
 
 from cloudckpt.errors import FormatError
 
-__all__ = ["ALIGNMENT", "Item", "Layout", "Place", "plan_layout", "read_header"]
+__all__ = ["ALIGNMENT", "Item", "Layout", "Place", "item_size", "plan_layout", "read_header"]
 
 #: Data begins on a multiple of this many bytes; a cache line, and enough for every element size.
 ALIGNMENT = 64
@@ -92,6 +92,12 @@ class Layout:
     header: bytes
     places: tuple[Place, ...]
     size_bytes: int
+
+
+def item_size(dtype: str) -> int | None:
+    """Bytes per element of a dtype that safetensors can name, by torch's name of it; None for another one."""
+    known = _NAMES.get(dtype)
+    return None if known is None else _SIZES[known]
 
 
 def plan_layout(items: Sequence[Item]) -> Layout:
