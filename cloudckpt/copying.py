@@ -221,9 +221,9 @@ class _Copy:
         finally:
             self._stopped.set()
             pool.shutdown(cancel_futures=True)
-        for future in running:
-            if not future.cancelled() and (error := future.exception()) is not None:
-                raise error
+        errors = [e for f in running if not f.cancelled() and (e := f.exception()) is not None]
+        for error in sorted(errors, key=lambda e: isinstance(e, _BrokenOffError)):
+            raise error
 
     def _bring(self, announced: Checkpoint, item: PayloadObject) -> None:
         there = keys.payload_key(self._source.step, self._source.id, item.name)
@@ -301,6 +301,10 @@ class _Copy:
         )
 
 
+class _BrokenOffError(CloudCkptError):
+    """Ends an object because another one failed; that one's failure is told."""
+
+
 class _StoredObject(NeverStopped):
     """A payload object on another store as a ``Source``: ranges of it are read as they are sent."""
 
@@ -334,7 +338,7 @@ class _StoredObject(NeverStopped):
     def hold(self, start: int, length: int) -> Iterator[Part]:
         """See ``Source.hold``: read from the other store."""
         if self._stopped.is_set():
-            raise ConflictError(f"{self._key} is not copied any further: another object failed")
+            raise _BrokenOffError(f"{self._key} is not copied any further: another object failed")
         if not length:
             yield Part((), 0)
             return
