@@ -39,7 +39,7 @@ from cloudckpt.storage.body import NeverStopped
 from cloudckpt.sweeping import sweep_run
 from cloudckpt.view import RunView, placed, read_index
 
-__all__ = ["Copied", "copy_checkpoint"]
+__all__ = ["Copied", "copy_checkpoint", "refuse_held"]
 
 #: Objects under way at once; a large one is sent in several parts side by side as well.
 _OBJECTS_AT_ONCE = 4
@@ -80,6 +80,7 @@ def copy_checkpoint(
     tags: Iterable[str] = (),
     pin: bool = False,
     dry_run: bool = False,
+    takeover: str = "refuse",
     progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005 - the shape of a progress
     listener: Listener | None = None,
 ) -> Copied:
@@ -93,6 +94,7 @@ def copy_checkpoint(
         tags: further tags of the copy.
         pin: exempt the copy from every rule.
         dry_run: only say what would be done.
+        takeover: "last_wins" writes into a run whose last writer has not closed it, and fences that one.
         progress: told of bytes done and of all, from any thread.
         listener: told what happens to the target; by default the log is.
 
@@ -113,7 +115,8 @@ def copy_checkpoint(
     if index.requires:
         raise FormatError(f"{source.url} needs {', '.join(index.requires)}, which this version does not know: upgrade")
     found = target.read()
-    _refuse_held(found, target)
+    if takeover == "refuse":
+        refuse_held(found, target)
     entry = Checkpoint(
         id=target.token(8),
         step=source.step,
@@ -134,7 +137,7 @@ def copy_checkpoint(
     rules = view.manifest().policy.keep_best
     words = PolicyWords() if found is not None else PolicyWords(keep_last=None, keep_best=list(rules) or 0)
     told = listener or Listeners([LoggingListener()])
-    claim = claim_run(target, words, change_policy=False, takeover="refuse", listener=told)
+    claim = claim_run(target, words, change_policy=False, takeover=takeover, listener=told)
     copy = _Copy(store, target, claim, source, index, replace(entry, writer_epoch=claim.writer_epoch), progress)
     committed = copy.run()
     return Copied(
@@ -147,12 +150,17 @@ def copy_checkpoint(
     )
 
 
-def _refuse_held(found: Manifest | None, target: ManifestStore) -> None:
+def refuse_held(found: Manifest | None, target: ManifestStore) -> None:
+    """Refuse to write into a run that another process may be writing.
+
+    Raises:
+        ConflictError: its owner has not closed it.
+    """
     # A claim would let the same job take over from itself: here that would fence a trainer in the middle of its run.
     if found is not None and found.owner is not None and not found.owner.closed:
         raise ConflictError(
-            f"{target.storage.url} is held by {found.owner}, which has not closed it: copy into another root, or wait "
-            "for that process to end. Nothing was changed"
+            f"{target.storage.url} is held by {found.owner}, which has not closed it: choose another root, or wait "
+            "for that process to end. If it is dead, pass takeover=\"last_wins\" (--takeover). Nothing was changed"
         )
 
 

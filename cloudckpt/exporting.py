@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from cloudckpt.config import Settings
 from cloudckpt.core import keys
-from cloudckpt.core.model import Checkpoint
+from cloudckpt.core.model import Checkpoint, Index
 from cloudckpt.core.whole import plan_whole, weight_map
 from cloudckpt.core.wire import canonical
 from cloudckpt.errors import ConfigError, StorageError
@@ -111,50 +111,26 @@ def export_checkpoint(
     """
     if to not in FORMATS:
         raise ConfigError(f"{to!r} is none of the formats there are: {', '.join(FORMATS)}")
-    if isinstance(components, str):
-        raise ConfigError(f"components={components!r}: expected a list, write [{components!r}]")
     final = Path(path)
     if os.path.lexists(final):
         raise ConfigError(f"{final} is there already: choose another path, or move it away")
     run = Run(store, Listeners(), allow_pickle=allow_pickle)
     checkpoint = run.select(select)
-    index = read_index(store.storage, checkpoint)
-    asked = (["model"] if to == "hf" else [*index.structure]) if components is None else [*components]
-    if unknown := [name for name in asked if name not in index.structure]:
-        raise ConfigError(
-            f"{checkpoint.url} has no component {', '.join(map(repr, unknown))}; it has "
-            f"{', '.join(map(repr, index.structure))}. Name what to export with components=[...]"
-        )
-    if to == "hf" and len(asked) != 1:
-        raise ConfigError("to='hf' writes one model: name one component")
-    if to == "safetensors":
-        with_tensors = [name for name in asked if index.tensors.get(name)]
-        left_out = tuple(name for name in asked if name not in with_tensors)
-        if not with_tensors:
-            raise ConfigError(f"{', '.join(asked)}: there are no tensors in it, so nothing for a safetensors file")
-        asked = with_tensors
-    else:
-        left_out = ()
+    asked, left_out = _asked(read_index(store.storage, checkpoint), checkpoint, to, components)
     partial = final.with_name(f".{final.name}.partial")
     with mapped(partial):
         final.parent.mkdir(parents=True, exist_ok=True)
         _clear(partial)
     try:
-        if to == "torch":
-            files = _to_torch(run, checkpoint, asked, partial, final.name)
-        else:
-            with mapped(partial):
-                partial.mkdir()
-            if to == "dcp":
+        match to:
+            case "torch":
+                files = _to_torch(run, checkpoint, asked, partial, final.name)
+            case "dcp":
                 files = _to_dcp(run, checkpoint, asked, partial)
-            elif to == "hf":
+            case "hf":
                 files = _to_hf(store, checkpoint, asked[0], partial, progress)
-            else:
-                files = tuple(
-                    name
-                    for component in asked
-                    for name in write_component(store, checkpoint, component, partial, progress=progress)
-                )
+            case _:
+                files = _to_safetensors(store, checkpoint, asked, partial, progress)
         with mapped(final):
             os.replace(partial, final)  # noqa: PTH105 - the call whose atomicity this stands on, by its own name
     except BaseException:
@@ -163,12 +139,52 @@ def export_checkpoint(
     return Exported(checkpoint=checkpoint, format=to, path=final, files=files, left_out=left_out)
 
 
+def _asked(
+    index: Index, checkpoint: Checkpoint, to: str, components: Collection[str] | None
+) -> tuple[list[str], tuple[str, ...]]:
+    """The components to export, and those among them that the format has no place for."""
+    if isinstance(components, str):
+        raise ConfigError(f"components={components!r}: expected a list, write [{components!r}]")
+    asked = (["model"] if to == "hf" else [*index.structure]) if components is None else [*components]
+    if unknown := [name for name in asked if name not in index.structure]:
+        raise ConfigError(
+            f"{checkpoint.url} has no component {', '.join(map(repr, unknown))}; it has "
+            f"{', '.join(map(repr, index.structure))}. Say which to export"
+        )
+    if to == "hf" and len(asked) != 1:
+        raise ConfigError('to="hf" writes one model: name one component')
+    if to in {"torch", "dcp"}:
+        return asked, ()
+    fit = [name for name in asked if index.tensors.get(name)]
+    if not fit:
+        raise ConfigError(f"{', '.join(asked)}: there are no tensors in it, so nothing for a safetensors file")
+    return fit, tuple(name for name in asked if name not in fit)
+
+
 def _clear(path: Path) -> None:
     """What an earlier export left."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _made(folder: Path) -> Path:
+    with mapped(folder):
+        folder.mkdir()
+    return folder
+
+
+def _to_safetensors(
+    store: ManifestStore,
+    checkpoint: Checkpoint,
+    components: list[str],
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> tuple[str, ...]:
+    _made(folder)
+    written = [write_component(store, checkpoint, c, folder, progress=progress) for c in components]
+    return tuple(name for names in written for name in names)
 
 
 def _to_torch(run: Run, checkpoint: Checkpoint, components: list[str], path: Path, name: str) -> tuple[str, ...]:
@@ -183,11 +199,13 @@ def _to_torch(run: Run, checkpoint: Checkpoint, components: list[str], path: Pat
 
 def _to_dcp(run: Run, checkpoint: Checkpoint, components: list[str], folder: Path) -> tuple[str, ...]:
     values: dict[str, Any] = run.load(checkpoint.name, components=components)
+    many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    alone: dict[str, Any] = {"no_dist": True} if many else {}
     with warnings.catch_warnings():
         # That one process saves alone is meant.
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+        warnings.filterwarnings("ignore", message=r"torch\.distributed is .*unavailable or uninitialized")
         with mapped(folder):
-            dcp.save(values, checkpoint_id=str(folder), no_dist=True)
+            dcp.save(values, checkpoint_id=str(_made(folder)), **alone)
     return tuple(sorted(path.name for path in folder.iterdir()))
 
 
@@ -197,7 +215,9 @@ def _to_hf(
     index = read_index(store.storage, checkpoint)
     planned = plan_whole(index, component, most_bytes=_SHARD_BYTES)
     stem = keys.payload_name(component, 0, 1).partition("-00000-of-")[0]
-    files = write_component(store, checkpoint, component, folder, most_bytes=_SHARD_BYTES, progress=progress)
+    files = write_component(
+        store, checkpoint, component, _made(folder), most_bytes=_SHARD_BYTES, progress=progress
+    )
     named = [(name, "model" + name.removeprefix(stem)) for name in files]
     with mapped(folder):
         for name, wanted in named:
