@@ -160,7 +160,7 @@ def refuse_held(found: Manifest | None, target: ManifestStore) -> None:
     if found is not None and found.owner is not None and not found.owner.closed:
         raise ConflictError(
             f"{target.storage.url} is held by {found.owner}, which has not closed it: choose another root, or wait "
-            "for that process to end. If it is dead, pass takeover=\"last_wins\" (--takeover). Nothing was changed"
+            'for that process to end. If it is dead, pass takeover="last_wins" (--takeover). Nothing was changed'
         )
 
 
