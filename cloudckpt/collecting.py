@@ -6,19 +6,23 @@ the run in between.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cloudckpt.core import edits
 from cloudckpt.core import keys as grammar
 from cloudckpt.core import manifest as transitions
-from cloudckpt.core.model import Manifest
+from cloudckpt.core.model import Checkpoint, Manifest
 from cloudckpt.core.policy import INHERIT, Policy, PolicyWords, resolve
 from cloudckpt.core.retention import PrunePlan
+from cloudckpt.core.selection import parse_selector, select
+from cloudckpt.errors import ConfigError
 from cloudckpt.pruning import prune
 from cloudckpt.storage import ManifestStore
-from cloudckpt.sweeping import SweepReport, gc_run
-from cloudckpt.view import RunView
+from cloudckpt.sweeping import SweepReport, gc_run, sweep_run
+from cloudckpt.view import RunView, placed
 
-__all__ = ["Collected", "collect_garbage", "policy_with"]
+__all__ = ["Collected", "Removed", "collect_garbage", "policy_with", "remove_checkpoints"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,3 +89,70 @@ def collect_garbage(
         return transitions.prune(found, policy=policy, at=store.clock())
 
     return Collected(plan=plan, swept=gc_run(store, dry_run=dry_run, expecting=pruned))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """Checkpoints that a person let go.
+
+    Attributes:
+        dry_run: nothing was changed.
+        checkpoints: those that were named.
+        failed: those whose bytes could not be deleted yet, and why; gc tries again.
+    """
+
+    dry_run: bool
+    checkpoints: tuple[Checkpoint, ...]
+    failed: Mapping[str, str]
+
+
+def remove_checkpoints(
+    store: ManifestStore, selectors: Sequence[str | int], *, force: bool = False, dry_run: bool = False
+) -> Removed:
+    """Retire checkpoints by hand, whatever the rules say, and delete their bytes.
+
+    Args:
+        force: also pinned ones, the one that a running job resumed from, and the last usable one.
+        dry_run: only say which.
+
+    Raises:
+        CheckpointNotFoundError: a selector means nothing; then none is removed.
+        ConfigError: one of them needs ``force``; then none is removed.
+        StorageError: the store refused.
+    """
+    parsed = [parse_selector(selector) for selector in selectors]
+    chosen: dict[str, Checkpoint] = {}
+
+    def choose(current: Manifest) -> Manifest:
+        chosen.clear()
+        chosen.update((entry.id, entry) for entry in (select(current, selector) for selector in parsed))
+        if not force:
+            _refuse_precious(current, [*chosen.values()])
+        return current
+
+    if dry_run:
+        choose(RunView(store).manifest())
+        found = tuple(placed(entry, store.storage.url) for entry in chosen.values())
+        return Removed(dry_run=True, checkpoints=found, failed={})
+    store.transact(
+        lambda current, _: edits.retire(choose(current), [*chosen], "removed by hand", at=store.clock()),
+        prepare=lambda _: None,
+    )
+    found = tuple(placed(entry, store.storage.url) for entry in chosen.values())
+    swept = sweep_run(store, dry_run=False)
+    names = {entry.name for entry in found}
+    failed = {name: why for name, why in swept.failed.items() if name in names}
+    return Removed(dry_run=False, checkpoints=found, failed=failed)
+
+
+def _refuse_precious(manifest: Manifest, chosen: Sequence[Checkpoint]) -> None:
+    ids = {entry.id for entry in chosen}
+    for entry in chosen:
+        why = "pinned" if entry.pinned else "what this run resumed from" if entry.id == manifest.resumed_from else None
+        if why is not None:
+            raise ConfigError(f"{entry.name} is {why}: unpin it first, or pass --force. Nothing was removed")
+    usable = {entry.id for entry in manifest.committed if entry.usable}
+    if usable and usable <= ids:
+        raise ConfigError(
+            f"that would leave no usable checkpoint of {len(usable)}: keep one, or pass --force. Nothing was removed"
+        )

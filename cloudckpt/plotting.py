@@ -180,7 +180,7 @@ def _drawn(plot: Plot, form: str) -> bytes:
         axes.set_xlabel("step")
         axes.set_ylabel(plot.metric)
         axes.set_title(plot.url, fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)  # noqa: FBT003 - matplotlib's own
+        axes.spines[["top", "right"]].set_visible(False)
         axes.grid(visible=True, linewidth=0.3)
         axes.legend(frameon=False)
         out = io.BytesIO()
@@ -194,7 +194,8 @@ def _scatter(axes: Any, kind: str, points: Sequence[Point], mark: str, colour: s
     others = [p for p in points if p.value is None]
     size = 110 if kind == "best" else 45
     if valued:
-        axes.scatter([p.step for p in valued], [p.value for p in valued], marker=mark, c=colour, s=size, label=kind, zorder=2)
+        steps, values = [p.step for p in valued], [p.value for p in valued]
+        axes.scatter(steps, values, marker=mark, c=colour, s=size, label=kind, zorder=2)
     if others:
         # On the axis: only their steps are known.
         label = None if valued else kind
@@ -219,9 +220,11 @@ def _page(plot: Plot, svg: str) -> str:
     )
     picture = svg[svg.index("<svg") :]
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(plot.metric)} of {escape(plot.url)}</title>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>{escape(plot.metric)} of {escape(plot.url)}</title>"
         "<style>body{font-family:system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "svg{max-width:100%;height:auto}td,th{padding:.2rem .8rem;text-align:left}td:first-child{text-align:right}</style>"
+        "svg{max-width:100%;height:auto}td,th{padding:.2rem .8rem;text-align:left}"
+        "td:first-child{text-align:right}</style>"
         f"<h1>{escape(plot.metric)}</h1><p>{escape(plot.url)}</p>{picture}"
         f"<table><thead><tr><th>step</th><th>{escape(plot.metric)}</th><th></th><th>because</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></html>\n"
