@@ -17,6 +17,8 @@ import torch
 import cloudckpt
 from cloudckpt import CheckpointManager, ConflictError
 from cloudckpt.cli import app as commands
+from cloudckpt.cli import checking
+from cloudckpt.cli.schema import SCHEMAS
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_ls_for_scripts(cli: Any, root: str) -> None:
     names = cli("ls", "-q", "-r", root).out.split()
     assert [name.split(".")[0] for name in names] == ["checkpoint-4", "checkpoint-3", "checkpoint-2"]
     document = cli("ls", "--json", root).json
-    assert document.keys() == {"root", "run_id", "revision", "policy", "best", "recent", "checkpoints"}
+    assert document.keys() == SCHEMAS["ls"].keys()
     assert [c["step"] for c in document["checkpoints"]] == [2, 3, 4]
     best = document["checkpoints"][0]
     assert best["kept_because"] == ["best #1"]
@@ -240,7 +242,7 @@ def test_a_signal_ends_with_its_own_code(
     cli: Any, root: str, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C gives 130 and SIGTERM 143, without a traceback."""
-    monkeypatch.setattr(commands, "verify", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr(checking, "verify", lambda *_, **__: signal.raise_signal(number))
     result = cli("verify", root)
     assert result.code == code
     assert "Traceback" not in result.err
@@ -329,7 +331,7 @@ def test_the_exit_code_says_what_kind_of_trouble(
     def race(*_: object, **__: object) -> None:
         raise ConflictError("somebody else wrote the manifest")
 
-    monkeypatch.setattr(commands, "repair", race)
+    monkeypatch.setattr(checking, "repair", race)
     conflict = cli("repair", str(run), "--yes")
     assert (conflict.code, conflict.err) == (5, "cloudckpt: somebody else wrote the manifest\n")
     helped = cli("--help")
