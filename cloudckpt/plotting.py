@@ -142,6 +142,8 @@ def plot_text(plot: Plot, *, width: int = 80, height: int = 20, colour: bool = T
     if not colour:
         plt.clear_color()
     text = str(plt.build())
+    if not colour:
+        text = str(plt.uncolorize(text))
     gone = [p for p in plot.points if p.value is None]
     if gone:
         text += f"\nwithout a value: {', '.join(f'{p.step} ({p.kind})' for p in gone)}"

@@ -19,7 +19,8 @@ def entry(*chunks: tuple[str, int, tuple[int, int], tuple[int, int]], **fields: 
     made = tuple(
         Chunk(object=o, start=s, length=2 * n[0] * n[1], offsets=at, lengths=n, crc32c=0) for o, s, at, n in chunks
     )
-    return TensorEntry(**{"dtype": "bfloat16", "shape": (4, 3), "chunks": made, **fields})
+    given: dict[str, Any] = {"dtype": "bfloat16", "shape": (4, 3), "chunks": made, **fields}
+    return TensorEntry(**given)
 
 
 def with_tensors(**tensors: TensorEntry) -> Index:
