@@ -70,7 +70,10 @@ def cost_of_run(
         raise CheckpointNotFoundError(f"{view.url}: nothing is committed yet that could be counted")
     every, told_by = _rhythm(manifest, save_every_s, view.url)
     if not 0 < hours_a_month <= HOURS_A_MONTH + 14 or restores_a_month < 0:
-        raise ConfigError(f"hours_a_month={hours_a_month:g} (1 to 744) and restores_a_month={restores_a_month:g} (from 0)")
+        raise ConfigError(
+            f"hours_a_month={hours_a_month:g} must be above 0 and at most 744, and restores_a_month="
+            f"{restores_a_month:g} at least 0"
+        )
     sizes = [item.size_bytes for item in read_index(store.storage, newest).objects]
     settings = store.settings
     requests = requests_of_save(

@@ -1,4 +1,4 @@
-"""What is in a checkpoint that another program wrote, and what each file of it becomes. Reads names and small JSON only."""
+"""What is in a checkpoint of another program, and what each file of it becomes. Reads names and small JSON only."""
 
 from __future__ import annotations
 
@@ -109,13 +109,15 @@ def plan_import(path: str | os.PathLike[str], *, skip: Iterable[str] = ()) -> Im
     ckpts = [name for name in left if name.endswith(".ckpt")]
     if ckpts and not any(name in left for name, _ in _WEIGHTS):
         if len(ckpts) > 1:
-            raise ConfigError(f"{place} holds {len(ckpts)} checkpoints of Lightning: name one, such as {place / ckpts[0]}")
+            one = place / ckpts[0]
+            raise ConfigError(f"{place} holds {len(ckpts)} checkpoints of Lightning: name one, such as {one}")
         return _lightning(place / ckpts[0], left, skipped)
     plan = _Folder(place, left, skipped).plan()
     if not plan.parts:
         raise ConfigError(
-            f"{place} holds nothing that can be imported: there are {', '.join(names[:10]) or 'no files'}. Known are the "
-            "folders of forgather, of Hugging Face's Trainer and of Lightning, and .safetensors, .pt, .pth, .bin and .json"
+            f"{place} holds nothing that can be imported: there are {', '.join(names[:10]) or 'no files'}. Known "
+            "are the folders of forgather, of Hugging Face's Trainer and of Lightning, and files in "
+            ".safetensors, .pt, .pth, .bin and .json"
         )
     return plan
 
@@ -275,6 +277,6 @@ def _check_components(path: Path, parts: Iterable[ImportPart]) -> None:
         other = seen.setdefault(part.component.casefold(), part)
         if other is not part:
             raise ConfigError(
-                f"{path}: {other.files[0]} and {part.files[0]} would both be the component {part.component!r}: leave one "
-                f"out, with --skip {part.files[0]}"
+                f"{path}: {other.files[0]} and {part.files[0]} would both be the component {part.component!r}: leave "
+                f"one out, with --skip {part.files[0]}"
             )

@@ -1,4 +1,4 @@
-"""A checkpoint that another program wrote into a run. Nothing is unpickled that could run code, unless it is allowed."""
+"""A checkpoint of another program into a run. Nothing is unpickled that could run code, unless it is allowed."""
 
 from __future__ import annotations
 
@@ -175,8 +175,8 @@ def _loaded(plan: ImportPlan, *, allow_pickle: bool) -> tuple[dict[str, Any], in
     if refused:
         skips = " ".join(f"--skip {name}" for name in refused)
         raise ConfigError(
-            f"{', '.join(refused)} in {folder} can only be read by running code from it. If you trust whoever wrote it: "
-            f"allow_pickle=True (--allow-pickle). Otherwise leave it out: {skips}"
+            f"{', '.join(refused)} in {folder} can only be read by running code from it. If you trust whoever wrote "
+            f"it: allow_pickle=True (--allow-pickle). Otherwise leave it out: {skips}"
         )
     if plan.kind == "lightning":
         return _of_lightning(state["*"], plan)

@@ -25,9 +25,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    help="Look at, check, mend, move and clean up the checkpoints of a training run.\n\nThe run comes from the argument, "
-    "from -r/--root, or from CLOUDCKPT_ROOT. Exit codes: 0 fine, 1 failure, 2 usage, 3 findings, 4 nothing matches, 5 "
-    "conflict, 130 interrupted, 143 terminated.",
+    help="Look at, check, mend, move and clean up the checkpoints of a training run.\n\nThe run comes from the "
+    "argument, from -r/--root, or from CLOUDCKPT_ROOT. Exit codes: 0 fine, 1 failure, 2 usage, 3 findings, "
+    "4 nothing matches, 5 conflict, 130 interrupted, 143 terminated.",
 )
 
 #: Panel of the help -> name -> command.

@@ -81,7 +81,8 @@ def _report(plan: PrunePlan, *, done: bool, json: bool, quiet: bool, root: str) 
     elif quiet:
         sys.stdout.writelines(f"{c.name}\n" for c in plan.retired)
     else:
-        output().print(f"retired {len(plan.retired)}; cloudckpt gc deletes their bytes" if done else "nothing was changed")
+        retired = f"retired {len(plan.retired)}; cloudckpt gc deletes their bytes"
+        output().print(retired if done else "nothing was changed")
 
 
 def _plan_json(plan: PrunePlan) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def view_at(root: str) -> RunView:
 
 
 def agreed(question: str, *, yes: bool, json: bool, dry_run: bool) -> bool:
-    """Whether to go on: ``--yes``, or a person who says so. A program that reads JSON is not asked, and has to say it."""
+    """Whether to go on: ``--yes``, or a person who says so. A program that reads JSON is not asked: it has to say."""
     if dry_run:
         return False
     return yes or (not json and typer.confirm(question, default=False))

@@ -59,8 +59,8 @@ def pull(
         found = pull_checkpoint(store, selector, folder, components=component, progress=progress)
     if found.opaque and not quiet:
         typer.echo(
-            f"cloudckpt: safetensors has no name for the dtype of {', '.join(found.opaque[:5])}: plain bytes (U8) in the "
-            "file",
+            f"cloudckpt: safetensors has no name for the dtype of {', '.join(found.opaque[:5])}: plain bytes (U8) in "
+            "the file",
             err=True,
         )
     came = f"{format_bytes(found.read_bytes)} of {format_bytes(found.size_bytes)} came from the store"
@@ -197,7 +197,8 @@ def import_command(
         for name, why in plan.left_out.items():
             console.print(f"  {name} is left out: {why}", markup=False)
     if dry_run:
-        _tell({"dry_run": True, "plan": plan, "root": target}, "nothing was written", json=json, quiet=quiet, word="root")
+        document = {"dry_run": True, "plan": plan, "root": target}
+        _tell(document, "nothing was written", json=json, quiet=quiet, word="root")
         return
     from cloudckpt.cli import with_tensors
 

@@ -17,7 +17,7 @@ __all__ = ["shown"]
 
 @contextlib.contextmanager
 def shown(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show what is told (bytes done, bytes in all) while the block runs; nothing if ``quiet`` or CLOUDCKPT_PROGRESS=0."""
+    """Show what is told (bytes done, of how many) during the block; nothing if ``quiet``, or CLOUDCKPT_PROGRESS=0."""
     meter = Meter(what)
     if quiet or os.environ.get("CLOUDCKPT_PROGRESS") == "0":
         yield meter.reach

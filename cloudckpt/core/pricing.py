@@ -131,18 +131,19 @@ def plan_costs(
         save_every_s: seconds from save to save.
         restores_a_month: how often a whole checkpoint is read.
         hours_a_month: how many hours of a month it trains.
-        reading_requests: of one restore, besides nothing: the manifest, the index and the ranges.
+        reading_requests: of one restore: the manifest, the index and the ranges.
     """
     saves = hours_a_month * 3600.0 / save_every_s
+    writing = saves * requests.writing
     return Costs(
         requests=requests,
         save_bytes=save_bytes,
         kept_bytes=kept_bytes,
         saves_a_month=saves,
-        requests_a_month=saves * requests.writing,
+        requests_a_month=writing,
         bytes_a_month=saves * save_bytes,
         restores_a_month=restores_a_month,
-        request_cost=(saves * requests.writing * prices.put + restores_a_month * reading_requests * prices.get) / 1000.0,
+        request_cost=(writing * prices.put + restores_a_month * reading_requests * prices.get) / 1000.0,
         storage_cost=kept_bytes / _GIB * prices.gib_month,
         egress_cost=restores_a_month * save_bytes / _GIB * prices.egress_gib,
     )

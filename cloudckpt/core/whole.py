@@ -1,4 +1,4 @@
-"""A component as plain safetensors files with whole tensors, whoever wrote which part of it, for other programs to read.
+"""A component as plain safetensors files with whole tensors, whoever wrote which part of it, for others to read.
 
 What a checkpoint stores is in payload objects of one component and one writing rank each, and a sharded tensor is in
 several of them. Here each tensor is whole and stands under its own name, tied ones as often as they have names.
@@ -130,7 +130,8 @@ def _move(chunk: Chunk, item: Item, start: int) -> Move:
 def weight_map(files: tuple[WholeFile, ...]) -> dict[str, object]:
     """The document ``<component>.safetensors.index.json``, by which ``from_pretrained`` finds each tensor."""
     total = sum(file.size_bytes - len(file.header) for file in files)
-    return {"metadata": {"total_size": total}, "weight_map": {name: file.name for file in files for name in file.tensors}}
+    places = {name: file.name for file in files for name in file.tensors}
+    return {"metadata": {"total_size": total}, "weight_map": places}
 
 
 def as_they_are(index: Index, component: str) -> dict[str, object] | None:

@@ -223,8 +223,8 @@ class GCSStorage(GCSSession):
         if str(found.get("size")) != str(size_bytes) or found.get("crc32c", ours) != ours:
             self.delete([key])
             raise StorageError(
-                f"{what}: {found.get('size')} bytes with crc32c {found.get('crc32c')} arrived, {size_bytes} with {ours} "
-                "were to be copied"
+                f"{what}: {found.get('size')} bytes with crc32c {found.get('crc32c')} arrived, {size_bytes} with "
+                f"{ours} were to be copied"
             )
         return True
 

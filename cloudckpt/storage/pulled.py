@@ -162,8 +162,8 @@ class PulledFolder:
 
     def _refusal(self) -> StorageError:
         return StorageError(
-            f"{self.url} is one checkpoint that was pulled: it can be read, and nothing is written into it. To go on from "
-            f"it, bring it into a run: cloudckpt import {self.url} ROOT"
+            f"{self.url} is one checkpoint that was pulled: it can be read, and nothing is written into it. To go on "
+            f"from it, bring it into a run: cloudckpt import {self.url} ROOT"
         )
 
     def read_into(self, key: str, start: int, *targets: memoryview) -> None:
