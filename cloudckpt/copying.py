@@ -39,7 +39,7 @@ from cloudckpt.storage.body import NeverStopped
 from cloudckpt.sweeping import sweep_run
 from cloudckpt.view import RunView, placed, read_index
 
-__all__ = ["Copied", "copy_checkpoint", "refuse_held"]
+__all__ = ["Copied", "copy_checkpoint", "copy_pulled", "refuse_held"]
 
 #: Objects under way at once; a large one is sent in several parts side by side as well.
 _OBJECTS_AT_ONCE = 4
@@ -148,6 +148,26 @@ def copy_checkpoint(
         stored_bytes=copy.stored_bytes,
         carried_bytes=copy.carried_bytes,
     )
+
+
+def copy_pulled(
+    folder: ManifestStore,
+    target: ManifestStore,
+    *,
+    tags: Iterable[str] = (),
+    pin: bool = False,
+    takeover: str = "refuse",
+) -> tuple[Copied, tuple[str, ...]]:
+    """Copy the one checkpoint of a pulled folder, whatever it is marked as; with the names of its components.
+
+    Raises:
+        CheckpointNotFoundError: the folder holds none.
+        CloudCkptError: as for ``copy_checkpoint``.
+    """
+    view = RunView(folder)
+    name = view.manifest().entries[0].name
+    copied = copy_checkpoint(folder, name, target, tags=tags, pin=pin, takeover=takeover)
+    return copied, tuple(view.index(name).structure)
 
 
 def refuse_held(found: Manifest | None, target: ManifestStore) -> None:

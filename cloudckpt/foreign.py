@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cloudckpt.core import keys
+from cloudckpt.core.model import Checkpoint
 from cloudckpt.errors import ConfigError, FormatError
 from cloudckpt.storage.local_errors import mapped
 from cloudckpt.storage.pulled import is_pulled
 
-__all__ = ["OURS", "ImportPart", "ImportPlan", "plan_import"]
+__all__ = ["OURS", "ImportPart", "ImportPlan", "Imported", "plan_import"]
 
 #: The kind of a folder that ``pull`` made.
 OURS = "cloudckpt"
@@ -80,6 +81,21 @@ class ImportPlan:
     metrics: Mapping[str, float] = field(default_factory=dict)
     parts: tuple[ImportPart, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """What an import made.
+
+    Attributes:
+        checkpoint: what it is in the run.
+        plan: what came from where, and what was left out.
+        components: what it has.
+    """
+
+    checkpoint: Checkpoint
+    plan: ImportPlan
+    components: tuple[str, ...]
 
 
 def plan_import(path: str | os.PathLike[str], *, skip: Iterable[str] = ()) -> ImportPlan:

@@ -6,44 +6,26 @@ import json
 import os
 import pickle
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsFloat
 
 import torch
 
 from cloudckpt.config import Settings
-from cloudckpt.copying import copy_checkpoint, refuse_held
+from cloudckpt.copying import copy_pulled, refuse_held
 from cloudckpt.core.arguments import checked_step
 from cloudckpt.core.layout import read_header, torch_name
-from cloudckpt.core.model import Checkpoint
 from cloudckpt.errors import ConfigError, CorruptCheckpointError, FormatError
-from cloudckpt.foreign import OURS, ImportPart, ImportPlan, plan_import
+from cloudckpt.foreign import OURS, Imported, ImportPart, ImportPlan, plan_import
 from cloudckpt.manager import CheckpointManager
 from cloudckpt.storage import ManifestStore, Storage, open_storage
 from cloudckpt.storage.local_errors import mapped
 from cloudckpt.tensors.memory import dtype_named
-from cloudckpt.view import RunView
 
-__all__ = ["Imported", "import_folder", "import_planned", "load_safetensors"]
+__all__ = ["import_folder", "import_planned", "load_safetensors"]
 
 #: A Lightning checkpoint's key -> component; other keys keep their names.
 _LIGHTNING = {"state_dict": "model", "optimizer_states": "optimizers"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Imported:
-    """What an import made.
-
-    Attributes:
-        checkpoint: what it is in the run.
-        plan: what came from where, and what was left out.
-        components: what it has.
-    """
-
-    checkpoint: Checkpoint
-    plan: ImportPlan
-    components: tuple[str, ...]
 
 
 def import_folder(
@@ -120,13 +102,11 @@ def import_planned(
         if step is not None or metrics:
             raise ConfigError(f"{plan.path} is a checkpoint that was pulled: it brings its own step and metrics")
         source = ManifestStore(open_storage(plan.path))
-        name = _only(source)
         try:
-            copied = copy_checkpoint(source, name, store, tags=tags, pin=pin, takeover=takeover)
+            copied, components = copy_pulled(source, store, tags=tags, pin=pin, takeover=takeover)
         finally:
             if storage is not root:
                 storage.close()
-        components = tuple(RunView(source).index(name).structure)
         return Imported(checkpoint=copied.checkpoint, plan=plan, components=components)
     found = store.read()
     if takeover == "refuse":
@@ -148,14 +128,6 @@ def import_planned(
             block=True,
         )
     return Imported(checkpoint=pending.checkpoint, plan=plan, components=tuple(state))
-
-
-def _only(source: ManifestStore) -> str:
-    """The one checkpoint of a pulled folder, whatever it is marked as."""
-    manifest = source.read()
-    if manifest is None:
-        raise FormatError(f"{source.storage.url} holds no checkpoint")
-    return manifest.entries[0].name
 
 
 def _loaded(plan: ImportPlan, *, allow_pickle: bool) -> tuple[dict[str, Any], int | None, dict[str, float]]:

@@ -13,6 +13,7 @@ from cloudckpt.cli.render import as_json, output, print_json
 from cloudckpt.cli.transfers import shown
 from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import ConfigError
+from cloudckpt.foreign import OURS, Imported, ImportPlan, plan_import
 from cloudckpt.view import RunView
 
 __all__ = ["copy", "export", "import_command", "pull"]
@@ -181,11 +182,9 @@ def import_command(
 ) -> None:
     """Bring a checkpoint of forgather, Hugging Face's Trainer, Lightning, or a plain or pulled folder into a run.
 
-    Nothing is unpickled that could run code unless --allow-pickle says so. Needs torch, but for a dry run. -q prints
-    the URL. Example: cloudckpt import ./output/checkpoint-500 ./runs/imported
+    Nothing is unpickled that could run code unless --allow-pickle says so. Needs torch, but for a
+    pulled folder. -q prints the URL. Example: cloudckpt import ./output/checkpoint-500 ./runs/imported
     """
-    from cloudckpt.foreign import plan_import
-
     target = root_of(place, root)
     plan = plan_import(path, skip=skip or ())
     metrics = _metrics(metric or [])
@@ -200,9 +199,7 @@ def import_command(
         document = {"dry_run": True, "plan": plan, "root": target}
         _tell(document, "nothing was written", json=json, quiet=quiet, word="root")
         return
-    from cloudckpt.cli import with_tensors
-
-    found = with_tensors.bring_in(
+    found = _brought_in(
         plan,
         target,
         step=step,
@@ -215,6 +212,19 @@ def import_command(
     document = {"dry_run": False, **as_json(found), "url": found.checkpoint.url}
     line = f"{found.checkpoint.url}: {', '.join(found.components)}"
     _tell(document, line, json=json, quiet=quiet, word="url")
+
+
+def _brought_in(plan: ImportPlan, root: str, **words: Any) -> Imported:
+    if plan.kind == OURS and words["step"] is None and not words["metrics"]:
+        # Bytes as they are: no torch.
+        from cloudckpt.copying import copy_pulled
+
+        labels = {name: words[name] for name in ("tags", "pin", "takeover")}
+        copied, components = copy_pulled(store_at(str(plan.path)), store_at(root), **labels)
+        return Imported(checkpoint=copied.checkpoint, plan=plan, components=components)
+    from cloudckpt.cli import with_tensors
+
+    return with_tensors.bring_in(plan, root, **words)
 
 
 def _metrics(words: list[str]) -> dict[str, float]:

@@ -6,6 +6,8 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 
+from rich.console import Console
+
 from cloudckpt.cli.render import errors
 from cloudckpt.config import Settings
 from cloudckpt.core.text import format_duration
@@ -22,7 +24,7 @@ def shown(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     if quiet or os.environ.get("CLOUDCKPT_PROGRESS") == "0":
         yield meter.reach
         return
-    console = errors()
+    console = Console(stderr=True, highlight=False)
     with watched(meter, _Lines(), Settings()):
         if not console.is_terminal:
             yield meter.reach

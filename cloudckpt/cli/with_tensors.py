@@ -8,7 +8,7 @@ from typing import Any
 
 from cloudckpt.diffing import CheckpointDiff
 from cloudckpt.errors import ConfigError
-from cloudckpt.foreign import ImportPlan
+from cloudckpt.foreign import Imported, ImportPlan
 from cloudckpt.storage import ManifestStore
 
 __all__ = ["bring_in", "compare", "export"]
@@ -50,7 +50,7 @@ def export(
     )
 
 
-def bring_in(plan: ImportPlan, root: str, **words: Any) -> Any:
+def bring_in(plan: ImportPlan, root: str, **words: Any) -> Imported:
     """See ``importing.import_planned``."""
     try:
         from cloudckpt.importing import import_planned

@@ -248,7 +248,7 @@ def test_no_command_loads_torch(root: str, tmp_path: Path) -> None:
         ["pull", "best", str(tmp_path / "model"), "-r", root, "-c", "model"],
         ["cp", "best", str(tmp_path / "copy"), "-r", root],
         ["export", "best", "--dry-run", "-r", root],
-        ["import", str(tmp_path / "checkpoint-2"), str(tmp_path / "new"), "--dry-run"],
+        ["import", str(tmp_path / "checkpoint-2"), str(tmp_path / "new")],
         ["cost", root, "--every", "60"],
         ["watch", root, "--count", "1"],
     ):
