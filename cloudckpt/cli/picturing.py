@@ -17,7 +17,7 @@ from cloudckpt.cli.common import Json, Place, Quiet, Root, root_of, store_at, vi
 from cloudckpt.cli.render import age, checkpoints_table, output, print_json
 from cloudckpt.core.model import Checkpoint, JournalEvent, Manifest, State
 from cloudckpt.core.text import format_bytes, format_duration
-from cloudckpt.errors import StorageError
+from cloudckpt.errors import CheckpointNotFoundError, StorageError
 from cloudckpt.listing import arrived_bytes
 from cloudckpt.storage import ManifestStore
 from cloudckpt.view import RunView, placed
@@ -96,6 +96,8 @@ def screen(store: ManifestStore) -> RenderableType:
         manifest = view.manifest()
         entries = [placed(e, view.url) for e in manifest.entries if e.state is not State.RETIRED]
         arrived = _arrived(store, entries)
+    except CheckpointNotFoundError:
+        return Text(f"{view.url}: nothing was saved there yet", style="dim")
     except StorageError as exc:
         return Text(f"{view.url}: {exc}", style="red")
     title = Text(f"{view.url}  revision {manifest.revision}, {_writer(manifest)}", style="bold")
@@ -144,6 +146,8 @@ def follow(
     while True:
         try:
             journal = view.journal()
+        except CheckpointNotFoundError:
+            pass  # not begun yet
         except StorageError as exc:
             tell(f"{view.url}: {exc}")
         else:

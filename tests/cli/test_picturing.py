@@ -114,6 +114,21 @@ def test_watch_in_a_pipe_tells_each_event_once() -> None:
     assert looks[1] == len(lines)
 
 
+def test_watch_waits_for_a_run_that_has_not_begun() -> None:
+    """Started before the training, it tells the first event when it comes."""
+    storage = MemoryStorage()
+    lines: list[str] = []
+
+    def wait(_: float) -> None:
+        assert lines == []
+        with CheckpointManager(storage) as ckpts:
+            ckpts.save(1, {"w": torch.zeros(1)}, block=True)
+
+    assert "nothing was saved there yet" in str(screen(ManifestStore(storage)))
+    follow(ManifestStore(storage), lines.append, every_s=1, count=2, wait=wait)
+    assert "claim:" in lines[0]
+
+
 def test_watch_on_a_terminal_shows_uploads_and_events(root: str) -> None:
     """One screen: the run, its writer, the table, and what happened last; a store in trouble is shown as such."""
     console = Console(width=1000, file=io.StringIO(), record=True)
