@@ -137,6 +137,7 @@ def test_import_of_what_was_pulled(cli: Any, root: str, tmp_path: Path) -> None:
     found = cloudckpt.open(run).select("tag:release")
     assert found.metrics == {"acc": 0.2, "loss": 0.1}
     assert cli("ls", str(tmp_path / "checkpoint-2"), "-q").out.startswith("checkpoint-2.")
+    assert "ready" in cli("doctor", str(tmp_path / "checkpoint-2")).out
     assert cli("import", str(tmp_path / "checkpoint-2"), run, "--step", "3").code == 2
 
 
