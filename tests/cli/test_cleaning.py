@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from cloudckpt.collecting import collect_garbage, remove_checkpoints
 from cloudckpt.core import keys
 from cloudckpt.core.policy import PolicyWords
 from cloudckpt.errors import ConfigError
-from cloudckpt.storage import ManifestStore, MemoryStorage
+from cloudckpt.storage import ManifestStore, MemoryStorage, Storage
 from cloudckpt.testing import check_store
+from cloudckpt.testing.servers import MotoServer
 
 
 def steps(run: str | Path) -> list[int]:
@@ -210,3 +212,21 @@ def test_removing_needs_a_selector_that_means_something() -> None:
         remove_checkpoints(store, [0, 1, 2])
     assert [c.step for c in remove_checkpoints(store, ["best"]).checkpoints] == [0]
     assert [c.step for c in cloudckpt.open(storage).checkpoints()] == [1, 2]
+
+
+def test_unfinished_uploads_are_counted_before_and_aborted_after(
+    new_storage: Callable[[str], Storage], s3_server: MotoServer
+) -> None:
+    """An upload that a dead process left is in the preview, and gone after gc; a foreign one is neither."""
+    storage = new_storage("moto")
+    with CheckpointManager(storage) as ckpts:
+        ckpts.save(1, {"w": torch.zeros(2)}, block=True)
+    client = s3_server.client()
+    prefix = storage.url.removeprefix("s3://shared/")
+    for key in ("checkpoint-9.0a1b2c3d/m-00000-of-00001.safetensors", "checkpoint-9.0a1b2c3d/mine.bin"):
+        client.create_multipart_upload(Bucket="shared", Key=f"{prefix}/{key}")
+    client.close()
+    store = ManifestStore(storage)
+    assert collect_garbage(store).swept.aborted_uploads == 1
+    assert collect_garbage(store, dry_run=False).swept.aborted_uploads == 1
+    assert collect_garbage(store).swept.aborted_uploads == 0
