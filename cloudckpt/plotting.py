@@ -130,6 +130,7 @@ def plot_text(plot: Plot, *, width: int = 80, height: int = 20, colour: bool = T
     """
     plt = extra("plotext", "plot", "a plot in the terminal")
     plt.clear_figure()
+    plt.limit_size(False, False)  # to what the terminal is taken to have, which is not known in a pipe
     plt.plotsize(width, height)
     plt.title(f"{plot.metric} of {plot.url}")
     plt.xlabel("step")
@@ -140,7 +141,7 @@ def plot_text(plot: Plot, *, width: int = 80, height: int = 20, colour: bool = T
         if found:
             plt.scatter([p.step for p in found], [p.value for p in found], marker=mark, label=kind)
     if not colour:
-        plt.clear_color()
+        plt.theme("clear")
     text = str(plt.build())
     if not colour:
         text = str(plt.uncolorize(text))
