@@ -132,10 +132,10 @@ def plot_text(plot: Plot, *, width: int = 80, height: int = 20, colour: bool = T
     plt.clear_figure()
     plt.limit_size(False, False)  # to what the terminal is taken to have, which is not known in a pipe
     plt.plotsize(width, height)
-    plt.title(f"{plot.metric} of {plot.url}")
     plt.xlabel("step")
     line = [p for p in plot.drawn if p.kind != "failed"]
-    plt.plot([p.step for p in line], [p.value for p in line])
+    if line:
+        plt.plot([p.step for p in line], [p.value for p in line])
     for kind, (mark, _, _) in _KINDS.items():
         found = [p for p in plot.drawn if p.kind == kind]
         if found:
@@ -145,6 +145,7 @@ def plot_text(plot: Plot, *, width: int = 80, height: int = 20, colour: bool = T
     text = str(plt.build())
     if not colour:
         text = str(plt.uncolorize(text))
+    text = f"{plot.metric} of {plot.url}\n{text}"
     gone = [p for p in plot.points if p.value is None]
     if gone:
         text += f"\nwithout a value: {', '.join(f'{p.step} ({p.kind})' for p in gone)}"
