@@ -200,18 +200,22 @@ class _Folder:
         self._take("model", files, how)
         for other, _ in _WEIGHTS:
             if other in self._names:
-                shards = self._shards(other) if other.endswith(".index.json") else []
-                for copy in (other, *shards):
+                shards = self._named_by(other) if other.endswith(".index.json") else []
+                for copy in (other, *(shard for shard in shards if shard in self._names)):
                     self._leave_out(copy, f"another copy of the weights, beside {name}")
 
     def _shards(self, index: str) -> list[str]:
-        document = self._json(index)
-        shards = sorted(set(map(str, dict(document.get("weight_map") or {}).values())))
+        shards = self._named_by(index)
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise FormatError(f"{self._path / index} names no files beside it as its weights")
         if missing := [shard for shard in shards if not (self._path / shard).is_file()]:
             raise FormatError(f"{self._path / index} names {', '.join(missing[:5])}, which is not there")
         return shards
+
+    def _named_by(self, index: str) -> list[str]:
+        """What an index says that there is."""
+        named = self._json(index).get("weight_map")
+        return sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self._path / name

@@ -67,7 +67,7 @@ def root_of(*places: str | None) -> str:
 
 
 def split(select: str, root: str | None) -> tuple[str, str]:
-    """Root and selector: a selector may carry its root, ``s3://bucket/run#best``, or be a pulled folder itself."""
+    """Root and selector: a selector may carry its root, ``s3://bucket/run#best``."""
     place, mark, selector = select.rpartition("#")
     if mark:
         return root_of(place, root), selector
