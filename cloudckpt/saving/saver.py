@@ -272,6 +272,7 @@ class Saver:
     def _upload(self, job: Job, entry: Checkpoint) -> None:
         total = sum(source.size_bytes for source in job.sources)
         meter = Meter(f"saving {entry.name}", total, rank=self._coordinator.rank)
+        job.pending.measure_by(meter)
 
         def moved(count: int) -> None:
             job.pending.advance(count)

@@ -115,7 +115,8 @@ def test_a_save_and_a_load_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Watch, "__init__", noted)
     storage = MemoryStorage()
     with CheckpointManager(storage) as ckpts:
-        ckpts.save(1, {"model": {"w": torch.ones(1000)}}, block=True)
+        done = ckpts.save(1, {"model": {"w": torch.ones(1000)}}, block=True).progress
+    assert (done.bytes_done, done.eta_s, done.rank) == (done.bytes_total, 0.0, 0)
     cloudckpt.open(storage).load()
     seen = [(m.transfer.what.split(".")[0], m.transfer.bytes_done, m.transfer.bytes_total) for m in meters]
     payload = next(item.size_bytes for item in storage.list("") if "-of-" in item.key)
