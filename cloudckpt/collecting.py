@@ -67,9 +67,7 @@ def policy_with(stored: Policy, words: PolicyWords) -> Policy | None:
     return resolve(words, stored, has_entries=True, change_policy=True)
 
 
-def collect_garbage(
-    store: ManifestStore, *, words: PolicyWords | None = None, dry_run: bool = True
-) -> Collected:
+def collect_garbage(store: ManifestStore, *, words: PolicyWords | None = None, dry_run: bool = True) -> Collected:
     """Retire what no rule keeps and delete whatever nobody can need; by default only say what.
 
     Args:

@@ -257,9 +257,7 @@ class _Copy:
         there = keys.payload_key(self._source.step, self._source.id, item.name)
         here = keys.payload_key(announced.step, announced.id, item.name)
         to, of = self._target.unretried, self._store.unretried
-        if isinstance(to, Copying) and to.copy_from(
-            of, there, here, size_bytes=item.size_bytes, checksum=item.crc32c
-        ):
+        if isinstance(to, Copying) and to.copy_from(of, there, here, size_bytes=item.size_bytes, checksum=item.crc32c):
             self._advance(item.size_bytes, stored=item.size_bytes)
             return
         source = _StoredObject(self._store.storage, there, item, self._slots, self._stopped)

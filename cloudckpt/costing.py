@@ -76,9 +76,7 @@ def cost_of_run(
         )
     sizes = [item.size_bytes for item in read_index(store.storage, newest).objects]
     settings = store.settings
-    requests = requests_of_save(
-        sizes, connections=settings.connections, least_part_bytes=settings.part_size_bytes
-    )
+    requests = requests_of_save(sizes, connections=settings.connections, least_part_bytes=settings.part_size_bytes)
     costs = plan_costs(
         requests,
         save_bytes=newest.size_bytes,

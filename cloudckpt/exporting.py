@@ -215,9 +215,7 @@ def _to_hf(
     index = read_index(store.storage, checkpoint)
     planned = plan_whole(index, component, most_bytes=_SHARD_BYTES)
     stem = keys.payload_name(component, 0, 1).partition("-00000-of-")[0]
-    files = write_component(
-        store, checkpoint, component, _made(folder), most_bytes=_SHARD_BYTES, progress=progress
-    )
+    files = write_component(store, checkpoint, component, _made(folder), most_bytes=_SHARD_BYTES, progress=progress)
     named = [(name, "model" + name.removeprefix(stem)) for name in files]
     with mapped(folder):
         for name, wanted in named:

@@ -225,9 +225,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _of_lightning(
-    checkpoint: object, plan: ImportPlan
-) -> tuple[dict[str, Any], int | None, dict[str, float]]:
+def _of_lightning(checkpoint: object, plan: ImportPlan) -> tuple[dict[str, Any], int | None, dict[str, float]]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise FormatError(f"{plan.path} is no checkpoint of Lightning: it has no state_dict")
     state = {_LIGHTNING.get(str(key), str(key)): value for key, value in checkpoint.items()}

@@ -67,9 +67,7 @@ class Meter:
         now: a clock that never goes back, in seconds.
     """
 
-    def __init__(
-        self, what: str, total: int = 0, *, rank: int = 0, now: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, what: str, total: int = 0, *, rank: int = 0, now: Callable[[], float] = time.monotonic) -> None:
         self._what = what
         self._total = total
         self._rank = rank

@@ -191,9 +191,7 @@ def _tell_collected(found: Collected, *, done: bool, json: bool, quiet: bool, ro
 def rm(
     selects: Annotated[list[str], typer.Argument(metavar="SELECT...", help="What to remove: steps, tag:NAME, ids.")],
     root: Root = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also pinned ones, and the last usable one.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also pinned ones, and the last usable one.")] = False,
     yes: Yes = False,
     dry_run: DryRun = False,
     json: Json = False,

@@ -41,9 +41,7 @@ def _label(
         output().print(f"{changed.url}: {would}{words}", markup=False)
 
 
-def pin(
-    select: Select, root: Root = None, dry_run: DryRun = False, json: Json = False, quiet: Quiet = False
-) -> None:
+def pin(select: Select, root: Root = None, dry_run: DryRun = False, json: Json = False, quiet: Quiet = False) -> None:
     """Pin a checkpoint: no rule retires it until it is unpinned.
 
     Example: cloudckpt pin best -r ./runs/demo
@@ -51,9 +49,7 @@ def pin(
     _label(select, root, editing.pin, words="pinned", dry_run=dry_run, json=json, quiet=quiet)
 
 
-def unpin(
-    select: Select, root: Root = None, dry_run: DryRun = False, json: Json = False, quiet: Quiet = False
-) -> None:
+def unpin(select: Select, root: Root = None, dry_run: DryRun = False, json: Json = False, quiet: Quiet = False) -> None:
     """Give a pinned checkpoint back to the rules; the next commit, or prune, may let it go.
 
     Example: cloudckpt unpin 1500 -r ./runs/demo

@@ -35,9 +35,7 @@ def plot(
     place: Place = None,
     root: Root = None,
     metric: Annotated[str | None, typer.Option(help="By default the monitored one.")] = None,
-    path: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A file to write: .svg, .png or .html.")
-    ] = None,
+    path: Annotated[Path | None, typer.Option("--output", "-o", help="A file to write: .svg, .png or .html.")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

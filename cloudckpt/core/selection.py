@@ -140,8 +140,8 @@ def _nothing(manifest: Manifest, selector: Selector) -> str:
         )
     if selector.tag is not None:
         tags = sorted({name for e in committed for name in e.tags})
-        near = difflib.get_close_matches(selector.tag, tags, n=1)
-        hint = f" (did you mean tag:{near[0]}?)" if near else ""
+        alike = difflib.get_close_matches(selector.tag, tags, n=1)
+        hint = f" (did you mean tag:{alike[0]}?)" if alike else ""
         return f"nothing has the tag {selector.tag!r}; the tags there are: {', '.join(tags) or 'none'}{hint}"
     if selector.step is not None:
         wanted = selector.step

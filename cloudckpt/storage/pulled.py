@@ -179,9 +179,7 @@ class PulledFolder:
         _, index = self._index()
         folder = keys.checkpoint_prefix(index.step, index.id)
         known = {keys.INDEX_NAME, *(item.name for item in index.objects)}
-        found = [
-            Listed(f"{folder}/{item.key}", item.size_bytes) for item in self._inner.list("") if item.key in known
-        ]
+        found = [Listed(f"{folder}/{item.key}", item.size_bytes) for item in self._inner.list("") if item.key in known]
         return iter([item for item in found if item.key.startswith(prefix)][:limit])
 
     def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:

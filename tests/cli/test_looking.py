@@ -116,9 +116,7 @@ def test_an_upload_in_flight_is_listed_with_its_progress(cli: Any, root: str, tm
     store = open_store(str(run))
     entry = announce(store, 5, size_bytes=1000)
     assert "uploading 0 %" in cli("ls", str(run)).out
-    store.storage.put(
-        keys.payload_key(5, entry.id, keys.payload_name("model", 0, 1)), [bytes(430)], size_bytes=430
-    )
+    store.storage.put(keys.payload_key(5, entry.id, keys.payload_name("model", 0, 1)), [bytes(430)], size_bytes=430)
     assert "uploading 43 %" in cli("ls", str(run)).out
     assert cli("ls", "--json", str(run)).json["uploaded_bytes"] == {entry.id: 430}
     assert cli("latest", "--json", str(run)).json["checkpoint"]["step"] == 4

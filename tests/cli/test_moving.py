@@ -88,7 +88,9 @@ def test_cp_makes_a_run_of_its_own(cli: Any, root: str, tmp_path: Path) -> None:
     assert cli("cp", "best", root, "-r", root).code == 2
 
 
-@pytest.mark.parametrize(("form", "reads"), [("torch", "all.pt"), ("hf", "model"), ("safetensors", "st"), ("dcp", "dcp")])
+@pytest.mark.parametrize(
+    ("form", "reads"), [("torch", "all.pt"), ("hf", "model"), ("safetensors", "st"), ("dcp", "dcp")]
+)
 def test_export(cli: Any, root: str, tmp_path: Path, form: str, reads: str) -> None:
     """Each form is written where it was asked for; -q prints the path."""
     path = tmp_path / reads

@@ -53,7 +53,8 @@ def test_a_checkpoint_is_a_table_of_facts() -> None:
     assert facts["state"] == "committed, damaged, marked bad, tag:<b>"
     assert facts["kept because"] == "-"
     assert checkpoint(2)._repr_html_() == checkpoint_html(checkpoint(2))
-    assert dict(zip(cells(checkpoint_html(checkpoint(3, state=State.PENDING)), "th"), cells(checkpoint_html(checkpoint(3, state=State.PENDING)), "td"), strict=True))["committed"] == "-"
+    pending = checkpoint_html(checkpoint(3, state=State.PENDING))
+    assert dict(zip(cells(pending, "th"), cells(pending, "td"), strict=True))["committed"] == "-"
 
 
 def test_a_plan_is_a_table_of_decisions() -> None:

@@ -177,9 +177,7 @@ def test_from_any_store_to_any_other(new_storage: Callable[[str], Storage], one:
     """The bytes are carried, each proven on the way, whatever the two stores are."""
     source, there = saved(new_storage(one), 1), new_storage(two)
     told: list[tuple[int, int]] = []
-    copied = copy_checkpoint(
-        source, 1, ManifestStore(there), progress=lambda done, total: told.append((done, total))
-    )
+    copied = copy_checkpoint(source, 1, ManifestStore(there), progress=lambda done, total: told.append((done, total)))
     assert copied.stored_bytes == 0
     assert told[-1][0] == told[-1][1] == copied.carried_bytes
     check_store(there)

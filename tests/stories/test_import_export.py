@@ -176,8 +176,8 @@ def test_from_lightning(tmp_path: Path) -> None:
     """state_dict becomes the model; step and the monitored metric are the file's own."""
     path = tmp_path / "epoch=0-step=32.ckpt"
     callback = {"monitor": "val_loss", "current_score": torch.tensor(0.5)}
-    content = {"state_dict": state()["model"], "optimizer_states": [state()["optimizer"]], "epoch": 0, "global_step": 33}
-    torch.save({**content, "callbacks": {"ModelCheckpoint{}": callback}}, path)
+    whole = {"state_dict": state()["model"], "optimizer_states": [state()["optimizer"]]}
+    torch.save({**whole, "epoch": 0, "global_step": 33, "callbacks": {"ModelCheckpoint{}": callback}}, path)
     there = MemoryStorage()
     done = cloudckpt.import_folder(path, there)
     assert (done.checkpoint.step, done.checkpoint.metrics) == (32, {"val_loss": 0.5})
