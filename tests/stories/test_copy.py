@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,14 +130,12 @@ def test_a_copy_that_breaks_off_costs_nothing_but_itself(object_number: int) -> 
     """Whichever object fails, the index included: nothing becomes visible, and the next copy goes through."""
 
     class Breaks(MemoryStorage):
-        puts = 0
+        numbers = itertools.count()
         broken = True
 
         def put(self, key: str, *args: Any, **kwargs: Any) -> None:
-            if "checkpoint-" in key:
-                self.puts += 1
-                if self.broken and self.puts == object_number + 1:
-                    raise StorageError("the disk is full")
+            if "checkpoint-" in key and next(self.numbers) == object_number and self.broken:
+                raise StorageError("the disk is full")
             super().put(key, *args, **kwargs)
 
     source, there = saved(MemoryStorage("memory://one"), 1), Breaks("memory://two")

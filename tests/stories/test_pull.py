@@ -53,6 +53,7 @@ class Counted:
     def __init__(self, inner: Storage, *, fail_after: int | None = None) -> None:
         self._inner = inner
         self._fail_after = fail_after
+        self._mutex = threading.Lock()
         self.read_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -61,10 +62,11 @@ class Counted:
     def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """Read, until it is enough."""
         length = sum(map(len, targets))
-        if self._fail_after is not None and self.read_bytes + length > self._fail_after:
-            raise StorageError("the line was cut")
+        with self._mutex:
+            if self._fail_after is not None and self.read_bytes + length > self._fail_after:
+                raise StorageError("the line was cut")
+            self.read_bytes += length
         self._inner.read_into(key, start, *targets)
-        self.read_bytes += length
 
 
 def test_all_of_it_lies_in_a_folder_named_by_the_step(run: Storage, tmp_path: Path) -> None:
