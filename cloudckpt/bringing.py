@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -100,12 +101,15 @@ class Bringing:
     def _made(self, file: LocalFile) -> tuple[Path, bool]:
         """The file at its full size with its head in place, and whether there was none before."""
         path = self._folder / file.name
-        with mapped(path):
-            fresh = not path.exists()
-            with path.open("w+b" if fresh else "r+b") as opened:
-                opened.truncate(file.size_bytes)
-                if file.head:
-                    opened.write(file.head)
+        fresh = True
+        with mapped(path), contextlib.ExitStack() as stack:
+            try:
+                # Never "w": a second pull that comes at the same moment must not empty the file of the first.
+                opened = stack.enter_context(path.open("x+b"))
+            except FileExistsError:
+                opened, fresh = stack.enter_context(path.open("r+b")), False
+            opened.truncate(file.size_bytes)
+            opened.write(file.head)
         return path, fresh
 
     def _bring(self, path: Path, batch: Sequence[Piece], *, fresh: bool) -> None:

@@ -8,6 +8,7 @@ there, keeps those that are right, whoever brought them, and asks the store for 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,10 +22,10 @@ from cloudckpt.core.text import format_bytes
 from cloudckpt.core.whole import WholeFile, as_they_are, plan_whole
 from cloudckpt.core.wire import canonical
 from cloudckpt.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, StorageError
-from cloudckpt.storage import ManifestStore, Storage
+from cloudckpt.storage import ManifestStore
 from cloudckpt.storage.local_errors import mapped
 from cloudckpt.storage.pulled import PULLED_NAME, pulled_note, read_note
-from cloudckpt.view import RunView, read_index, read_index_body
+from cloudckpt.view import RunView, read_index, read_proven
 
 __all__ = ["Pulled", "pull_checkpoint", "write_component"]
 
@@ -41,7 +42,7 @@ class Pulled:
         folder: where it lies now.
         files: its files' names.
         size_bytes: all of them together.
-        read_bytes: what came from the store; the rest was there already, and is proven as well.
+        read_bytes: what came from the store; the rest was there already, and is proven as well. 0 for a dry run.
         opaque: tensors whose dtype safetensors cannot name: they are plain bytes (U8) in the files.
     """
 
@@ -70,6 +71,7 @@ def pull_checkpoint(
     into: str | os.PathLike[str],
     *,
     components: Collection[str] | None = None,
+    dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005 - the shape of a progress
 ) -> Pulled:
     """Bring one checkpoint into ``into/checkpoint-<step>``.
@@ -85,6 +87,7 @@ def pull_checkpoint(
         select: ``latest``, ``best``, a step, ``tag:NAME`` or a save id.
         into: the folder above; made if need be.
         components: only the tensors of these.
+        dry_run: only say what would be brought, and whether it could be: what lies on the disk is not looked into.
         progress: told of bytes done and of all, from any thread.
 
     Raises:
@@ -96,12 +99,14 @@ def pull_checkpoint(
     view = RunView(store)
     checkpoint = view.select(select)
     with _retired_meanwhile(store, checkpoint):
-        return _pull(store, checkpoint, Path(into), _checked(components), progress)
+        return _pull(store, checkpoint, Path(into), _checked(components), progress, dry_run=dry_run)
 
 
 def _checked(components: Collection[str] | None) -> tuple[str, ...] | None:
     if isinstance(components, str):
         raise ConfigError(f"components={components!r}: expected a list, write [{components!r}]")
+    if components is not None and not components:
+        raise ConfigError("components=[] names none: leave it out to pull all of the checkpoint")
     return None if components is None else tuple(dict.fromkeys(components))
 
 
@@ -111,36 +116,41 @@ def _pull(
     into: Path,
     components: tuple[str, ...] | None,
     progress: Callable[[int, int], None],
+    *,
+    dry_run: bool,
 ) -> Pulled:
-    index = read_index(store.storage, checkpoint)
+    index, body = read_proven(store.storage, checkpoint)
     noted = checkpoint
     if components is None:
-        recipe = _mirror(store.storage, checkpoint, index)
+        recipe = _mirror(checkpoint, index, body)
     else:
         recipe = _wholes(checkpoint, index, components)
         noted = replace(checkpoint, extra={**checkpoint.extra, _SCOPE: sorted(components)})
     final = into / f"checkpoint-{checkpoint.step}"
     place = _place(final, noted)
+    pulled = Pulled(
+        checkpoint=checkpoint,
+        folder=final,
+        files=(*(file.name for file in recipe.files), *recipe.small, PULLED_NAME),
+        size_bytes=recipe.size_bytes,
+        read_bytes=0,
+        opaque=recipe.opaque,
+    )
+    if dry_run:
+        return pulled
     with mapped(place):
         place.mkdir(parents=True, exist_ok=True)
         _check_room(place, recipe)
     bringing = Bringing(store, place, recipe.files, progress)
     bringing.run()
-    for name, body in {**recipe.small, PULLED_NAME: pulled_note(noted)}.items():
-        _write_small(place / name, body)
+    for name, content in {**recipe.small, PULLED_NAME: pulled_note(noted)}.items():
+        _write_small(place / name, content)
     if place != final:
         with mapped(final):
             _sync_folder(place)
             os.replace(place, final)  # noqa: PTH105 - the call whose atomicity this stands on, by its own name
             _sync_folder(into)
-    return Pulled(
-        checkpoint=checkpoint,
-        folder=final,
-        files=(*(file.name for file in recipe.files), *recipe.small, PULLED_NAME),
-        size_bytes=recipe.size_bytes,
-        read_bytes=bringing.read_bytes,
-        opaque=recipe.opaque,
-    )
+    return replace(pulled, read_bytes=bringing.read_bytes)
 
 
 def _place(final: Path, noted: Checkpoint) -> Path:
@@ -151,8 +161,9 @@ def _place(final: Path, noted: Checkpoint) -> Path:
     """
     scope = noted.extra.get(_SCOPE)
     if not os.path.lexists(final):
-        words = "" if scope is None else "." + "+".join(keys.payload_name(c, 0, 1).split("-00000")[0] for c in scope)
-        return final.parent / f".{final.name}.{noted.id}{words[:150]}.partial"
+        # Other components get a place of their own: what is left of them must not come along.
+        words = "" if scope is None else "." + hashlib.sha256("\0".join(scope).encode()).hexdigest()[:8]
+        return final.parent / f".{final.name}.{noted.id}{words}.partial"
     try:
         found = read_note((final / PULLED_NAME).read_bytes())
     except OSError:
@@ -169,7 +180,7 @@ def _place(final: Path, noted: Checkpoint) -> Path:
     raise ConfigError(f"{final} is there and holds {what}: move it away, or pull into another folder")
 
 
-def _mirror(storage: Storage, checkpoint: Checkpoint, index: Index) -> _Recipe:
+def _mirror(checkpoint: Checkpoint, index: Index, body: bytes) -> _Recipe:
     """The folder as it is on the store."""
     files = []
     for item in index.objects:
@@ -188,7 +199,7 @@ def _mirror(storage: Storage, checkpoint: Checkpoint, index: Index) -> _Recipe:
     if found is not None:
         small["model.safetensors.index.json"] = canonical(found, readable=True)
     # The index comes last: a folder without it is none that was pulled.
-    small[keys.INDEX_NAME] = read_index_body(storage, checkpoint)
+    small[keys.INDEX_NAME] = body
     return _Recipe(files=tuple(files), small=small)
 
 

@@ -24,7 +24,7 @@ from cloudckpt.events import summary_lines
 from cloudckpt.extras import extra
 from cloudckpt.storage import ManifestStore, Storage
 
-__all__ = ["RunView", "placed", "read_index", "read_index_body"]
+__all__ = ["RunView", "placed", "read_index", "read_index_body", "read_proven"]
 
 
 def placed(checkpoint: Checkpoint, root: str) -> Checkpoint:
@@ -43,7 +43,12 @@ def read_index_body(storage: Storage, checkpoint: Checkpoint) -> bytes:
 
 
 def read_index(storage: Storage, checkpoint: Checkpoint) -> Index:
-    """The index of a committed checkpoint, proven to be the one that was committed.
+    """The index of a committed checkpoint. See ``read_proven``."""
+    return read_proven(storage, checkpoint)[0]
+
+
+def read_proven(storage: Storage, checkpoint: Checkpoint) -> tuple[Index, bytes]:
+    """The index of a committed checkpoint and its bytes, proven to be those that were committed.
 
     Raises:
         CorruptCheckpointError: it is missing, changed, or belongs to another save.
@@ -73,7 +78,7 @@ def read_index(storage: Storage, checkpoint: Checkpoint) -> Index:
         raise CorruptCheckpointError(
             f"{url} describes checkpoint-{index.step}.{index.id}", checkpoint_id=checkpoint.id, key=key
         )
-    return index
+    return index, body
 
 
 class RunView:

@@ -51,21 +51,20 @@ def pull(
 
     place, selector = split(select, root)
     store = store_at(place)
-    if dry_run:
-        checkpoint = RunView(store).select(selector)
-        document = {"dry_run": True, "checkpoint": checkpoint, "folder": folder / f"checkpoint-{checkpoint.step}"}
-        _tell(document, f"would pull {checkpoint.url} ({format_bytes(checkpoint.size_bytes)})", json=json, quiet=quiet)
-        return
-    with shown(f"pulling {selector}", quiet=quiet or json) as progress:
-        found = pull_checkpoint(store, selector, folder, components=component, progress=progress)
+    with shown(f"pulling {selector}", quiet=quiet or json or dry_run) as progress:
+        found = pull_checkpoint(store, selector, folder, components=component, dry_run=dry_run, progress=progress)
     if found.opaque and not quiet:
         typer.echo(
             f"cloudckpt: safetensors has no name for the dtype of {', '.join(found.opaque[:5])}: plain bytes (U8) in "
             "the file",
             err=True,
         )
-    came = f"{format_bytes(found.read_bytes)} of {format_bytes(found.size_bytes)} came from the store"
-    _tell({"dry_run": False, **as_json(found)}, f"{found.folder} ({came}, all of it verified)", json=json, quiet=quiet)
+    if dry_run:
+        line = f"would pull {found.checkpoint.url} ({format_bytes(found.size_bytes)}) into {found.folder}"
+    else:
+        came = f"{format_bytes(found.read_bytes)} of {format_bytes(found.size_bytes)} came from the store"
+        line = f"{found.folder} ({came}, all of it verified)"
+    _tell({"dry_run": dry_run, **as_json(found)}, line, json=json, quiet=quiet)
 
 
 def _tell(document: dict[str, Any], line: str, *, json: bool, quiet: bool, word: str = "folder") -> None:

@@ -44,13 +44,17 @@ def test_pull_of_a_component(cli: Any, root: str, tmp_path: Path) -> None:
 
 
 def test_pull_dry_run_and_refusals(cli: Any, root: str, tmp_path: Path) -> None:
-    """A dry run makes no folder; what is in the way is exit 2, what is not there exit 4."""
+    """A dry run makes no folder and refuses what the pull refuses: what is in the way is exit 2, what is not there 4."""
     assert "would pull" in cli("pull", "best", str(tmp_path / "new"), "-n", "-r", root).out
     assert not (tmp_path / "new").exists()
     (tmp_path / "checkpoint-2").mkdir()
-    assert cli("pull", "best", str(tmp_path), "-r", root).code == 2
-    assert cli("pull", "99", str(tmp_path), "-r", root).code == 4
-    assert cli("pull", "best", str(tmp_path / "x"), "-c", "nope", "-r", root).code == 2
+    for also in ([], ["-n"]):
+        assert cli("pull", "best", str(tmp_path), "-r", root, *also).code == 2
+        assert cli("pull", "99", str(tmp_path), "-r", root, *also).code == 4
+        assert cli("pull", "best", str(tmp_path / "x"), "-c", "nope", "-r", root, *also).code == 2
+    planned = cli("pull", "best", str(tmp_path / "new"), "-c", "model", "-n", "--json", "-r", root).json
+    done = cli("pull", "best", str(tmp_path / "new"), "-c", "model", "--json", "-r", root).json
+    assert {**planned, "dry_run": False, "read_bytes": done["read_bytes"]} == done
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -139,7 +143,7 @@ def test_import_of_what_was_pulled(cli: Any, root: str, tmp_path: Path) -> None:
     found = cloudckpt.open(run).select("tag:release")
     assert found.metrics == {"acc": 0.2, "loss": 0.1}
     assert cli("ls", str(tmp_path / "checkpoint-2"), "-q").out.startswith("checkpoint-2.")
-    assert "ready" in cli("doctor", str(tmp_path / "checkpoint-2")).out
+    assert "verdict: ready" in cli("doctor", str(tmp_path / "checkpoint-2")).out
     assert cli("import", str(tmp_path / "checkpoint-2"), run, "--step", "3").code == 2
 
 

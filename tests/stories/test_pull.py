@@ -194,16 +194,16 @@ def test_retired_while_it_is_being_pulled_is_no_damage(run: Storage, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("components", "message"), [(["nope"], "has no component 'nope'"), ("model", r"write \['model'\]"), ([], "")]
+    ("components", "message"),
+    [(["nope"], "has no component 'nope'"), ("model", r"write \['model'\]"), ([], "names none")],
 )
 def test_components_that_cannot_be_pulled(run: Storage, tmp_path: Path, components: Any, message: str) -> None:
-    """A component that is not there, or a string in place of a list, is refused by name; none at all is an empty folder."""
+    """A component that is not there, a string in place of a list, or none at all: refused, by a dry run as well."""
     store = ManifestStore(run)
-    if not components:
-        assert pull_checkpoint(store, 1500, tmp_path, components=components).size_bytes == 0
-        return
-    with pytest.raises(ConfigError, match=message):
-        pull_checkpoint(store, 1500, tmp_path, components=components)
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=message):
+            pull_checkpoint(store, 1500, tmp_path, components=components, dry_run=dry_run)
+    assert os.listdir(tmp_path) == []
 
 
 def test_transformers_finds_every_tensor_by_the_index_beside_the_payload(run: Storage, tmp_path: Path) -> None:
