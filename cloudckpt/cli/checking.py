@@ -84,7 +84,7 @@ def repair_command(
             console.print(f"not admitted: {folder}: {why}", markup=False)
         for sentence in plan.could_not_know:
             console.print(f"could not know: {sentence}", markup=False)
-    if agreed("Put this manifest in place?", yes=yes, json=json, dry_run=dry_run):
+    if agreed("Put this manifest in place?", yes=yes, dry_run=dry_run, unseen=json):
         plan = repair(target, dry_run=False)
         if not json:
             output().print(f"done: revision {plan.manifest.revision}, run {plan.manifest.run_id}")

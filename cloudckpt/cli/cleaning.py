@@ -69,7 +69,7 @@ def prune_command(
     if not json and not quiet:
         output().print(_plan_table(plan))
         output().print(f"would retire {len(plan.retired)}, {format_bytes(plan.size_bytes)}")
-    done = bool(plan.retired) and agreed("Retire these?", yes=yes, json=json, dry_run=dry_run)
+    done = bool(plan.retired) and agreed("Retire these?", yes=yes, dry_run=dry_run, unseen=json or quiet)
     if done:
         plan = prune(store, policy=policy)
     _report(plan, done=done, json=json, quiet=quiet, root=store.storage.url)
@@ -129,7 +129,7 @@ def gc(
     found = collect_garbage(store, words=words, dry_run=True)
     if not json and not quiet:
         _print_preview(found)
-    done = _has_work(found) and agreed("Delete these?", yes=yes, json=json, dry_run=dry_run)
+    done = _has_work(found) and agreed("Delete these?", yes=yes, dry_run=dry_run, unseen=json or quiet)
     if done:
         found = collect_garbage(store, words=words, dry_run=False)
     _tell_collected(found, done=done, json=json, quiet=quiet, root=store.storage.url)
@@ -215,7 +215,7 @@ def rm(
                 f"delete  {checkpoint.name}  {format_bytes(checkpoint.size_bytes)}  kept because: {because}",
                 markup=False,
             )
-    done = agreed("Delete these for good?", yes=yes, json=json, dry_run=dry_run)
+    done = agreed("Delete these for good?", yes=yes, dry_run=dry_run, unseen=json or quiet)
     if done:
         # By id: a name such as "best" must not mean another one after the question.
         names = [checkpoint.name for checkpoint in found.checkpoints]

@@ -86,8 +86,12 @@ def view_at(root: str) -> RunView:
     return RunView(open_store(root))
 
 
-def agreed(question: str, *, yes: bool, json: bool, dry_run: bool) -> bool:
-    """Whether to go on: ``--yes``, or a person who says so. A program that reads JSON is not asked: it has to say."""
+def agreed(question: str, *, yes: bool, dry_run: bool, unseen: bool) -> bool:
+    """Whether to go on: ``--yes``, or a person who says so, having seen what it is about.
+
+    Args:
+        unseen: nothing was shown (``--json``, ``-q``), so nobody is asked: a program has to say ``--yes``.
+    """
     if dry_run:
         return False
-    return yes or (not json and typer.confirm(question, default=False))
+    return yes or (not unseen and typer.confirm(question, default=False))

@@ -14,7 +14,6 @@ from cloudckpt.cli.render import output, print_json
 from cloudckpt.core.model import Checkpoint
 from cloudckpt.errors import ConfigError
 from cloudckpt.storage import ManifestStore
-from cloudckpt.view import RunView
 
 __all__ = ["mark", "pin", "release", "tag", "unpin"]
 
@@ -31,7 +30,9 @@ def _label(
 ) -> None:
     place, selector = split(select, root)
     store = store_at(place)
-    changed = RunView(store).select(selector) if dry_run else act(store, selector)
+    changed = editing.find(store, selector)
+    if not dry_run:
+        changed = act(store, selector)
     if json:
         print_json({"dry_run": dry_run, "checkpoint": changed})
     elif quiet:

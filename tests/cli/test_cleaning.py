@@ -16,11 +16,14 @@ import cloudckpt
 from cloudckpt import CheckpointManager, editing
 from cloudckpt.collecting import collect_garbage, remove_checkpoints
 from cloudckpt.core import keys
+from cloudckpt.core import manifest as transitions
+from cloudckpt.core.model import Checkpoint, State
 from cloudckpt.core.policy import PolicyWords
 from cloudckpt.errors import ConfigError
 from cloudckpt.storage import ManifestStore, MemoryStorage, Storage
 from cloudckpt.testing import check_store
 from cloudckpt.testing.servers import MotoServer
+from cloudckpt.tools import open_store
 
 
 def steps(run: str | Path) -> list[int]:
@@ -43,6 +46,9 @@ def test_prune_shows_first_and_retires_only_what_it_showed(cli: Any, run: str) -
     planned = cli("prune", run, "--keep-best", "0", "--keep-last", "1", "--json").json
     assert planned["dry_run"] is True
     assert [d["checkpoint"]["step"] for d in planned["decisions"] if not d["keep"]] == [2]
+    assert steps(run) == [2, 3, 4]
+    # Nothing was shown, so nobody is asked, and nothing is done.
+    assert cli("prune", run, "--keep-best", "0", "--keep-last", "1", "-q").out.startswith("checkpoint-2.")
     assert steps(run) == [2, 3, 4]
     done = cli("prune", run, "--keep-best", "0", "--keep-last", "1", "--yes", "-q")
     assert done.out.startswith("checkpoint-2.")
@@ -131,6 +137,23 @@ def test_labels(cli: Any, run: str) -> None:
     assert cli("tag", "4", "-r", run).code == 2
     assert cli("mark", "4", "-r", run).code == 2
     assert cli("mark", "4", "x", "--clear", "-r", run).code == 2
+
+
+def test_a_save_in_flight_can_be_labelled_and_the_preview_knows_it(cli: Any, run: str) -> None:
+    """A label of a step that is still being uploaded holds for it, and --dry-run says so; no run at all is exit 4."""
+    store = open_store(run)
+    entry = Checkpoint(
+        id=store.token(8), step=5, seq=0, state=State.PENDING, writer_epoch=1, announced_at=store.clock()
+    )
+    store.transact(
+        lambda m, _: transitions.announce(m, entry, writer_epoch=1, settlements={}, gone=(), at=store.clock()),
+        prepare=lambda _: None,
+    )
+    planned = cli("pin", "5", "-r", run, "--dry-run", "--json").json
+    assert (planned["checkpoint"]["id"], planned["checkpoint"]["pinned"]) == (entry.id, False)
+    assert cli("pin", "5", "-r", run, "--json").json["checkpoint"]["pinned"] is True
+    for also in ((), ("-n",)):
+        assert cli("pin", "5", "-r", f"{run}-nowhere", *also).code == 4
 
 
 def test_release_gives_a_repaired_checkpoint_back(cli: Any, run: str) -> None:

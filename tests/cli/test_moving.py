@@ -48,7 +48,7 @@ def test_pull_dry_run_and_refusals(cli: Any, root: str, tmp_path: Path) -> None:
     assert "would pull" in cli("pull", "best", str(tmp_path / "new"), "-n", "-r", root).out
     assert not (tmp_path / "new").exists()
     (tmp_path / "checkpoint-2").mkdir()
-    for also in ([], ["-n"]):
+    for also in ((), ("-n",)):
         assert cli("pull", "best", str(tmp_path), "-r", root, *also).code == 2
         assert cli("pull", "99", str(tmp_path), "-r", root, *also).code == 4
         assert cli("pull", "best", str(tmp_path / "x"), "-c", "nope", "-r", root, *also).code == 2
