@@ -11,11 +11,12 @@ from cloudckpt.cli.common import Json, Place, Quiet, Root, Select, root_of, spli
 from cloudckpt.cli.render import age, as_json, checkpoints_table, output, print_json, runs_table
 from cloudckpt.core.model import Checkpoint, Index, Manifest, State
 from cloudckpt.core.retention import metric_value
+from cloudckpt.core.selection import select_best
 from cloudckpt.core.text import format_bytes, format_metric
 from cloudckpt.errors import CheckpointNotFoundError, FormatError, StorageError
 from cloudckpt.listing import RunSummary, arrived_bytes, find_runs
 from cloudckpt.storage import ManifestStore
-from cloudckpt.view import RunView
+from cloudckpt.view import RunView, placed, read_index
 
 __all__ = ["best", "diff", "latest", "list_checkpoints", "log", "show"]
 
@@ -41,7 +42,8 @@ def list_checkpoints(
             raise
         _print_runs(view.url, runs, json=json, quiet=quiet)
         return
-    found = [c for c in view.checkpoints(state=None) if everything or c.state is not State.RETIRED]
+    # All of it from one revision of the manifest.
+    found = [placed(e, view.url) for e in manifest.entries if everything or e.state is not State.RETIRED]
     arrived = _arrived(store, found)
     if json:
         print_json(_listing_json(view, manifest, found, arrived))
@@ -106,12 +108,12 @@ def show(select: Select, root: Root = None, json: Json = False, quiet: Quiet = F
     Example: cloudckpt show best -r ./runs/demo
     """
     place, selector = split(select, root)
-    view = view_at(place)
-    checkpoint = view.select(selector)
+    store = store_at(place)
+    checkpoint = RunView(store).select(selector)
     if quiet:
         sys.stdout.write(f"{checkpoint.url}\n")
         return
-    index = view.index(checkpoint.name)
+    index = read_index(store.storage, checkpoint)
     if json:
         print_json({"checkpoint": checkpoint, "index": _index_json(index)})
         return
@@ -161,15 +163,9 @@ def best(
     """
     view = view_at(root_of(place, root))
     manifest = view.manifest()
-    found = view.best(metric, mode)
+    found = placed(select_best(manifest, metric, mode), view.url)
     rule = manifest.policy.monitor
     name = metric or (rule.metric if rule else "")
-    if found is None:
-        there = sorted({m for c in manifest.committed for m in c.metrics})
-        raise CheckpointNotFoundError(
-            f"no usable checkpoint of {view.url} has a finite {name!r}; the metrics there are: "
-            f"{', '.join(there) or 'none'}"
-        )
     if json:
         print_json({"metric": name, "value": metric_value(found.metrics, name), "checkpoint": found})
     elif quiet:
