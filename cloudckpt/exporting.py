@@ -5,39 +5,37 @@ Everything is written beside its final place and gets its name at the end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.config import Settings
 from cloudckpt.core import keys
-from cloudckpt.core.model import Checkpoint, Index
+from cloudckpt.core.model import Checkpoint
 from cloudckpt.core.whole import plan_whole, weight_map
 from cloudckpt.core.wire import canonical
-from cloudckpt.errors import ConfigError, StorageError
+from cloudckpt.errors import StorageError
 from cloudckpt.events import Listeners
+from cloudckpt.exportable import ExportPlan, plan_export
 from cloudckpt.pulling import write_component
 from cloudckpt.run import Run
 from cloudckpt.storage import ManifestStore, Storage, open_storage
 from cloudckpt.storage.local_errors import mapped
 from cloudckpt.view import read_index
 
-__all__ = ["FORMATS", "Exported", "export", "export_checkpoint"]
+__all__ = ["Exported", "export", "export_checkpoint", "export_planned"]
 
-#: What a checkpoint can be exported to, and what that gives.
-FORMATS: Mapping[str, str] = {
-    "safetensors": "one safetensors file for each component, with whole tensors",
-    "torch": "one file that torch.load reads, with everything",
-    "hf": "the model's weights as from_pretrained reads them, in shards with an index where they are large",
-    "dcp": "a folder that torch.distributed.checkpoint.load reads, with everything",
-}
+#: Any: the package imports its names without exporting them.
+_dcp: Any = torch.distributed.checkpoint
 
 #: Hugging Face's own default for max_shard_size ("5GB").
 _SHARD_BYTES = 5 * 10**9
@@ -49,8 +47,9 @@ class Exported:
 
     Attributes:
         checkpoint: which one.
-        format: one of ``FORMATS``.
+        format: one of ``exportable.FORMATS``.
         path: the folder, or the file.
+        components: what went in.
         files: the names of the files in it.
         left_out: components that this format has no place for.
     """
@@ -58,6 +57,7 @@ class Exported:
     checkpoint: Checkpoint
     format: str
     path: Path
+    components: tuple[str, ...]
     files: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -97,7 +97,7 @@ def export_checkpoint(
 
     Args:
         select: ``latest``, ``best``, a step, ``tag:NAME`` or a save id.
-        to: one of ``FORMATS``.
+        to: one of ``exportable.FORMATS``.
         path: the folder to make, or the file for "torch". It must not be there.
         components: only these; by default all, and "model" for "hf".
         allow_pickle: load pickled leaves, which runs code from the checkpoint.
@@ -109,56 +109,44 @@ def export_checkpoint(
         CorruptCheckpointError: bytes on the store are not what was sealed.
         StorageError: the store, or the local disk, refused.
     """
-    if to not in FORMATS:
-        raise ConfigError(f"{to!r} is none of the formats there are: {', '.join(FORMATS)}")
-    final = Path(path)
-    if os.path.lexists(final):
-        raise ConfigError(f"{final} is there already: choose another path, or move it away")
+    plan = plan_export(store, select, to=to, path=path, components=components)
+    return export_planned(store, plan, allow_pickle=allow_pickle, progress=progress)
+
+
+def export_planned(
+    store: ManifestStore, plan: ExportPlan, *, allow_pickle: bool, progress: Callable[[int, int], None]
+) -> Exported:
+    """Carry out a plan of ``plan_export``. See ``export_checkpoint``."""
+    checkpoint, components, final = plan.checkpoint, plan.components, plan.path
     run = Run(store, Listeners(), allow_pickle=allow_pickle)
-    checkpoint = run.select(select)
-    asked, left_out = _asked(read_index(store.storage, checkpoint), checkpoint, to, components)
     partial = final.with_name(f".{final.name}.partial")
     with mapped(partial):
         final.parent.mkdir(parents=True, exist_ok=True)
         _clear(partial)
     try:
-        match to:
+        match plan.format:
             case "torch":
-                files = _to_torch(run, checkpoint, asked, partial, final.name)
+                files = _to_torch(run, checkpoint, components, partial, final.name)
             case "dcp":
-                files = _to_dcp(run, checkpoint, asked, partial)
+                files = _to_dcp(run, checkpoint, components, partial)
             case "hf":
-                files = _to_hf(store, checkpoint, asked[0], partial, progress)
+                files = _to_hf(store, checkpoint, components[0], partial, progress)
             case _:
-                files = _to_safetensors(store, checkpoint, asked, partial, progress)
+                files = _to_safetensors(store, checkpoint, components, partial, progress)
         with mapped(final):
             os.replace(partial, final)  # noqa: PTH105 - the call whose atomicity this stands on, by its own name
     except BaseException:
-        _clear(partial)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            _clear(partial)
         raise
-    return Exported(checkpoint=checkpoint, format=to, path=final, files=files, left_out=left_out)
-
-
-def _asked(
-    index: Index, checkpoint: Checkpoint, to: str, components: Collection[str] | None
-) -> tuple[list[str], tuple[str, ...]]:
-    """The components to export, and those among them that the format has no place for."""
-    if isinstance(components, str):
-        raise ConfigError(f"components={components!r}: expected a list, write [{components!r}]")
-    asked = (["model"] if to == "hf" else [*index.structure]) if components is None else [*components]
-    if unknown := [name for name in asked if name not in index.structure]:
-        raise ConfigError(
-            f"{checkpoint.url} has no component {', '.join(map(repr, unknown))}; it has "
-            f"{', '.join(map(repr, index.structure))}. Say which to export"
-        )
-    if to == "hf" and len(asked) != 1:
-        raise ConfigError('to="hf" writes one model: name one component')
-    if to in {"torch", "dcp"}:
-        return asked, ()
-    fit = [name for name in asked if index.tensors.get(name)]
-    if not fit:
-        raise ConfigError(f"{', '.join(asked)}: there are no tensors in it, so nothing for a safetensors file")
-    return fit, tuple(name for name in asked if name not in fit)
+    return Exported(
+        checkpoint=checkpoint,
+        format=plan.format,
+        path=final,
+        components=components,
+        files=files,
+        left_out=plan.left_out,
+    )
 
 
 def _clear(path: Path) -> None:
@@ -178,7 +166,7 @@ def _made(folder: Path) -> Path:
 def _to_safetensors(
     store: ManifestStore,
     checkpoint: Checkpoint,
-    components: list[str],
+    components: Sequence[str],
     folder: Path,
     progress: Callable[[int, int], None],
 ) -> tuple[str, ...]:
@@ -187,7 +175,7 @@ def _to_safetensors(
     return tuple(name for names in written for name in names)
 
 
-def _to_torch(run: Run, checkpoint: Checkpoint, components: list[str], path: Path, name: str) -> tuple[str, ...]:
+def _to_torch(run: Run, checkpoint: Checkpoint, components: Sequence[str], path: Path, name: str) -> tuple[str, ...]:
     values = run.load(checkpoint.name, components=components)
     with mapped(path):
         try:
@@ -197,7 +185,7 @@ def _to_torch(run: Run, checkpoint: Checkpoint, components: list[str], path: Pat
     return (name,)
 
 
-def _to_dcp(run: Run, checkpoint: Checkpoint, components: list[str], folder: Path) -> tuple[str, ...]:
+def _to_dcp(run: Run, checkpoint: Checkpoint, components: Sequence[str], folder: Path) -> tuple[str, ...]:
     values: dict[str, Any] = run.load(checkpoint.name, components=components)
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     alone: dict[str, Any] = {"no_dist": True} if many else {}
@@ -205,7 +193,11 @@ def _to_dcp(run: Run, checkpoint: Checkpoint, components: list[str], folder: Pat
         # That one process saves alone is meant.
         warnings.filterwarnings("ignore", message=r"torch\.distributed is .*unavailable or uninitialized")
         with mapped(folder):
-            dcp.save(values, checkpoint_id=str(_made(folder)), **alone)
+            try:
+                _dcp.save(values, checkpoint_id=str(_made(folder)), **alone)
+            except CheckpointException as exc:  # which is no Exception
+                reason, _ = next(iter(exc.failures.values()))
+                raise StorageError(f"{folder}: {reason}") from exc
     return tuple(sorted(path.name for path in folder.iterdir()))
 
 

@@ -13,8 +13,8 @@ from cloudckpt.cli.render import as_json, output, print_json
 from cloudckpt.cli.transfers import shown
 from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import ConfigError
+from cloudckpt.exportable import plan_export
 from cloudckpt.foreign import OURS, Imported, ImportPlan, plan_import
-from cloudckpt.view import RunView
 
 __all__ = ["copy", "export", "import_command", "pull"]
 
@@ -136,25 +136,15 @@ def export(
     """
     place, selector = split(select, root)
     store = store_at(place)
-    checkpoint = RunView(store).select(selector)
-    suffix = ".pt" if to == "torch" else f"-{to}"
-    final = path if path is not None else Path(f"checkpoint-{checkpoint.step}{suffix}")
+    plan = plan_export(store, selector, to=to, path=path, components=component)
     if dry_run:
-        document = {"dry_run": True, "checkpoint": checkpoint, "format": to, "path": final}
-        _tell(document, f"would export {checkpoint.url} to {final} ({to})", json=json, quiet=quiet, word="path")
+        line = f"would export {plan.checkpoint.url} to {plan.path} ({to})"
+        _tell({"dry_run": True, **as_json(plan)}, line, json=json, quiet=quiet, word="path")
         return
     from cloudckpt.cli import with_tensors
 
-    with shown(f"exporting {checkpoint.name}", quiet=quiet or json) as progress:
-        found = with_tensors.export(
-            store,
-            checkpoint.name,
-            to=to,
-            path=final,
-            components=component,
-            allow_pickle=allow_pickle,
-            progress=progress,
-        )
+    with shown(f"exporting {plan.checkpoint.name}", quiet=quiet or json) as progress:
+        found = with_tensors.export(store, plan, allow_pickle=allow_pickle, progress=progress)
     left_out = f"; without {', '.join(found.left_out)}: only values" if found.left_out else ""
     line = f"{found.path} ({len(found.files)} files{left_out})"
     _tell({"dry_run": False, **as_json(found)}, line, json=json, quiet=quiet, word="path")

@@ -72,8 +72,9 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
         "checkpoint": "checkpoint",
         "format": "string",
         "path": "string",
+        "components": "array of names; what goes in",
         "files": "array of names (not for a dry run)",
-        "left_out": "array of names; components without tensors (not for a dry run)",
+        "left_out": "array of names; components without tensors",
     },
     "import": {
         "dry_run": "boolean",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from cloudckpt.diffing import CheckpointDiff
 from cloudckpt.errors import ConfigError
+from cloudckpt.exportable import ExportPlan
 from cloudckpt.foreign import Imported, ImportPlan
 from cloudckpt.storage import ManifestStore
 
@@ -30,24 +30,13 @@ def compare(before: ManifestStore, after: ManifestStore, diff: CheckpointDiff) -
     return compare_values(before, after, diff)
 
 
-def export(
-    store: ManifestStore,
-    select: str,
-    *,
-    to: str,
-    path: Path,
-    components: Sequence[str] | None,
-    allow_pickle: bool,
-    progress: Callable[[int, int], None],
-) -> Any:
-    """See ``exporting.export_checkpoint``."""
+def export(store: ManifestStore, plan: ExportPlan, *, allow_pickle: bool, progress: Callable[[int, int], None]) -> Any:
+    """See ``exporting.export_planned``."""
     try:
-        from cloudckpt.exporting import export_checkpoint
+        from cloudckpt.exporting import export_planned
     except ImportError as exc:
         raise _needs_torch(exc) from exc
-    return export_checkpoint(
-        store, select, to=to, path=path, components=components, allow_pickle=allow_pickle, progress=progress
-    )
+    return export_planned(store, plan, allow_pickle=allow_pickle, progress=progress)
 
 
 def bring_in(plan: ImportPlan, root: str, **words: Any) -> Imported:

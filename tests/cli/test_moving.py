@@ -96,7 +96,7 @@ def test_cp_makes_a_run_of_its_own(cli: Any, root: str, tmp_path: Path) -> None:
     ("form", "reads"), [("torch", "all.pt"), ("hf", "model"), ("safetensors", "st"), ("dcp", "dcp")]
 )
 def test_export(cli: Any, root: str, tmp_path: Path, form: str, reads: str) -> None:
-    """Each form is written where it was asked for; -q prints the path."""
+    """Each form is written where it was asked for, -q prints the path; a dry run says and refuses the same."""
     path = tmp_path / reads
     assert "would export" in cli("export", "best", str(path), "--to", form, "-n", "-r", root).out
     assert not path.exists()
@@ -107,8 +107,13 @@ def test_export(cli: Any, root: str, tmp_path: Path, form: str, reads: str) -> N
         assert (path / ".metadata").exists()
     else:
         assert torch.equal(safetensors.torch.load_file(path / "model.safetensors")["w"], torch.full((9,), 2.0))
-    assert cli("export", "best", str(path), "--to", form, "-r", root).code == 2
-    assert cli("export", "best", str(tmp_path / "x"), "--to", "onnx", "-r", root).code == 2
+    for also in ((), ("-n",)):
+        assert cli("export", "best", str(path), "--to", form, "-r", root, *also).code == 2
+        assert cli("export", "best", str(tmp_path / "x"), "--to", "onnx", "-r", root, *also).code == 2
+        assert cli("export", "best", str(tmp_path / "x"), "--to", form, "-c", "no", "-r", root, *also).code == 2
+    planned = cli("export", "best", str(tmp_path / "y"), "--to", form, "--json", "-n", "-r", root).json
+    done = cli("export", "best", str(tmp_path / "y"), "--to", form, "--json", "-r", root).json
+    assert {**planned, "dry_run": False, "files": done["files"]} == done
 
 
 def test_import_of_a_plain_folder(cli: Any, tmp_path: Path) -> None:

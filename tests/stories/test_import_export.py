@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint
 
 import cloudckpt
 from cloudckpt import CheckpointManager, ConfigError, CorruptCheckpointError, FormatError
@@ -17,6 +17,9 @@ from cloudckpt.exporting import export_checkpoint
 from cloudckpt.foreign import plan_import
 from cloudckpt.importing import load_safetensors
 from cloudckpt.storage import ManifestStore, MemoryStorage, Storage
+
+#: Any: the package imports its names without exporting them.
+dcp: Any = torch.distributed.checkpoint
 
 
 def state() -> dict[str, Any]:
@@ -95,6 +98,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(run: Stor
         ({"to": "torch", "path": tmp_path / "x", "components": ["nope"]}, "has no component 'nope'"),
         ({"to": "safetensors", "path": tmp_path / "x", "components": ["epoch"]}, "there are no tensors in it"),
         ({"to": "hf", "path": tmp_path / "x", "components": ["model", "optimizer"]}, "name one component"),
+        ({"to": "torch", "path": tmp_path / "x", "components": []}, "names none"),
     ]:
         with pytest.raises(ConfigError, match=message):
             export_checkpoint(store, 10, **words)  # type: ignore[arg-type]  # a table of mistakes
