@@ -16,7 +16,7 @@ from cloudckpt.core import keys
 from cloudckpt.core.model import Checkpoint
 from cloudckpt.errors import ConfigError, FormatError
 from cloudckpt.storage.local_errors import mapped
-from cloudckpt.storage.pulled import is_pulled
+from cloudckpt.storage.pulled import PULLED_NAME, is_pulled, read_note
 
 __all__ = ["OURS", "ImportPart", "ImportPlan", "Imported", "plan_import"]
 
@@ -270,9 +270,20 @@ class _Folder:
         else:
             self._take_plain(name)
 
+    def _take_note(self, name: str) -> bool:
+        """Whether it is what ``pull`` writes beside components: their step and metrics."""
+        with mapped(self._path / name):
+            noted = read_note((self._path / name).read_bytes())
+        if noted is not None:
+            self._step = noted.step
+            self._metrics |= noted.metrics
+        return noted is not None
+
     def _take_plain(self, name: str) -> None:
         stem, suffix = os.path.splitext(name)  # noqa: PTH122 - a name, and no path
-        if suffix == ".safetensors":
+        if name == PULLED_NAME and self._take_note(name):
+            self._leave_out(name, "read as step and metrics")
+        elif suffix == ".safetensors":
             self._take(stem, [name], "safetensors")
         elif suffix in {".pt", ".pth", ".bin"}:
             self._take(stem, [name], "torch")

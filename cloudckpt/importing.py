@@ -96,38 +96,38 @@ def import_planned(
     settings: Settings | None = None,
 ) -> Imported:
     """Carry out a plan of ``plan_import``. See ``import_folder``."""
+    if plan.kind == OURS and (step is not None or metrics):
+        raise ConfigError(f"{plan.path} is a checkpoint that was pulled: it brings its own step and metrics")
     storage = open_storage(root, storage_options=storage_options, settings=settings)
     store = ManifestStore(storage, settings)
-    if plan.kind == OURS:
-        if step is not None or metrics:
-            raise ConfigError(f"{plan.path} is a checkpoint that was pulled: it brings its own step and metrics")
-        source = ManifestStore(open_storage(plan.path))
-        try:
+    try:
+        if plan.kind == OURS:
+            source = ManifestStore(open_storage(plan.path))
             copied, components = copy_pulled(source, store, tags=tags, pin=pin, takeover=takeover)
-        finally:
-            if storage is not root:
-                storage.close()
-        return Imported(checkpoint=copied.checkpoint, plan=plan, components=components)
-    found = store.read()
-    if takeover == "refuse":
-        refuse_held(found, store)
-    state, told_step, told_metrics = _loaded(plan, allow_pickle=allow_pickle)
-    number = next((s for s in (step, plan.step, told_step) if s is not None), None)
-    if number is None:
-        raise ConfigError(f"{plan.path} does not tell its training step: say it, with step=N (--step N)")
-    words: dict[str, Any] = {} if found is not None else {"keep_last": None}
-    with CheckpointManager(
-        storage, takeover=takeover, allow_pickle=allow_pickle, process_group=False, settings=settings, **words
-    ) as ckpts:
-        pending = ckpts.save(
-            checked_step(number),
-            state,
-            metrics={**told_metrics, **plan.metrics, **(metrics or {})},
-            tags=tags,
-            pin=pin,
-            block=True,
-        )
-    return Imported(checkpoint=pending.checkpoint, plan=plan, components=tuple(state))
+            return Imported(checkpoint=copied.checkpoint, plan=plan, components=components)
+        found = store.read()
+        if takeover == "refuse":
+            refuse_held(found, store)
+        state, told_step, told_metrics = _loaded(plan, allow_pickle=allow_pickle)
+        number = next((s for s in (step, plan.step, told_step) if s is not None), None)
+        if number is None:
+            raise ConfigError(f"{plan.path} does not tell its training step: say it, with step=N (--step N)")
+        words: dict[str, Any] = {} if found is not None else {"keep_last": None}
+        with CheckpointManager(
+            storage, takeover=takeover, allow_pickle=allow_pickle, process_group=False, settings=settings, **words
+        ) as ckpts:
+            pending = ckpts.save(
+                checked_step(number),
+                state,
+                metrics={**told_metrics, **plan.metrics, **(metrics or {})},
+                tags=tags,
+                pin=pin,
+                block=True,
+            )
+        return Imported(checkpoint=pending.checkpoint, plan=plan, components=tuple(state))
+    finally:
+        if storage is not root:
+            storage.close()
 
 
 def _loaded(plan: ImportPlan, *, allow_pickle: bool) -> tuple[dict[str, Any], int | None, dict[str, float]]:
@@ -187,6 +187,11 @@ def _unpickled(path: Path, *, allow_pickle: bool) -> Any:
         if allow_pickle:
             raise FormatError(f"{path} is not a file of torch.save: {exc}") from exc
         raise _NeedsPickleError(path.name) from exc
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(
+            f"{path} holds an object of a class that cannot be imported here ({exc}): install what it comes from, or "
+            f"leave the file out: --skip {path.name}"
+        ) from exc
     except (RuntimeError, EOFError) as exc:
         # torch's own words for a zip archive without its end.
         raise CorruptCheckpointError(f"{path} cannot be read, it is probably cut short: {exc}") from exc

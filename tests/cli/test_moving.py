@@ -140,6 +140,19 @@ def test_import_of_a_plain_folder(cli: Any, tmp_path: Path) -> None:
     assert [c.step for c in cloudckpt.open(run).checkpoints()] == [7, 8]
 
 
+def test_import_of_a_component_that_was_pulled(cli: Any, root: str, tmp_path: Path) -> None:
+    """What pull noted beside it is no component: it tells step and metrics."""
+    cli("pull", "best", str(tmp_path), "-c", "model", "-r", root)
+    folder = (tmp_path / "checkpoint-2").rename(tmp_path / "weights")
+    run = str(tmp_path / "run")
+    done = cli("import", str(folder), run, "--json").json
+    assert (done["components"], done["checkpoint"]["step"]) == (["model"], 2)
+    assert done["checkpoint"]["metrics"] == {"acc": 0.2, "loss": 0.1}
+    (folder / "pulled.json").write_text('{"mine": 1}')
+    again = cli("import", str(folder), run, "--step", "3", "--json").json
+    assert again["components"] == ["model", "pulled"]
+
+
 def test_import_of_what_was_pulled(cli: Any, root: str, tmp_path: Path) -> None:
     """A pulled folder goes back into a run, with metrics and tags."""
     cli("pull", "best", str(tmp_path), "-r", root)

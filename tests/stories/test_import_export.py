@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,20 @@ def test_nothing_is_unpickled_unless_it_is_allowed(tmp_path: Path, monkeypatch: 
     cloudckpt.import_folder(place, there, skip=["ex*"])
     assert set(cloudckpt.open(there).load()) == {"model"}
     assert not Path("was-here").exists()
+
+
+def test_a_class_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpickling may be allowed and still be impossible: whose class it is, and how to go on without it."""
+    place = tmp_path / "checkpoint-1"
+    place.mkdir()
+    thing = type("Thing", (), {"__module__": "gone_by_then"})
+    module = types.ModuleType("gone_by_then")
+    vars(module)["Thing"] = thing
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gone_by_then", module)
+        torch.save({"x": thing()}, place / "extra.pt")
+    with pytest.raises(ConfigError, match=r"gone_by_then.*--skip extra\.pt"):
+        cloudckpt.import_folder(place, MemoryStorage(), allow_pickle=True)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "no step", "cut", "bad index", "twice"])
