@@ -295,6 +295,10 @@ class LoggingListener:
                 self._resumed(event)
             case RunClosed():
                 self._closed(event)
+            case TransferProgress():
+                logger.info("%s", event.line)
+            case TransferStalled():
+                logger.warning("%s", _stall(event))
             case _:
                 self._one_line(event)
 
@@ -333,10 +337,6 @@ class LoggingListener:
                     event.after,
                     _names(event.will_retire) or "nothing",
                 )
-            case TransferProgress():
-                logger.info("%s", event.line)
-            case TransferStalled():
-                logger.warning("%s", _stall(event))
             case Warned():
                 logger.warning("%s", event.message)
             case _:  # every other event has a method of its own

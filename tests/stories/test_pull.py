@@ -117,12 +117,12 @@ def test_a_component_is_one_file_that_load_file_reads(run: Storage, tmp_path: Pa
 
 def test_a_pull_that_was_broken_off_goes_on(run: Storage, tmp_path: Path) -> None:
     """Only what is missing is read again; until then there is no folder of that name."""
-    cut = Counted(run, fail_after=20 * 2**20)
+    cut: Any = Counted(run, fail_after=20 * 2**20)
     with pytest.raises(StorageError, match="the line was cut"):
-        pull_checkpoint(ManifestStore(cut), 1500, tmp_path)  # type: ignore[arg-type]  # a storage, by delegation
+        pull_checkpoint(ManifestStore(cut), 1500, tmp_path)
     assert not (tmp_path / "checkpoint-1500").exists()
-    rest = Counted(run)
-    pulled = pull_checkpoint(ManifestStore(rest), 1500, tmp_path)  # type: ignore[arg-type]  # the same
+    rest: Any = Counted(run)
+    pulled = pull_checkpoint(ManifestStore(rest), 1500, tmp_path)
     assert rest.read_bytes == pulled.read_bytes == pulled_payload(run) - cut.read_bytes
     assert cloudckpt.verify(pulled.folder, deep=True).ok
 
@@ -189,8 +189,9 @@ def test_retired_while_it_is_being_pulled_is_no_damage(run: Storage, tmp_path: P
                     cloudckpt.sweep(run, dry_run=False)
             super().read_into(key, start, *targets)
 
+    letting_go: Any = LetsGo(run)
     with pytest.raises(CheckpointNotFoundError, match="retired while it was being read"):
-        pull_checkpoint(ManifestStore(LetsGo(run)), 1500, tmp_path)  # type: ignore[arg-type]  # by delegation
+        pull_checkpoint(ManifestStore(letting_go), 1500, tmp_path)
 
 
 @pytest.mark.parametrize(
