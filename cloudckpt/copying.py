@@ -47,6 +47,9 @@ _OBJECTS_AT_ONCE = 4
 #: Parts in memory at once, of all objects together: at 64 MiB at most each, half a GiB.
 _PARTS_AT_ONCE = 8
 
+#: What may become of a writer that has not closed the target.
+_TAKEOVERS = ("refuse", "last_wins", "force")
+
 #: Whoever takes the bytes in order gets them in slices of this size.
 _SLICE_BYTES = 8 * 1024 * 1024
 
@@ -94,19 +97,22 @@ def copy_checkpoint(
         tags: further tags of the copy.
         pin: exempt the copy from every rule.
         dry_run: only say what would be done.
-        takeover: "last_wins" writes into a run whose last writer has not closed it, and fences that one.
+        takeover: "last_wins" writes into a run whose last writer has not closed it, and fences that one; "force" does
+            so even in a duel.
         progress: told of bytes done and of all, from any thread.
         listener: told what happens to the target; by default the log is.
 
     Raises:
         CheckpointNotFoundError: nothing matches.
-        ConfigError: source and target are one run.
+        ConfigError: source and target are one run, or a word or tag cannot be used.
         ConflictError: another process holds the target.
         CorruptCheckpointError: bytes of the source are not what was sealed.
         FormatError: the target holds something else, or the checkpoint needs what this version does not know.
         StorageError: one of the stores refused.
     """
     further = checked_labels(tags, "a tag")
+    if takeover not in _TAKEOVERS:
+        raise ConfigError(f"takeover={takeover!r}: write one of {', '.join(_TAKEOVERS)}")
     if store.storage.url == target.storage.url:
         raise ConfigError(f"{target.storage.url} is the run that is copied from: choose another root for the copy")
     view = RunView(store)
@@ -309,7 +315,7 @@ class _Copy:
 
     def _give_up(self, error: BaseException) -> None:
         store, epoch = self._target, self._claim.writer_epoch
-        settled = {self._entry.id: Abandon(reason=f"the copy failed: {error or type(error).__name__}"[:500])}
+        settled = {self._entry.id: Abandon(reason=f"the copy failed: {str(error) or type(error).__name__}"[:500])}
 
         def change(current: Manifest, _: None) -> Manifest:
             after = transitions.settle(current, settled, writer_epoch=epoch, at=store.clock())

@@ -70,7 +70,9 @@ def plot_of(view: RunView, metric: str | None = None) -> Plot:
     """
     manifest = view.manifest()
     name = metric or _usual_metric(manifest)
-    points = [_point(entry, name, manifest) for entry in manifest.entries]
+    # Whatever ended a save, the journal says that it was given up.
+    abandoned = {event.id for event in manifest.journal if event.event == "abandon"}
+    points = [_point(entry, name, manifest, abandoned=entry.id in abandoned) for entry in manifest.entries]
     known = {entry.id for entry in manifest.entries}
     for event in manifest.journal:
         if event.id is not None and event.step is not None and event.id not in known and event.event == "delete":
@@ -79,7 +81,7 @@ def plot_of(view: RunView, metric: str | None = None) -> Plot:
                 Point(
                     step=event.step,
                     value=None,
-                    kind="failed" if "save failed" in (event.detail or "") else "deleted",
+                    kind="failed" if event.id in abandoned else "deleted",
                     name=f"checkpoint-{event.step}.{event.id}",
                     note=event.detail or "",
                 )
@@ -102,9 +104,9 @@ def _usual_metric(manifest: Manifest) -> str:
     return there[0]
 
 
-def _point(entry: Checkpoint, metric: str, manifest: Manifest) -> Point:
+def _point(entry: Checkpoint, metric: str, manifest: Manifest, *, abandoned: bool) -> Point:
     best = {ids[0] for ids in (b.ids for b in manifest.best if b.metric == metric) if ids}
-    if entry.damaged is not None or entry.marks or "the save failed" in (entry.retired_because or ""):
+    if entry.damaged is not None or entry.marks or abandoned:
         kind = "failed"
     elif entry.state is State.RETIRED:
         kind = "deleted"

@@ -18,6 +18,8 @@ from rich.console import Console
 import cloudckpt
 from cloudckpt import CheckpointManager, ConfigError
 from cloudckpt.cli.picturing import follow, screen
+from cloudckpt.core import manifest as transitions
+from cloudckpt.core.model import Checkpoint, State
 from cloudckpt.costing import cost_of_run
 from cloudckpt.plotting import plot_of
 from cloudckpt.storage import ManifestStore, MemoryStorage
@@ -50,6 +52,28 @@ def test_failed_ones_are_marked_and_a_metric_must_be_told_where_there_are_severa
         plot_of(cloudckpt.open(storage))
     with pytest.raises(cloudckpt.CheckpointNotFoundError, match="the metrics there are: acc, loss"):
         plot_of(cloudckpt.open(storage), "bleu")
+
+
+@pytest.mark.parametrize("saves", [0, 2])
+def test_a_save_whose_process_ended_is_marked_as_failed(saves: int) -> None:
+    """What a later writer gave up, while its entry is there and after that is gone."""
+    storage = MemoryStorage()
+    with CheckpointManager(storage, keep_last=None) as ckpts:
+        ckpts.save(1, {"w": torch.zeros(1)}, metrics={"loss": 1.0}, block=True)
+    store = ManifestStore(storage)
+    entry = Checkpoint(
+        id=store.token(8), step=2, seq=0, state=State.PENDING, writer_epoch=1, announced_at=store.clock()
+    )
+    store.transact(
+        lambda m, _: transitions.announce(m, entry, writer_epoch=1, settlements={}, gone=(), at=store.clock()),
+        prepare=lambda _: None,
+    )
+    with CheckpointManager(storage) as ckpts:
+        ckpts.restore({"w": torch.zeros(1)})
+        for step in range(3, 3 + saves):
+            ckpts.save(step, {"w": torch.zeros(1)}, metrics={"loss": 2.0}, block=True)
+    kinds = {p.step: p.kind for p in plot_of(cloudckpt.open(storage), "loss").points}
+    assert (kinds[1], kinds[2]) == ("saved", "failed")
 
 
 def test_plot_in_the_terminal(cli: Any, root: str, monkeypatch: pytest.MonkeyPatch) -> None:

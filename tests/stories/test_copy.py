@@ -98,12 +98,14 @@ def test_a_run_that_somebody_holds_is_refused_unless_it_is_taken_over() -> None:
 
 
 def test_onto_itself_and_from_nothing_are_refused() -> None:
-    """The run itself is no target; a selector that means nothing copies nothing."""
+    """The run itself is no target; a selector that means nothing, or a misspelled word, copies nothing."""
     source, there = saved(MemoryStorage("memory://one"), 1), MemoryStorage("memory://two")
     with pytest.raises(ConfigError, match="is the run that is copied from"):
         copy_checkpoint(source, 1, source)
     with pytest.raises(CheckpointNotFoundError):
         copy_checkpoint(source, 77, ManifestStore(there))
+    with pytest.raises(ConfigError, match="takeover='refues'"):
+        copy_checkpoint(source, 1, ManifestStore(there), takeover="refues")
     assert not [*there.list("")]
 
 
