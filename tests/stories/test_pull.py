@@ -83,6 +83,20 @@ def test_all_of_it_lies_in_a_folder_named_by_the_step(run: Storage, tmp_path: Pa
     assert torch.equal(own["weight"], big_state()["model"]["weight"])
 
 
+def test_the_index_is_kept_as_it_was_proven(run: Storage, tmp_path: Path) -> None:
+    """It is read once: the bytes in the folder are those that were compared with the manifest."""
+    asked: list[str] = []
+
+    class Noted(Counted):
+        def read(self, key: str, *, limit_bytes: int) -> Any:
+            asked.append(key.rpartition("/")[2])
+            return self._inner.read(key, limit_bytes=limit_bytes)
+
+    noted: Any = Noted(run)
+    pull_checkpoint(ManifestStore(noted), 1500, tmp_path)
+    assert asked.count("checkpoint.json") == 1
+
+
 def test_what_was_pulled_reads_as_a_run(run: Storage, tmp_path: Path) -> None:
     """``cloudckpt.open`` of the folder loads, verifies and shows it, with tags that came after the save."""
     folder = pull_checkpoint(ManifestStore(run), 1500, tmp_path).folder
@@ -125,6 +139,15 @@ def test_a_pull_that_was_broken_off_goes_on(run: Storage, tmp_path: Path) -> Non
     pulled = pull_checkpoint(ManifestStore(rest), 1500, tmp_path)
     assert rest.read_bytes == pulled.read_bytes == pulled_payload(run) - cut.read_bytes
     assert cloudckpt.verify(pulled.folder, deep=True).ok
+
+
+def test_what_is_left_of_a_pull_does_not_come_along_with_other_components(run: Storage, tmp_path: Path) -> None:
+    """Each choice of components is brought in a place of its own."""
+    cut: Any = Counted(run, fail_after=0)
+    with pytest.raises(StorageError, match="the line was cut"):
+        pull_checkpoint(ManifestStore(cut), 1500, tmp_path, components=["model", "optimizer"])
+    folder = pull_checkpoint(ManifestStore(run), 1500, tmp_path, components=["optimizer"]).folder
+    assert sorted(os.listdir(folder)) == ["optimizer.safetensors", "pulled.json"]
 
 
 def pulled_payload(run: Storage) -> int:
