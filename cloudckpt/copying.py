@@ -23,6 +23,7 @@ from cloudckpt.core.index_json import encode_index
 from cloudckpt.core.manifest import Abandon, RollForward
 from cloudckpt.core.model import Checkpoint, Index, Manifest, PayloadObject, State
 from cloudckpt.core.policy import PolicyWords
+from cloudckpt.core.retention import plan_prune
 from cloudckpt.errors import (
     CloudCkptError,
     CommitUnknownError,
@@ -65,6 +66,7 @@ class Copied:
         new_run: whether the target was no run before.
         stored_bytes: copied by the store itself.
         carried_bytes: carried by this process.
+        retired: older ones of the target that its policy lets go at this commit, or would.
     """
 
     source: Checkpoint
@@ -73,6 +75,7 @@ class Copied:
     new_run: bool
     stored_bytes: int = 0
     carried_bytes: int = 0
+    retired: tuple[Checkpoint, ...] = ()
 
 
 def copy_checkpoint(
@@ -138,14 +141,19 @@ def copy_checkpoint(
         pinned=pin,
     )
     if dry_run:
-        planned = placed(entry, target.storage.url)
-        return Copied(source=source, checkpoint=planned, dry_run=True, new_run=found is None)
+        return Copied(
+            source=source,
+            checkpoint=placed(entry, target.storage.url),
+            dry_run=True,
+            new_run=found is None,
+            retired=_outlived(found, entry, target),
+        )
     rules = view.manifest().policy.keep_best
     words = PolicyWords() if found is not None else PolicyWords(keep_last=None, keep_best=list(rules) or 0)
     told = listener or Listeners([LoggingListener()])
     claim = claim_run(target, words, change_policy=False, takeover=takeover, listener=told)
     copy = _Copy(store, target, claim, source, index, replace(entry, writer_epoch=claim.writer_epoch), progress)
-    committed = copy.run()
+    committed, retired = copy.run()
     return Copied(
         source=source,
         checkpoint=placed(committed, target.storage.url),
@@ -153,7 +161,17 @@ def copy_checkpoint(
         new_run=found is None,
         stored_bytes=copy.stored_bytes,
         carried_bytes=copy.carried_bytes,
+        retired=tuple(placed(other, target.storage.url) for other in retired),
     )
+
+
+def _outlived(found: Manifest | None, entry: Checkpoint, target: ManifestStore) -> tuple[Checkpoint, ...]:
+    """What the target's own policy lets go once the copy is committed. A new run keeps all."""
+    if found is None:
+        return ()
+    committed = replace(entry, seq=found.next_seq, state=State.COMMITTED, committed_at=target.clock())
+    plan = plan_prune((*found.entries, committed), found.policy)
+    return tuple(placed(other, target.storage.url) for other in plan.retired)
 
 
 def copy_pulled(
@@ -218,8 +236,8 @@ class _Copy:
         self.stored_bytes = 0
         self.carried_bytes = 0
 
-    def run(self) -> Checkpoint:
-        """Announce, bring every object, seal, commit, and give the claim back."""
+    def run(self) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+        """Announce, bring every object, seal, commit, close the run; the copy, and what its commit let go."""
         epoch, store = self._claim.writer_epoch, self._target
         try:
             after = store.transact(
@@ -233,7 +251,10 @@ class _Copy:
                 raise ConflictError(f"{self._entry.name} was announced and is gone from the manifest: copy again")
             self._objects(announced)
             sealed = self._seal(announced, after)
-            committed = self._commit(announced, sealed)
+            done = self._commit(announced, sealed)
+            committed = done.find(announced.id)
+            if committed is None:
+                raise ConflictError(f"{announced.name} was retired by somebody else before it was committed")
         except BaseException as exc:
             if not isinstance(exc, CommitUnknownError):
                 # The first error is the one to tell; what cannot be settled now, the next claim settles.
@@ -244,7 +265,8 @@ class _Copy:
         with contextlib.suppress(CloudCkptError):
             # What the target's policy lets go at this commit; a later sweep finds what stays.
             sweep_run(store, dry_run=False)
-        return committed
+        before = {entry.id for entry in after.committed}
+        return committed, tuple(entry for entry in done.in_state(State.RETIRED) if entry.id in before)
 
     def _objects(self, announced: Checkpoint) -> None:
         items = self._index.objects
@@ -297,7 +319,7 @@ class _Copy:
         self._target.storage.put(key, Body(body), size_bytes=len(body))
         return summed(index, body)
 
-    def _commit(self, announced: Checkpoint, sealed: RollForward) -> Checkpoint:
+    def _commit(self, announced: Checkpoint, sealed: RollForward) -> Manifest:
         store, epoch = self._target, self._claim.writer_epoch
 
         def change(current: Manifest, _: None) -> Manifest:
@@ -308,10 +330,7 @@ class _Copy:
                 committed, "copy", at=store.clock(), entry=announced, detail=f"from {self._source.url}"
             )
 
-        found = store.transact(change, prepare=lambda _: None).find(announced.id)
-        if found is None:
-            raise ConflictError(f"{announced.name} was retired by somebody else before it was committed")
-        return found
+        return store.transact(change, prepare=lambda _: None)
 
     def _give_up(self, error: BaseException) -> None:
         store, epoch = self._target, self._claim.writer_epoch

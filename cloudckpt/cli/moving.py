@@ -114,6 +114,10 @@ def copy(
     else:
         how = "by the store itself" if found.stored_bytes and not found.carried_bytes else "through this machine"
         line = f"{found.checkpoint.url} ({size}, {how})"
+    if not json and not quiet:
+        word = "would retire" if dry_run else "retired"
+        for other in found.retired:
+            output().print(f"{word}  {other.name}  by the policy there", markup=False)
     _tell({**as_json(found), "url": found.checkpoint.url}, line, json=json, quiet=quiet, word="url")
 
 

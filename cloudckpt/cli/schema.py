@@ -65,6 +65,7 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
         "new_run": "boolean; whether the target was no run before",
         "stored_bytes": "integer; copied by the store itself",
         "carried_bytes": "integer; carried by this machine",
+        "retired": "array of checkpoint; older ones of the target that its policy lets go",
         "url": "string; of the copy",
     },
     "export": {

@@ -168,12 +168,16 @@ def test_import_of_what_was_pulled(cli: Any, root: str, tmp_path: Path) -> None:
 def test_a_run_in_use_is_exit_5(cli: Any, root: str, tmp_path: Path) -> None:
     """Copying into a run that a trainer holds is a conflict, and disturbs nothing; --takeover is a decision."""
     run = str(tmp_path / "run")
-    with cloudckpt.CheckpointManager(run) as ckpts:
+    with cloudckpt.CheckpointManager(run, keep_last=1) as ckpts:
         ckpts.save(1, {"w": torch.zeros(1)}, block=True)
         refused = cli("cp", "best", run, "-r", root)
         assert refused.code == 5
         assert "--takeover" in refused.err
         ckpts.save(2, {"w": torch.zeros(1)}, block=True)
+    # Closed, it takes the copy, and its policy lets the one before go: said first, and then done.
+    assert "would retire  checkpoint-2." in cli("cp", "best", run, "-n", "-r", root).out
+    assert "retired  checkpoint-2." in cli("cp", "best", run, "-r", root).out
+    assert len(cloudckpt.open(run).checkpoints()) == 1
 
 
 def test_without_torch_the_message_says_so(root: str, tmp_path: Path) -> None:

@@ -72,11 +72,14 @@ def test_a_dry_run_writes_nothing() -> None:
 
 
 def test_a_target_goes_by_its_own_policy() -> None:
-    """Copied into a run that keeps the last one: the older one goes with this commit, as after any save."""
+    """Copied into a run that keeps the last one: the older one goes with this commit, as a dry run said before."""
     source, there = saved(MemoryStorage("memory://one"), 1, 2), MemoryStorage("memory://two")
     with CheckpointManager(there, keep_last=1) as ckpts:
         ckpts.save(9, state_of(9), block=True)
-    copy_checkpoint(source, 2, ManifestStore(there))
+    planned = copy_checkpoint(source, 2, ManifestStore(there), dry_run=True)
+    done = copy_checkpoint(source, 2, ManifestStore(there))
+    assert [c.id for c in planned.retired] == [c.id for c in done.retired]
+    assert [c.step for c in done.retired] == [9]
     assert [c.step for c in cloudckpt.open(there).checkpoints()] == [2]
     check_store(there, settled=True)
 
