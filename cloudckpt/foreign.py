@@ -18,7 +18,7 @@ from cloudckpt.errors import ConfigError, FormatError
 from cloudckpt.storage.local_errors import mapped
 from cloudckpt.storage.pulled import PULLED_NAME, is_pulled, read_note
 
-__all__ = ["OURS", "ImportPart", "ImportPlan", "Imported", "plan_import"]
+__all__ = ["OURS", "ImportPart", "ImportPlan", "Imported", "check_given", "plan_import"]
 
 #: The kind of a folder that ``pull`` made.
 OURS = "cloudckpt"
@@ -136,6 +136,16 @@ def plan_import(path: str | os.PathLike[str], *, skip: Iterable[str] = ()) -> Im
             ".safetensors, .pt, .pth, .bin and .json"
         )
     return plan
+
+
+def check_given(plan: ImportPlan, *, step: int | None, metrics: Mapping[str, object] | None) -> None:
+    """Refuse to be told what a pulled checkpoint knows by itself.
+
+    Raises:
+        ConfigError: a step or metrics were given for one.
+    """
+    if plan.kind == OURS and (step is not None or metrics):
+        raise ConfigError(f"{plan.path} is a checkpoint that was pulled: it brings its own step and metrics")
 
 
 def _lightning(path: Path, names: Iterable[str], skipped: Mapping[str, str] | None = None) -> ImportPlan:

@@ -16,7 +16,7 @@ from cloudckpt.copying import copy_pulled, refuse_held
 from cloudckpt.core.arguments import checked_step
 from cloudckpt.core.layout import read_header, torch_name
 from cloudckpt.errors import ConfigError, CorruptCheckpointError, FormatError
-from cloudckpt.foreign import OURS, Imported, ImportPart, ImportPlan, plan_import
+from cloudckpt.foreign import OURS, Imported, ImportPart, ImportPlan, check_given, plan_import
 from cloudckpt.manager import CheckpointManager
 from cloudckpt.storage import ManifestStore, Storage, open_storage
 from cloudckpt.storage.local_errors import mapped
@@ -96,8 +96,7 @@ def import_planned(
     settings: Settings | None = None,
 ) -> Imported:
     """Carry out a plan of ``plan_import``. See ``import_folder``."""
-    if plan.kind == OURS and (step is not None or metrics):
-        raise ConfigError(f"{plan.path} is a checkpoint that was pulled: it brings its own step and metrics")
+    check_given(plan, step=step, metrics=metrics)
     storage = open_storage(root, storage_options=storage_options, settings=settings)
     store = ManifestStore(storage, settings)
     try:

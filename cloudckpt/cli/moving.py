@@ -11,10 +11,11 @@ import typer
 from cloudckpt.cli.common import DryRun, Json, Quiet, Root, Select, root_of, split, store_at
 from cloudckpt.cli.render import as_json, output, print_json
 from cloudckpt.cli.transfers import shown
+from cloudckpt.copying import copy_checkpoint, copy_pulled, refuse_held
 from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import ConfigError
 from cloudckpt.exportable import plan_export
-from cloudckpt.foreign import OURS, Imported, ImportPlan, plan_import
+from cloudckpt.foreign import OURS, Imported, ImportPlan, check_given, plan_import
 
 __all__ = ["copy", "export", "import_command", "pull"]
 
@@ -92,8 +93,6 @@ def copy(
     A new run keeps all that is copied into it. -q prints the copy's URL.
     Example: cloudckpt cp best s3://bucket/released -r s3://bucket/runs/demo --tag v1
     """
-    from cloudckpt.copying import copy_checkpoint
-
     place, selector = split(select, root)
     store, to = store_at(place), store_at(target)
     with shown(f"copying {selector}", quiet=quiet or json or dry_run) as progress:
@@ -181,6 +180,10 @@ def import_command(
     target = root_of(place, root)
     plan = plan_import(path, skip=skip or ())
     metrics = _metrics(metric or [])
+    check_given(plan, step=step, metrics=metrics)
+    store = store_at(target)
+    if not takeover:
+        refuse_held(store.read(), store)
     if not json and not quiet:
         console = output()
         console.print(f"{plan.path}: {plan.kind}" + ("" if plan.step is None else f", step {plan.step}"), markup=False)
@@ -208,10 +211,8 @@ def import_command(
 
 
 def _brought_in(plan: ImportPlan, root: str, **words: Any) -> Imported:
-    if plan.kind == OURS and words["step"] is None and not words["metrics"]:
+    if plan.kind == OURS:
         # Bytes as they are: no torch.
-        from cloudckpt.copying import copy_pulled
-
         labels = {name: words[name] for name in ("tags", "pin", "takeover")}
         copied, components = copy_pulled(store_at(str(plan.path)), store_at(root), **labels)
         return Imported(checkpoint=copied.checkpoint, plan=plan, components=components)

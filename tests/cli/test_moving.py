@@ -162,17 +162,21 @@ def test_import_of_what_was_pulled(cli: Any, root: str, tmp_path: Path) -> None:
     assert found.metrics == {"acc": 0.2, "loss": 0.1}
     assert cli("ls", str(tmp_path / "checkpoint-2"), "-q").out.startswith("checkpoint-2.")
     assert "verdict: ready" in cli("doctor", str(tmp_path / "checkpoint-2")).out
-    assert cli("import", str(tmp_path / "checkpoint-2"), run, "--step", "3").code == 2
+    for also in ((), ("-n",)):
+        assert cli("import", str(tmp_path / "checkpoint-2"), run, "--step", "3", *also).code == 2
 
 
 def test_a_run_in_use_is_exit_5(cli: Any, root: str, tmp_path: Path) -> None:
     """Copying into a run that a trainer holds is a conflict, and disturbs nothing; --takeover is a decision."""
     run = str(tmp_path / "run")
+    cli("pull", "best", str(tmp_path), "-r", root)
     with cloudckpt.CheckpointManager(run, keep_last=1) as ckpts:
         ckpts.save(1, {"w": torch.zeros(1)}, block=True)
         refused = cli("cp", "best", run, "-r", root)
         assert refused.code == 5
         assert "--takeover" in refused.err
+        for also in ((), ("-n",)):
+            assert cli("import", str(tmp_path / "checkpoint-2"), run, *also).code == 5
         ckpts.save(2, {"w": torch.zeros(1)}, block=True)
     # Closed, it takes the copy, and its policy lets the one before go: said first, and then done.
     assert "would retire  checkpoint-2." in cli("cp", "best", run, "-n", "-r", root).out
