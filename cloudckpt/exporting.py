@@ -171,8 +171,17 @@ def _to_safetensors(
     progress: Callable[[int, int], None],
 ) -> tuple[str, ...]:
     _made(folder)
-    written = [write_component(store, checkpoint, c, folder, progress=progress) for c in components]
-    return tuple(name for names in written for name in names)
+    files: list[str] = []
+    totals = [0]
+
+    def told(done: int, total: int) -> None:
+        totals[-1] = total
+        progress(sum(totals[:-1]) + done, sum(totals))
+
+    for component in components:
+        files += write_component(store, checkpoint, component, folder, progress=told)
+        totals.append(0)
+    return tuple(files)
 
 
 def _to_torch(run: Run, checkpoint: Checkpoint, components: Sequence[str], path: Path, name: str) -> tuple[str, ...]:
