@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         StorageError,
         UnsafeStorageError,
     )
+    from cloudckpt.exporting import export
+    from cloudckpt.importing import import_folder
     from cloudckpt.manager import CheckpointManager
     from cloudckpt.pending import PendingSave, Progress
     from cloudckpt.repairing import RepairPlan
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from cloudckpt.sweeping import SweepReport
     from cloudckpt.tensors.per_rank import PerRank
     from cloudckpt.tensors.train_state import TrainState, rng_state
-    from cloudckpt.tools import gc, repair, sweep, verify
+    from cloudckpt.tools import copy, diff, gc, pull, repair, runs, sweep, verify
     from cloudckpt.verifying import Finding, VerifyReport
 
 __all__ = [
@@ -88,10 +90,16 @@ __all__ = [
     "UnsafeStorageError",
     "VerifyReport",
     "__version__",
+    "copy",
+    "diff",
+    "export",
     "gc",
+    "import_folder",
     "open",
+    "pull",
     "repair",
     "rng_state",
+    "runs",
     "sweep",
     "verify",
 ]
@@ -120,10 +128,16 @@ _PLACES: dict[str, tuple[str, str]] = {
     "SweepReport": ("sweeping", "SweepReport"),
     "TrainState": ("tensors.train_state", "TrainState"),
     "VerifyReport": ("verifying", "VerifyReport"),
+    "copy": ("tools", "copy"),
+    "diff": ("tools", "diff"),
+    "export": ("exporting", "export"),
     "gc": ("tools", "gc"),
+    "import_folder": ("importing", "import_folder"),
     "open": ("run", "open_run"),
+    "pull": ("tools", "pull"),
     "repair": ("tools", "repair"),
     "rng_state": ("tensors.train_state", "rng_state"),
+    "runs": ("tools", "runs"),
     "sweep": ("tools", "sweep"),
     "verify": ("tools", "verify"),
 }

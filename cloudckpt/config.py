@@ -65,6 +65,8 @@ class Settings:
         check_replicas: whether what several ranks have in common is compared before one copy of it is stored: "sample"
             (64 elements of 16 tensors, other ones at each save), "full" (all bytes), or "off". What differs fails the
             save, and names tensor and rank.
+        progress_every_s: seconds between two log lines on a save or a load that takes long.
+        stall_after_s: seconds without a byte after which a save or a load is said to stall, by rank and object.
         max_fallbacks: how many damaged checkpoints a restore steps over before it gives up.
     """
 
@@ -90,6 +92,8 @@ class Settings:
     overlap_device_bytes: int | None = None
     coordination_timeout_s: float = 600.0
     check_replicas: str = "sample"
+    progress_every_s: float = 60.0
+    stall_after_s: float = 60.0
     max_fallbacks: int = 10
 
     def __post_init__(self) -> None:

@@ -15,9 +15,9 @@ from cloudckpt.core.model import Checkpoint, Manifest, State
 from cloudckpt.core.selection import Selector, parse_selector, select
 from cloudckpt.errors import CheckpointNotFoundError
 from cloudckpt.storage import ManifestStore
-from cloudckpt.view import placed
+from cloudckpt.view import RunView, placed
 
-__all__ = ["mark", "pin", "release", "remove", "report_metrics", "tag"]
+__all__ = ["find", "mark", "pin", "release", "remove", "report_metrics", "tag"]
 
 Change = Callable[[Manifest, str], Manifest]
 
@@ -57,6 +57,15 @@ def _resolve(manifest: Manifest, selector: Selector) -> list[Checkpoint]:
         if not pending:
             raise
         return pending
+
+
+def find(store: ManifestStore, selector: str | int) -> Checkpoint:
+    """What an edit would change, as it is now.
+
+    Raises:
+        CheckpointNotFoundError: the selector means nothing, or there is no run.
+    """
+    return placed(_resolve(RunView(store).manifest(), parse_selector(selector))[-1], store.storage.url)
 
 
 def pin(store: ManifestStore, selector: str | int, *, pinned: bool = True) -> Checkpoint:

@@ -2,6 +2,8 @@
 
 Rank zero emits what happens to the job, once; every rank emits its own failures. Lines go to the standard
 logger ``cloudckpt`` and propagate: no handler, no filter, no level is set here.
+
+(Past 350 lines: one class for each event, and the line that each is written as.)
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ __all__ = [
     "SaveFailed",
     "SaveSkipped",
     "SaveStarted",
+    "TransferProgress",
+    "TransferStalled",
     "Warned",
     "summary_lines",
 ]
@@ -153,6 +157,41 @@ class RunClosed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransferProgress:
+    """A save or a load is on its way for long; about once a minute.
+
+    Attributes:
+        what: in words, such as "saving checkpoint-1500.9f3ac2e1".
+        rank: of the process that carries these bytes.
+        bytes_done: what has been carried.
+        bytes_total: what there is; 0 if nobody knows.
+        rate: bytes a second, of late.
+        eta_s: seconds that the rest takes at this rate; None if it cannot be told.
+        line: all of this in words.
+    """
+
+    what: str
+    rank: int
+    bytes_done: int
+    bytes_total: int
+    rate: float
+    eta_s: float | None
+    line: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferStalled:
+    """Nothing has moved for ``seconds``. ``objects`` are those under way on this rank; told once, until bytes move."""
+
+    what: str
+    rank: int
+    objects: tuple[str, ...]
+    seconds: float
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Warned:
     """Something a person should know that has no event of its own."""
 
@@ -173,6 +212,8 @@ Event = (
     | SaveFailed
     | SaveSkipped
     | SaveStarted
+    | TransferProgress
+    | TransferStalled
     | Warned
 )
 
@@ -203,6 +244,14 @@ class Listeners:
 
 def _valued(metric: str, value: float) -> str:
     return f"{metric}={format_metric(value)}"
+
+
+def _stall(event: TransferStalled) -> str:
+    objects = ", ".join(event.objects[:5]) or "nothing by name"
+    return (
+        f"[rank {event.rank}] {event.what}: nothing has moved for {format_duration(event.seconds)}, at "
+        f"{format_bytes(event.bytes_done)} of {format_bytes(event.bytes_total)}; under way: {objects}"
+    )
 
 
 def _names(checkpoints: Sequence[Checkpoint]) -> str:
@@ -246,6 +295,10 @@ class LoggingListener:
                 self._resumed(event)
             case RunClosed():
                 self._closed(event)
+            case TransferProgress():
+                logger.info("%s", event.line)
+            case TransferStalled():
+                logger.warning("%s", _stall(event))
             case _:
                 self._one_line(event)
 
@@ -253,6 +306,8 @@ class LoggingListener:
         match event:
             case Warned():
                 logger.warning("[rank %d] %s", self._rank, event.message)
+            case TransferStalled():
+                logger.warning("%s", _stall(event))
             case SaveFailed() if event.error.__cause__ is not None:  # it failed here; rank zero tells what all share
                 logger.error("[rank %d] saving step %d failed: %s", self._rank, event.step, event.error.__cause__)
 

@@ -27,6 +27,8 @@ from cloudckpt.errors import (
     CorruptCheckpointError,
     StateMismatchError,
 )
+from cloudckpt.events import Listener, Listeners
+from cloudckpt.progress import Meter, watched
 from cloudckpt.storage import LocalStorage, ManifestStore, RetryingStorage
 from cloudckpt.tensors.fetch import fetch
 from cloudckpt.tensors.fill import fill
@@ -66,6 +68,8 @@ class LoadRequest:
         device: where tensors get their memory; None for the host.
         mmap: tensors over the files of a local root, paged in as they are touched.
         verify: with ``mmap``, whether all pages are read and their checksums compared now.
+        listener: told how far it is, where it takes long.
+        rank: of this process, for those words.
     """
 
     selector: Selector
@@ -77,6 +81,8 @@ class LoadRequest:
     device: torch.device | None = None
     mmap: bool = False
     verify: bool = True
+    listener: Listener | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,7 +295,9 @@ def _load(store: ManifestStore, chosen: Checkpoint, request: LoadRequest, find_h
         values = _values(structure, outline, request, homes)
         take_out(values, homes.left_out, outline.forget)
     done = map_files(_folder(store), outline, store.settings, verify=request.verify) if request.mmap else set()
-    fetch(store.storage, outline, homes, store.settings, done=done)
+    meter = Meter(f"loading {checkpoint.name}", rank=request.rank)
+    with watched(meter, request.listener or Listeners(), store.settings):
+        fetch(store.storage, outline, homes, store.settings, done=done, meter=meter)
     return Loaded(checkpoint=checkpoint, index=index, values=values)
 
 

@@ -487,6 +487,8 @@ class CheckpointManager(Run):
             allow_pickle=self._allow_pickle,
             optional=tuple(chosen_state),
             per_rank=PerRankLeaf(self._coordinator.rank, self._coordinator.world_size if strict_world_size else None),
+            listener=self._listener,
+            rank=self._coordinator.rank,
         )
         loaded = restore_chosen(
             self._store,

@@ -9,17 +9,30 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
 from cloudckpt.core.model import Checkpoint
+from cloudckpt.progress import Meter
 
 __all__ = ["PendingSave", "Progress"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a save is. ``phase``: announce, upload, seal, commit, delete, done or failed; bytes of payload."""
+    """How far a save is, on this rank.
+
+    Attributes:
+        phase: announce, upload, seal, commit, delete, done or failed.
+        bytes_done: of payload, handed to the store.
+        bytes_total: of payload that there is.
+        rate: bytes a second, of late; 0 before the upload.
+        eta_s: seconds that the rest of the upload takes at this rate; None if that cannot be told.
+        rank: whose bytes these are.
+    """
 
     phase: str
     bytes_done: int
     bytes_total: int
+    rate: float = 0.0
+    eta_s: float | None = None
+    rank: int = 0
 
 
 class PendingSave:
@@ -30,6 +43,7 @@ class PendingSave:
         self._bytes_total = bytes_total
         self._bytes_done = 0
         self._phase = "announce"
+        self._meter: Meter | None = None
         self._mutex = threading.Lock()
         self._staged = threading.Event()
         self._announced = threading.Event()
@@ -52,8 +66,16 @@ class PendingSave:
     @property
     def progress(self) -> Progress:
         """How far it is."""
+        found = self._meter.transfer if self._meter is not None else None
         with self._mutex:
-            return Progress(phase=self._phase, bytes_done=self._bytes_done, bytes_total=self._bytes_total)
+            return Progress(
+                phase=self._phase,
+                bytes_done=self._bytes_done,
+                bytes_total=self._bytes_total,
+                rate=found.rate if found is not None else 0.0,
+                eta_s=found.eta_s if found is not None else None,
+                rank=found.rank if found is not None else 0,
+            )
 
     def done(self) -> bool:
         """Whether it has ended, one way or the other."""
@@ -154,6 +176,10 @@ class PendingSave:
         """Note the phase."""
         with self._mutex:
             self._phase = phase
+
+    def measure_by(self, meter: Meter) -> None:
+        """Note what counts the upload."""
+        self._meter = meter
 
     def advance(self, count: int) -> None:
         """Note further bytes handed to the store."""

@@ -72,6 +72,8 @@ class Run(RunView):
             device=_checked_device(device, mmap=mmap),
             mmap=mmap,
             verify=verify,
+            listener=self._listener,
+            rank=self._coordinator.rank,
         )
         if not verify and not mmap:
             raise ConfigError("verify=False goes with mmap=True: where bytes are read, their checksums cost nothing")

@@ -20,6 +20,9 @@ from cloudckpt.view import placed, read_index_body
 
 __all__ = ["SweepReport", "delete_bytes", "delete_retired", "gc_run", "sweep_run"]
 
+#: What a failure to look for unfinished uploads is called among what failed.
+_UPLOADS = "unfinished uploads"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepReport:
@@ -30,7 +33,7 @@ class SweepReport:
         retired: the retired checkpoints whose bytes are (or would be) gone.
         failed: what could not be deleted, and why, by key or checkpoint name.
         garbage: what ``gc`` found beside the run; None for ``sweep``.
-        aborted_uploads: unfinished multipart uploads that were aborted.
+        aborted_uploads: unfinished multipart uploads that were (or would be) aborted.
     """
 
     dry_run: bool
@@ -107,11 +110,16 @@ def sweep_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
     return SweepReport(dry_run=False, retired=tuple(gone), failed=failed)
 
 
-def gc_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
+def gc_run(
+    store: ManifestStore, *, dry_run: bool = True, expecting: Callable[[Manifest], Manifest] = lambda found: found
+) -> SweepReport:
     """Delete whatever of ours no entry of the manifest can need, and report what is not ours.
 
     LIST first, *then* a manifest write of our own, and only then a plan made from what that write holds: a
     save that is announced in between is named by it. No clock and no age takes part (I7, I8).
+
+    Args:
+        expecting: for a preview, what else will have been changed by then: it is told as if that were done.
 
     Raises:
         CheckpointNotFoundError: there is no run here.
@@ -122,14 +130,17 @@ def gc_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
     before = _required(store)
     listing = [(item.key, item.size_bytes) for item in storage.list("")]
     if dry_run:
-        manifest = _required(store)
+        manifest = expecting(_required(store))
     else:
         manifest = store.transact(lambda current, _: note(current, "gc", at=store.clock()), prepare=lambda _: None)
     plan = plan_garbage(manifest, listing)
     unknown = _look_into_indexes(storage, manifest, plan)
     retired = tuple(placed(entry, storage.url) for entry in manifest.in_state(State.RETIRED))
     if dry_run:
-        return SweepReport(dry_run=True, retired=retired, failed=unknown, garbage=plan)
+        stale, failed = _stale_uploads(store), dict(unknown)
+        if isinstance(stale, StorageError):
+            failed[_UPLOADS], stale = str(stale), 0
+        return SweepReport(dry_run=True, retired=retired, failed=failed, garbage=plan, aborted_uploads=stale)
     spared = {keys.parse(key).id for key in unknown}
     going = [o.key for o in plan.orphans if keys.parse(o.key).id is None or keys.parse(o.key).id not in spared]
     failed = unknown | {key: str(exc) for key, exc in _delete_index_last(storage, going).items()}
@@ -138,7 +149,7 @@ def gc_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
     try:
         aborted = storage.abort_uploads("checkpoint-", spare=_in_flight(store))
     except StorageError as exc:
-        failed["unfinished uploads"] = str(exc)
+        failed[_UPLOADS] = str(exc)
     # The listing shows all bytes of an entry that was retired before it; of one that was retired after it, perhaps
     # not: that one waits for the next sweep.
     listed_whole = {entry.id for entry in before.in_state(State.RETIRED)}
@@ -192,6 +203,22 @@ def _delete_index_last(storage: Storage, orphans: Sequence[str]) -> dict[str, Ex
     spared = {keys.parse(key).id for key in failed}
     failed.update(storage.delete([key for key in indexes if keys.parse(key).id not in spared]))
     return failed
+
+
+def _stale_uploads(store: ManifestStore) -> int | StorageError:
+    """How many unfinished uploads there are that nobody is busy with, or why that cannot be told. Aborts none."""
+    in_flight, stale = _in_flight(store), 0
+
+    def counted(key: str) -> bool:
+        nonlocal stale
+        stale += not in_flight(key)
+        return True
+
+    try:
+        store.storage.abort_uploads("checkpoint-", spare=counted)
+    except StorageError as exc:
+        return exc
+    return stale
 
 
 def _in_flight(store: ManifestStore) -> Callable[[str], bool]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from cloudckpt.config import Settings
+from cloudckpt.copying import Copied, copy_checkpoint
+from cloudckpt.diffing import CheckpointDiff, diff_checkpoints
+from cloudckpt.listing import RunSummary, find_runs
+from cloudckpt.pulling import Pulled, pull_checkpoint
 from cloudckpt.repairing import RepairPlan, repair_run
 from cloudckpt.storage import ManifestStore, Storage, open_storage
 from cloudckpt.sweeping import SweepReport, gc_run, sweep_run
 from cloudckpt.verifying import VerifyReport, verify_run
 
-__all__ = ["gc", "open_store", "repair", "sweep", "verify"]
+__all__ = ["copy", "diff", "gc", "open_store", "pull", "repair", "runs", "sweep", "verify"]
 
 Root = str | os.PathLike[str] | Storage
 Options = Mapping[str, object] | None
@@ -61,3 +65,64 @@ def verify(
 ) -> VerifyReport:
     """Check one committed checkpoint, or all of them. See ``verifying.verify_run``."""
     return verify_run(open_store(root, storage_options=storage_options), select, deep=deep)
+
+
+def pull(
+    root: Root,
+    select: str | int = "latest",
+    into: str | os.PathLike[str] = ".",
+    *,
+    components: Collection[str] | None = None,
+    storage_options: Options = None,
+) -> Pulled:
+    """Bring a checkpoint into ``into/checkpoint-<step>``, verified; goes on where it was broken off.
+
+    See ``pulling.pull_checkpoint``.
+    """
+    return pull_checkpoint(open_store(root, storage_options=storage_options), select, into, components=components)
+
+
+def copy(
+    root: Root,
+    select: str | int,
+    target: Root,
+    *,
+    tags: Iterable[str] = (),
+    pin: bool = False,
+    dry_run: bool = False,
+    takeover: str = "refuse",
+    storage_options: Options = None,
+    target_options: Options = None,
+) -> Copied:
+    """Copy a checkpoint into another run, new or there already. See ``copying.copy_checkpoint``."""
+    return copy_checkpoint(
+        open_store(root, storage_options=storage_options),
+        select,
+        open_store(target, storage_options=target_options),
+        tags=tags,
+        pin=pin,
+        dry_run=dry_run,
+        takeover=takeover,
+    )
+
+
+def diff(
+    root: Root,
+    before: str | int,
+    after: str | int,
+    *,
+    other_root: Root | None = None,
+    storage_options: Options = None,
+) -> CheckpointDiff:
+    """What differs between two checkpoints, without reading their payload; ``after`` may be of another run.
+
+    See ``diffing.diff_checkpoints``.
+    """
+    store = open_store(root, storage_options=storage_options)
+    other = store if other_root is None else open_store(other_root, storage_options=storage_options)
+    return diff_checkpoints(store, before, other, after)
+
+
+def runs(root: Root, *, storage_options: Options = None) -> tuple[RunSummary, ...]:
+    """The runs below a prefix, with the newest and the best of each. See ``listing.find_runs``."""
+    return find_runs(open_store(root, storage_options=storage_options).storage)

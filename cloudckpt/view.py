@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
+from typing import Any
 
 from cloudckpt.core import keys
 from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, decode_index, index_digest
+from cloudckpt.core.markup import run_html
 from cloudckpt.core.model import Checkpoint, Index, JournalEvent, Manifest, State
 from cloudckpt.core.retention import PrunePlan, metric_value, plan_prune
 from cloudckpt.core.selection import parse_selector, select, select_best
-from cloudckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, FormatError, ObjectNotFoundError
+from cloudckpt.errors import (
+    CheckpointNotFoundError,
+    CloudCkptError,
+    CorruptCheckpointError,
+    FormatError,
+    ObjectNotFoundError,
+)
 from cloudckpt.events import summary_lines
+from cloudckpt.extras import extra
 from cloudckpt.storage import ManifestStore, Storage
 
-__all__ = ["RunView", "placed", "read_index", "read_index_body"]
+__all__ = ["RunView", "placed", "read_index", "read_index_body", "read_proven"]
 
 
 def placed(checkpoint: Checkpoint, root: str) -> Checkpoint:
@@ -33,7 +43,12 @@ def read_index_body(storage: Storage, checkpoint: Checkpoint) -> bytes:
 
 
 def read_index(storage: Storage, checkpoint: Checkpoint) -> Index:
-    """The index of a committed checkpoint, proven to be the one that was committed.
+    """The index of a committed checkpoint. See ``read_proven``."""
+    return read_proven(storage, checkpoint)[0]
+
+
+def read_proven(storage: Storage, checkpoint: Checkpoint) -> tuple[Index, bytes]:
+    """The index of a committed checkpoint and its bytes, proven to be those that were committed.
 
     Raises:
         CorruptCheckpointError: it is missing, changed, or belongs to another save.
@@ -63,7 +78,7 @@ def read_index(storage: Storage, checkpoint: Checkpoint) -> Index:
         raise CorruptCheckpointError(
             f"{url} describes checkpoint-{index.step}.{index.id}", checkpoint_id=checkpoint.id, key=key
         )
-    return index
+    return index, body
 
 
 class RunView:
@@ -74,6 +89,16 @@ class RunView:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the run as it is now. A run that cannot be read is shown as the reason why."""
+        try:
+            found = self._manifest_or_none()
+        except CloudCkptError as exc:
+            return f"<p>{escape(self.url)}: {escape(str(exc))}</p>"
+        if found is None:
+            return f"<p>{escape(self.url)}: nothing was ever saved there</p>"
+        return run_html(found, self.url)
 
     @property
     def url(self) -> str:
@@ -162,3 +187,32 @@ class RunView:
     def get_best_checkpoints_summary(self, metric_key: str | None = None) -> str:
         """The kept best checkpoints as text, in the form of the summary at the end of training."""
         return "\n".join(summary_lines(*self.best_list(metric_key)))
+
+    def to_pandas(self, *, state: State | None = State.COMMITTED) -> Any:
+        """The checkpoints in one state as a ``pandas.DataFrame``, oldest first; every entry for ``state=None``.
+
+        A metric called ``loss`` is the column ``metrics.loss``; where a checkpoint lacks it, it is NaN. Times are UTC.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        pandas = extra("pandas", "pandas", "to_pandas()")
+        found = self.checkpoints(state=state)
+        metrics = sorted({name for c in found for name in c.metrics})
+        times = [c.committed_at for c in found]
+        columns: dict[str, Any] = {
+            "step": [c.step for c in found],
+            "id": [c.id for c in found],
+            "state": [str(c.state) for c in found],
+            "committed_at": pandas.to_datetime(pandas.Series(times, dtype="object"), utc=True),
+            "size_bytes": [c.size_bytes for c in found],
+            "world_size": [c.world_size for c in found],
+            "pinned": [c.pinned for c in found],
+            "tags": [list(c.tags) for c in found],
+            "marks": [list(c.marks) for c in found],
+            "kept_because": [list(c.kept_because) for c in found],
+            "url": [c.url for c in found],
+        }
+        return pandas.DataFrame(
+            columns | {f"metrics.{name}": [c.metrics.get(name, float("nan")) for c in found] for name in metrics}
+        )

@@ -48,10 +48,16 @@ def test_the_public_names_are_these() -> None:
         "UnsafeStorageError",
         "VerifyReport",
         "__version__",
+        "copy",
+        "diff",
+        "export",
         "gc",
+        "import_folder",
         "open",
+        "pull",
         "repair",
         "rng_state",
+        "runs",
         "sweep",
         "verify",
     ]
@@ -65,7 +71,7 @@ def test_a_submodule_never_hides_a_public_function() -> None:
     import cloudckpt.manager
     import cloudckpt.tools
 
-    for name in ("gc", "open", "repair", "sweep", "verify"):
+    for name in ("copy", "diff", "export", "gc", "import_folder", "open", "pull", "repair", "runs", "sweep", "verify"):
         assert callable(getattr(cloudckpt, name)), name
 
 

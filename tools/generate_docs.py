@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import inspect
 import json
 import re
 import struct
@@ -24,7 +25,8 @@ from pathlib import Path
 import crc32c
 
 from cloudckpt import errors
-from cloudckpt.cli.app import FINDINGS
+from cloudckpt.cli.app import COMMANDS, FINDINGS
+from cloudckpt.cli.schema import OBJECTS, SCHEMAS
 from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
 from cloudckpt.core.checksum import combine_all, format_crc32c
@@ -286,9 +288,11 @@ _CODES = {
     0: "fine",
     1: "failure: the store refused, a save failed, a document cannot be read",
     2: "usage: an argument or setting cannot be used as given",
-    FINDINGS: "findings: `verify` found damage, or stored bytes are not what was sealed",
+    FINDINGS: "findings: `verify` found damage, stored bytes are not what was sealed, or `gc` could not delete all",
     4: "nothing matches: no such checkpoint, or no run",
     5: "conflict: another writer owns the run; a supervisor must not restart",
+    130: "interrupted (Ctrl-C); the same command again finishes what was begun",
+    143: "terminated (SIGTERM); likewise",
 }
 
 
@@ -304,6 +308,27 @@ def exit_codes() -> str:
     return "| code | meaning | errors |\n| --- | --- | --- |\n" + "".join(rows)
 
 
+def cli_commands() -> str:
+    """Every command and the first line of its help."""
+    text = ""
+    for panel, commands in COMMANDS.items():
+        rows = "".join(
+            f"| `{name}` | {(inspect.getdoc(command) or '').partition(chr(10))[0]} |\n"
+            for name, command in commands.items()
+        )
+        text += f"| {panel} | |\n| --- | --- |\n{rows}\n"
+    return text
+
+
+def cli_json() -> str:
+    """The documents that ``--json`` gives, field by field."""
+    text = ""
+    for name, fields in {**SCHEMAS, **{f"object {name}": fields for name, fields in OBJECTS.items()}}.items():
+        rows = "".join(f"| `{field}` | {meaning} |\n" for field, meaning in fields.items())
+        text += f"**{name}**\n\n| field | type; meaning |\n| --- | --- |\n{rows}\n"
+    return text
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "example-manifest": example_manifest,
     "example-index": example_index,
@@ -311,6 +336,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "key-vectors": key_vectors,
     "translations": translations,
     "exit-codes": exit_codes,
+    "cli-commands": cli_commands,
+    "cli-json": cli_json,
 }
 
 

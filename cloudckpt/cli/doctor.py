@@ -12,7 +12,7 @@ from cloudckpt.core import keys
 from cloudckpt.core.model import State
 from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import CloudCkptError, StorageError
-from cloudckpt.storage import Conditions, Described, LocalStorage, ManifestStore, RetryingStorage, Storage
+from cloudckpt.storage import Conditions, Described, LocalStorage, ManifestStore, PulledFolder, RetryingStorage, Storage
 from cloudckpt.storage.probe import probe
 from cloudckpt.tools import open_store
 
@@ -59,6 +59,9 @@ def _place(storage: Storage) -> Iterator[Check]:
         if not inner.exists:
             yield Check(name="writable", ok=True, detail="the folder does not exist yet and can be made")
             return
+    if isinstance(inner, PulledFolder):
+        yield Check(name="pulled", ok=True, detail="one checkpoint, to be read; nothing is written into it")
+        return
     if isinstance(inner, Described):
         try:
             facts = inner.describe()

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,20 +15,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cloudckpt.core.markup import state_text
 from cloudckpt.core.model import Checkpoint, State
 from cloudckpt.core.text import format_bytes, format_duration, format_metric
+from cloudckpt.listing import RunSummary
 
-__all__ = ["age", "as_json", "checkpoint_json", "checkpoints_table", "errors", "output", "print_json"]
+__all__ = ["age", "as_json", "checkpoint_json", "checkpoints_table", "errors", "output", "print_json", "runs_table"]
 
 
 #: A pipe has no width; tables take what they need of this.
 _PIPE_WIDTH = 1000
 
 
+class _Output(Console):
+    """A console that lets a closed pipe be what it is; rich's own ends the process with an error code."""
+
+    def on_broken_pipe(self) -> None:
+        """The reader has seen enough."""
+        self.quiet = True
+        raise BrokenPipeError
+
+
 def output() -> Console:
     """Standard output; without a terminal neither colours nor a guessed width."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False, width=_PIPE_WIDTH if piped else None)
+    return _Output(soft_wrap=not sys.stdout.isatty(), highlight=False, width=_PIPE_WIDTH if piped else None)
 
 
 def errors() -> Console:
@@ -42,7 +53,9 @@ def as_json(value: Any) -> Any:
         return checkpoint_json(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "extra"}
-    if isinstance(value, dict):
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
@@ -75,8 +88,12 @@ def age(at: str | None) -> str:
     return format_duration(max(0.0, (now - datetime.fromisoformat(at)).total_seconds()))
 
 
-def checkpoints_table(checkpoints: Sequence[Checkpoint]) -> Table:
-    """The listing, newest first: what each is, what it measured, and why it is kept."""
+def checkpoints_table(checkpoints: Sequence[Checkpoint], arrived: Mapping[str, int] | None = None) -> Table:
+    """The listing, newest first: what each is, what it measured, and why it is kept.
+
+    Args:
+        arrived: by save id, how many bytes of an upload in flight are in place.
+    """
     # What people wrote goes in as Text: brackets in a string would be taken for rich's markup.
     metrics = sorted({name for c in checkpoints for name in c.metrics})
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -94,16 +111,40 @@ def checkpoints_table(checkpoints: Sequence[Checkpoint]) -> Table:
             format_bytes(c.size_bytes),
             *(format_metric(c.metrics[name]) if name in c.metrics else "-" for name in metrics),
             Text(", ".join(c.kept_because) if c.state is State.COMMITTED else "-"),
-            Text(_state(c)),
+            Text(_state(c, arrived)),
             style="dim" if c.state is State.RETIRED else None,
         )
     return table
 
 
-def _state(checkpoint: Checkpoint) -> str:
-    words = ["uploading" if checkpoint.state is State.PENDING else str(checkpoint.state)]
-    if checkpoint.damaged is not None:
-        words.append("damaged")
-    words += [f"marked {mark}" for mark in checkpoint.marks]
-    words += [f"tag:{tag}" for tag in checkpoint.tags]
-    return ", ".join(words)
+def _state(checkpoint: Checkpoint, arrived: Mapping[str, int] | None) -> str:
+    text = state_text(checkpoint)
+    done = (arrived or {}).get(checkpoint.id)
+    if checkpoint.state is not State.PENDING or done is None or not checkpoint.size_bytes:
+        return text
+    share = min(99, 100 * done // checkpoint.size_bytes)  # not whole before it is committed
+    return text.replace("uploading", f"uploading {share} %", 1)
+
+
+def runs_table(runs: Sequence[RunSummary]) -> Table:
+    """Several runs: the newest and the best of each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("RUN", overflow="fold")
+    for name in ("CHECKPOINTS", "SIZE", "LATEST", "AGE"):
+        table.add_column(name, justify="right")
+    table.add_column("BEST", overflow="fold")
+    table.add_column("STATE", overflow="fold")
+    for run in runs:
+        value = "" if run.best_value is None else f" ({run.metric}={format_metric(run.best_value)})"
+        words = [f"{run.uploading} uploading"] if run.uploading else []
+        words += ["closed" if run.closed else "open"]
+        table.add_row(
+            Text(run.name),
+            str(run.checkpoints),
+            format_bytes(run.size_bytes),
+            str(run.latest.step) if run.latest else "-",
+            age(run.latest.committed_at) if run.latest else "-",
+            Text(f"{run.best.step}{value}" if run.best else "-"),
+            Text(run.problem or ", ".join(words)),
+        )
+    return table

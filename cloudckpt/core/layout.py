@@ -16,7 +16,7 @@ from typing import Any
 
 from cloudckpt.errors import FormatError
 
-__all__ = ["ALIGNMENT", "Item", "Layout", "Place", "plan_layout", "read_header"]
+__all__ = ["ALIGNMENT", "Item", "Layout", "Place", "item_size", "plan_layout", "read_header", "torch_name"]
 
 #: Data begins on a multiple of this many bytes; a cache line, and enough for every element size.
 ALIGNMENT = 64
@@ -92,6 +92,17 @@ class Layout:
     header: bytes
     places: tuple[Place, ...]
     size_bytes: int
+
+
+def item_size(dtype: str) -> int | None:
+    """Bytes per element of a dtype that safetensors can name, by torch's name of it; None for another one."""
+    known = _NAMES.get(dtype)
+    return None if known is None else _SIZES[known]
+
+
+def torch_name(dtype: str) -> str | None:
+    """torch's name of a dtype, by safetensors' name of it; None for one that is not known here."""
+    return next((name for name, known in _NAMES.items() if known == dtype), None)
 
 
 def plan_layout(items: Sequence[Item]) -> Layout:

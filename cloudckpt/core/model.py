@@ -115,6 +115,12 @@ class Checkpoint:
         """Committed, not damaged and not marked: what ``latest`` and ``best`` choose from."""
         return self.state is State.COMMITTED and self.damaged is None and not self.marks
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from cloudckpt.core.markup import checkpoint_html  # noqa: PLC0415 - which speaks of this class
+
+        return checkpoint_html(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:

@@ -56,6 +56,12 @@ class PrunePlan:
         """How many bytes carrying it out would free."""
         return sum(checkpoint.size_bytes for checkpoint in self.retired)
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from cloudckpt.core.markup import plan_html  # noqa: PLC0415 - which speaks of this class
+
+        return plan_html(self)
+
 
 def metric_value(metrics: Mapping[str, float], metric: str) -> float | None:
     """The value that ranks, or None. ``eval_<metric>`` stands in where ``metric`` is absent; 0.0 is a value.

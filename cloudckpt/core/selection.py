@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ def parse_selector(text: str | int) -> Selector:
         return Selector(text=word, id=place[1])
     if _ID.fullmatch(word):
         return Selector(text=word, id=word)
-    raise ConfigError(f"{text!r} selects nothing: write {_SPELLINGS}")
+    near = difflib.get_close_matches(word, ["latest", "last", "best"], n=1, cutoff=0.7)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ConfigError(f"{text!r} selects nothing: write {_SPELLINGS}{hint}")
 
 
 def select(manifest: Manifest, selector: Selector) -> Checkpoint:
@@ -137,9 +140,14 @@ def _nothing(manifest: Manifest, selector: Selector) -> str:
         )
     if selector.tag is not None:
         tags = sorted({name for e in committed for name in e.tags})
-        return f"nothing has the tag {selector.tag!r}; the tags there are: {', '.join(tags) or 'none'}"
+        alike = difflib.get_close_matches(selector.tag, tags, n=1)
+        hint = f" (did you mean tag:{alike[0]}?)" if alike else ""
+        return f"nothing has the tag {selector.tag!r}; the tags there are: {', '.join(tags) or 'none'}{hint}"
     if selector.step is not None:
         wanted = selector.step
         near = sorted({e.step for e in committed}, key=lambda step: (abs(step - wanted), step))[:3]
         return f"no committed checkpoint of step {wanted}; the nearest are {', '.join(map(str, sorted(near)))}"
-    return f"no committed checkpoint has the save id {selector.text!r}"
+    ids = [e.id for e in committed]
+    # The text may be the folder's name: what is compared is the id in it.
+    similar = difflib.get_close_matches(selector.id or "", ids, n=3, cutoff=0.5) or ids[-3:]
+    return f"no committed checkpoint has the save id {selector.text!r}; the nearest are {', '.join(similar)}"

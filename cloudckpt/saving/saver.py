@@ -20,6 +20,7 @@ from cloudckpt.core.model import Checkpoint, State
 from cloudckpt.errors import SaveError
 from cloudckpt.events import Listener, SaveFailed, Warned
 from cloudckpt.pending import PendingSave
+from cloudckpt.progress import Meter, watched
 from cloudckpt.saving.agreeing import Agreement
 from cloudckpt.saving.job import Job, SaveRequest, Side, Uploaded
 from cloudckpt.saving.uploading import put_all, tensor_sources
@@ -269,7 +270,16 @@ class Saver:
         return self._side.commit(job, announced)
 
     def _upload(self, job: Job, entry: Checkpoint) -> None:
-        objects, sums = put_all(self._store.storage, entry, job.sources, progress=job.pending.advance)
+        total = sum(source.size_bytes for source in job.sources)
+        meter = Meter(f"saving {entry.name}", total, rank=self._coordinator.rank)
+        job.pending.measure_by(meter)
+
+        def moved(count: int) -> None:
+            job.pending.advance(count)
+            meter.advance(count)
+
+        with watched(meter, self._listener, self._store.settings):
+            objects, sums = put_all(self._store.storage, entry, job.sources, progress=moved, meter=meter)
         structure = {component: job.plan.flat.structure[component] for component in job.plan.sends}
         job.uploaded = Uploaded(objects=tuple(objects), sums=tuple(sums), structure=structure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import torch
 from cloudckpt.config import Settings
 from cloudckpt.core import keys
 from cloudckpt.core.model import Checkpoint, PayloadObject
+from cloudckpt.progress import Meter
 from cloudckpt.storage import Storage
 from cloudckpt.tensors.planning import Payload
 from cloudckpt.tensors.sources import Buffers, PayloadSource, TensorSource
@@ -42,8 +44,13 @@ def put_all(
     sources: Sequence[PayloadSource],
     *,
     progress: Callable[[int], None] | None = None,
+    meter: Meter | None = None,
 ) -> tuple[list[PayloadObject], list[int]]:
     """Put all objects into a checkpoint's folder; gives them as sealed, and the sums of their boxes in order.
+
+    Args:
+        progress: called with the number of further bytes.
+        meter: told which objects are under way.
 
     Raises:
         SaveError: a tensor changed meanwhile, or the sources were stopped.
@@ -52,7 +59,8 @@ def put_all(
 
     def put(source: PayloadSource) -> None:
         key = keys.payload_key(entry.step, entry.id, source.payload.name)
-        storage.put(key, source, size_bytes=source.size_bytes, progress=progress)
+        with meter.carrying(source.payload.name) if meter is not None else contextlib.nullcontext():
+            storage.put(key, source, size_bytes=source.size_bytes, progress=progress)
 
     large = [source for source in sources if source.size_bytes >= _LARGE_BYTES]
     side_by_side = large if len(large) > 1 else []

@@ -4,6 +4,7 @@ from cloudckpt.storage.base import (
     Buffer,
     Conditions,
     Connecting,
+    Copying,
     Described,
     Landed,
     Listed,
@@ -22,6 +23,7 @@ from cloudckpt.storage.generic import GenericFsspecStorage
 from cloudckpt.storage.local import LocalStorage
 from cloudckpt.storage.manifest_store import Held, ManifestStore, utc_now
 from cloudckpt.storage.memory import MemoryStorage
+from cloudckpt.storage.pulled import PulledFolder
 from cloudckpt.storage.retry import RetryingStorage
 from cloudckpt.storage.s3 import S3Storage
 from cloudckpt.storage.urls import open_storage
@@ -31,6 +33,7 @@ __all__ = [
     "Buffer",
     "Conditions",
     "Connecting",
+    "Copying",
     "Described",
     "GCSStorage",
     "GenericFsspecStorage",
@@ -44,6 +47,7 @@ __all__ = [
     "Outcome",
     "Paced",
     "Part",
+    "PulledFolder",
     "RetryingStorage",
     "S3Storage",
     "Source",

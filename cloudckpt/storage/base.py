@@ -14,6 +14,7 @@ __all__ = [
     "Buffer",
     "Conditions",
     "Connecting",
+    "Copying",
     "Described",
     "Landed",
     "Listed",
@@ -272,6 +273,26 @@ class Described(Protocol):
         Raises:
             StorageError: there are no credentials, or they could not be fetched.
             ConfigError: the filesystem does not take the options it was given.
+        """
+        ...
+
+
+@runtime_checkable
+class Copying(Protocol):
+    """A storage whose store copies objects by itself: their bytes do not pass through this process."""
+
+    def copy_from(self, source: Storage, source_key: str, key: str, *, size_bytes: int, checksum: int) -> bool:
+        """Copy one payload object from another root; durable on return.
+
+        Args:
+            source: the other root's storage.
+            checksum: the CRC-32C of the object.
+
+        Returns:
+            False if the two are not on one store, or the store will not do it: then the bytes have to be carried.
+
+        Raises:
+            StorageError: the store failed on the way, or other bytes arrived (and were taken away again).
         """
         ...
 

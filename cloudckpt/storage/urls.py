@@ -18,6 +18,7 @@ from cloudckpt.storage.gcs import GCSStorage
 from cloudckpt.storage.generic import GenericFsspecStorage
 from cloudckpt.storage.local import LocalStorage
 from cloudckpt.storage.memory import MemoryStorage
+from cloudckpt.storage.pulled import PulledFolder, is_pulled
 from cloudckpt.storage.s3 import S3Storage
 
 __all__ = ["open_storage"]
@@ -75,7 +76,9 @@ def open_storage(
     return _remote(text, scheme, rest, dict(storage_options or {}), settings or Settings())
 
 
-def _local(path: str, settings: Settings | None) -> LocalStorage:
+def _local(path: str, settings: Settings | None) -> Storage:
+    if is_pulled(os.path.expanduser(path)):  # noqa: PTH111 - as LocalStorage does it
+        return PulledFolder(path)
     return LocalStorage(path, direct_io=(settings or Settings()).direct_io)
 
 

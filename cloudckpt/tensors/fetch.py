@@ -9,6 +9,7 @@ import torch
 from cloudckpt.config import Settings
 from cloudckpt.core.model import Checkpoint, Chunk, TensorEntry
 from cloudckpt.core.ranges import contiguous_start
+from cloudckpt.progress import Meter
 from cloudckpt.storage import Storage
 from cloudckpt.tensors.boxes import plan_boxes
 from cloudckpt.tensors.dcp import plan_copies
@@ -23,13 +24,20 @@ __all__ = ["fetch", "read_chunks"]
 
 
 def fetch(
-    storage: Storage, outline: Outline, homes: Homes, settings: Settings, *, done: Collection[Place] = ()
+    storage: Storage,
+    outline: Outline,
+    homes: Homes,
+    settings: Settings,
+    *,
+    done: Collection[Place] = (),
+    meter: Meter | None = None,
 ) -> None:
     """Give every tensor of the outline its memory, and fill it with proven bytes.
 
     Args:
         homes: which of them are read into the caller's own tensors, or onto a device.
         done: those that have their bytes already.
+        meter: told how far it is.
 
     Raises:
         CorruptCheckpointError: an object is missing, too short, or a checksum differs; names object and range.
@@ -50,7 +58,7 @@ def fetch(
             pieces = [torch.empty(chunk.length, dtype=torch.uint8, device="cpu") for chunk in entry.chunks]
             scattered.append((place, pieces))
         extents += [WholeChunk.of(chunk, home) for chunk, home in zip(entry.chunks, pieces, strict=True)]
-    Reading(storage, outline.checkpoint, extents, settings).run()
+    Reading(storage, outline.checkpoint, extents, settings, meter).run()
     boxes.assemble()
     for place, pieces in scattered:
         _assemble(wanted[place], pieces, memory[place])

@@ -6,6 +6,7 @@ without touching its bytes again.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -19,6 +20,7 @@ from cloudckpt.core.checksum import combine_all, format_crc32c
 from cloudckpt.core.model import Checkpoint
 from cloudckpt.core.ranges import Read, Span, Wanted, plan_reads
 from cloudckpt.errors import CorruptCheckpointError, ObjectNotFoundError
+from cloudckpt.progress import Meter
 from cloudckpt.storage import Paced, Storage
 from cloudckpt.tensors.extents import Extent, Piece
 from cloudckpt.tensors.landing import Buffer, Ferry
@@ -53,11 +55,19 @@ class _Scratch(threading.local):
 class Reading:
     """All reads of one load."""
 
-    def __init__(self, storage: Storage, checkpoint: Checkpoint, extents: Sequence[Extent], settings: Settings) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        checkpoint: Checkpoint,
+        extents: Sequence[Extent],
+        settings: Settings,
+        meter: Meter | None = None,
+    ) -> None:
         self._storage = storage
         self._checkpoint = checkpoint
         self._extents = extents
         self._settings = settings
+        self._meter = meter
         self._mutex = threading.Lock()
         # Bytes between two wanted ranges go here, from every thread; nobody looks at them.
         self._waste = memoryview(bytearray(min(settings.read_gap_bytes, settings.max_read_bytes)))
@@ -87,6 +97,8 @@ class Reading:
         )
         if not reads:
             return
+        if self._meter is not None:
+            self._meter.expect(sum(read.length for read in reads))
         self._scratch = _Scratch(reads[0].length)
         if devices := {device for extent in self._extents for device in extent.devices()}:
             self._ferry = Ferry(devices, buffers=threads, size_bytes=reads[0].length)
@@ -134,11 +146,14 @@ class Reading:
         return found
 
     def _ask(self, read: Read, targets: Sequence[memoryview]) -> None:
-        key = self._key(read.object)
+        key, meter = self._key(read.object), self._meter
         try:
-            self._storage.read_into(key, read.start, *targets)
+            with meter.carrying(read.object) if meter is not None else contextlib.nullcontext():
+                self._storage.read_into(key, read.start, *targets)
         except ObjectNotFoundError as exc:
             raise CorruptCheckpointError(str(exc), checkpoint_id=self._checkpoint.id, key=key) from exc
+        if meter is not None:
+            meter.advance(read.length)
 
     def _to_host(self, placed: Sequence[_Placed]) -> None:
         """What came by way of a buffer and stays on the host."""

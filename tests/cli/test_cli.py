@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -16,55 +15,8 @@ import torch
 
 import cloudckpt
 from cloudckpt import CheckpointManager, ConflictError
-from cloudckpt.cli import app as commands
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A closed run: steps 1 to 4, best 2, tagged and pinned."""
-    place = str(tmp_path_factory.mktemp("cli") / "run")
-    with CheckpointManager(place, monitor="loss", mode="min", keep_best=1, keep_last=2) as ckpts:
-        for step, loss in [(1, 0.9), (2, 0.1), (3, 0.5), (4, 0.4)]:
-            ckpts.save(step, {"model": {"w": torch.full((9,), float(step))}}, metrics={"loss": loss, "acc": step / 10})
-        ckpts.wait()
-        ckpts.tag(2, "release")
-        ckpts.pin(3)
-    return place
-
-
-class Result:
-    """What a command printed and how it ended."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code = code
-        self.out = out
-        self.err = err
-
-    @property
-    def json(self) -> Any:
-        """The one document on standard output."""
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a command in this process, through the very entry point."""
-    monkeypatch.delenv("CLOUDCKPT_ROOT", raising=False)
-
-    def run(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["cloudckpt", *arguments])
-        # A command sets its own signal handlers; the process is the test's.
-        handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-        try:
-            with pytest.raises(SystemExit) as ended:
-                commands.run()
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
-        captured = capsys.readouterr()
-        return Result(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
+from cloudckpt.cli import checking
+from cloudckpt.cli.schema import SCHEMAS
 
 
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -97,7 +49,7 @@ def test_ls_for_scripts(cli: Any, root: str) -> None:
     names = cli("ls", "-q", "-r", root).out.split()
     assert [name.split(".")[0] for name in names] == ["checkpoint-4", "checkpoint-3", "checkpoint-2"]
     document = cli("ls", "--json", root).json
-    assert document.keys() == {"root", "run_id", "revision", "policy", "best", "recent", "checkpoints"}
+    assert document.keys() == SCHEMAS["ls"].keys()
     assert [c["step"] for c in document["checkpoints"]] == [2, 3, 4]
     best = document["checkpoints"][0]
     assert best["kept_because"] == ["best #1"]
@@ -240,7 +192,7 @@ def test_a_signal_ends_with_its_own_code(
     cli: Any, root: str, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C gives 130 and SIGTERM 143, without a traceback."""
-    monkeypatch.setattr(commands, "verify", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr(checking, "verify", lambda *_, **__: signal.raise_signal(number))
     result = cli("verify", root)
     assert result.code == code
     assert "Traceback" not in result.err
@@ -278,7 +230,7 @@ def test_a_reader_that_leaves_early_is_no_error(root: str) -> None:
         assert b"Traceback" not in done.stderr.read()
 
 
-def test_no_command_loads_torch(root: str) -> None:
+def test_no_command_loads_torch(root: str, tmp_path: Path) -> None:
     """Every command works where torch cannot be imported at all."""
     block = "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None; "
     for arguments in (
@@ -287,6 +239,18 @@ def test_no_command_loads_torch(root: str) -> None:
         ["verify", root, "--deep"],
         ["doctor", root],
         ["log", root],
+        ["latest", root],
+        ["diff", "best", "latest", "-r", root],
+        ["prune", root, "--dry-run"],
+        ["gc", root, "--dry-run"],
+        ["pin", "best", "--dry-run", "-r", root],
+        ["pull", "best", str(tmp_path), "-r", root],
+        ["pull", "best", str(tmp_path / "model"), "-r", root, "-c", "model"],
+        ["cp", "best", str(tmp_path / "copy"), "-r", root],
+        ["export", "best", "--dry-run", "-r", root],
+        ["import", str(tmp_path / "checkpoint-2"), str(tmp_path / "new")],
+        ["cost", root, "--every", "60"],
+        ["watch", root, "--count", "1"],
     ):
         code = f"{block}sys.argv = ['cloudckpt', *{arguments!r}]; from cloudckpt.cli import main; main()"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -329,7 +293,7 @@ def test_the_exit_code_says_what_kind_of_trouble(
     def race(*_: object, **__: object) -> None:
         raise ConflictError("somebody else wrote the manifest")
 
-    monkeypatch.setattr(commands, "repair", race)
+    monkeypatch.setattr(checking, "repair", race)
     conflict = cli("repair", str(run), "--yes")
     assert (conflict.code, conflict.err) == (5, "cloudckpt: somebody else wrote the manifest\n")
     helped = cli("--help")

@@ -92,6 +92,13 @@ def test_what_selects_nothing_says_what_would(text: object) -> None:
         parse_selector(text)  # type: ignore[arg-type]  # a user's mistake
 
 
+@pytest.mark.parametrize(("text", "meant"), [("lastest", "latest"), ("lates", "latest"), ("bset", "best")])
+def test_a_slip_of_the_finger_is_answered_with_what_was_meant(text: str, meant: str) -> None:
+    """A misspelled word is refused, and the nearest one is named."""
+    with pytest.raises(ConfigError, match=rf"did you mean {meant}\?"):
+        parse_selector(text)
+
+
 @pytest.mark.parametrize("text", ["1234", 1234, 12345678])
 def test_a_step_that_is_gone_never_selects_another_by_its_id(text: str | int) -> None:
     """Step 1234 does not exist: the save whose id begins with 1234 is something else, and is not taken for it."""
@@ -118,7 +125,9 @@ ONLY_BAD = manifest(checkpoint(1, marks=("diverged",)), checkpoint(2, damaged="a
         (RUN, 260, "no committed checkpoint of step 260; the nearest are 200, 300, 400"),
         (RUN, "tag:final", "nothing has the tag 'final'; the tags there are: old, release"),
         (ONLY_BAD, "tag:final", "nothing has the tag 'final'; the tags there are: none"),
-        (RUN, "99aa", "no committed checkpoint has the save id '99aa'"),
+        (RUN, "99aa", "no committed checkpoint has the save id '99aa'; the nearest are "),
+        (RUN, "cccc0055", "has the save id 'cccc0055'; the nearest are cccc0005"),
+        (RUN, "tag:releas", "the tags there are: old, release (did you mean tag:release?)"),
         (ONLY_BAD, "latest", "all 2 committed checkpoints are marked or damaged; load one by name, for example 2"),
         (manifest(), "latest", "nothing matches 'latest': this run has no committed checkpoint"),
         (manifest(), 100, "nothing matches '100': this run has no committed checkpoint"),

@@ -1,0 +1,116 @@
+"""Commands that check and mend: verify, repair, doctor."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cloudckpt.cli.common import FINDINGS, DryRun, Json, Place, Quiet, Root, Yes, agreed, root_of, split
+from cloudckpt.cli.doctor import examine
+from cloudckpt.cli.render import as_json, checkpoints_table, output, print_json
+from cloudckpt.core.text import format_bytes
+from cloudckpt.tools import repair, verify
+from cloudckpt.verifying import Finding
+
+__all__ = ["doctor", "repair_command", "verify_command"]
+
+
+def verify_command(
+    select: Annotated[
+        str | None, typer.Argument(metavar="[SELECT|ROOT]", help="One checkpoint, or a root for all.")
+    ] = None,
+    root: Root = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare checksums.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check that what was sealed is still there; exit 3 if something is not.
+
+    Example: cloudckpt verify ./runs/demo --deep
+    """
+    place, selector = _verify_target(select, root)
+    report = verify(place, selector, deep=deep)
+    if json:
+        print_json({"ok": report.ok, **as_json(report)})
+    elif quiet:
+        sys.stdout.writelines(f"{name}\n" for name in dict.fromkeys(f.checkpoint.name for f in report.findings))
+    else:
+        console = output()
+        for finding in report.findings:
+            console.print(_damage(finding), markup=False)
+        how = f"{format_bytes(report.bytes_read)} read" if deep else "sizes only; --deep reads every byte"
+        console.print(f"{len(report.checkpoints)} checkpoints checked ({how}), {len(report.findings)} findings")
+    if not report.ok:
+        raise typer.Exit(FINDINGS)
+
+
+def _damage(finding: Finding) -> str:
+    start, length = finding.start, finding.length or 0
+    where = "" if start is None else f" bytes {start}..{start + length}"
+    return f"DAMAGED {finding.checkpoint.root}/{finding.key}{where}: {finding.problem}"
+
+
+def _verify_target(select: str | None, root: str | None) -> tuple[str, str | None]:
+    if select is None:
+        return root_of(root), None
+    if "#" in select:
+        return split(select, root)
+    # With a root from elsewhere the argument is a selector; alone it is the root itself.
+    return (select, None) if root is None or os.sep in select or "://" in select else (root, select)
+
+
+def repair_command(
+    place: Place = None,
+    root: Root = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Bring back a run whose manifest is lost, unreadable or rolled back.
+
+    Shows the proposal first. Everything it admits is held until you release it, and every running writer is
+    fenced. Example: cloudckpt repair ./runs/demo
+    """
+    target = root_of(place, root)
+    plan = repair(target, dry_run=True)
+    if not json:
+        console = output()
+        console.print(f"from {plan.basis}: {len(plan.admitted)} checkpoints are whole and would be admitted and held")
+        console.print(checkpoints_table(plan.admitted))
+        for folder, why in plan.refused.items():
+            console.print(f"not admitted: {folder}: {why}", markup=False)
+        for sentence in plan.could_not_know:
+            console.print(f"could not know: {sentence}", markup=False)
+    if agreed("Put this manifest in place?", yes=yes, dry_run=dry_run, unseen=json):
+        plan = repair(target, dry_run=False)
+        if not json:
+            output().print(f"done: revision {plan.manifest.revision}, run {plan.manifest.run_id}")
+    elif not json:
+        output().print("nothing was changed")
+    if json:
+        print_json(plan)
+
+
+def doctor(place: Place = None, root: Root = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Check a root before a run depends on it: rights, conditions, latencies, and the state of the run.
+
+    Example: cloudckpt doctor ./runs/demo
+    """
+    report = examine(root_of(place, root))
+    if json:
+        print_json(report)
+    else:
+        console = output()
+        for check in report.checks:
+            if quiet and check.ok:
+                continue
+            mark = "[green]ok[/green]  " if check.ok else "[red]FAIL[/red]"
+            detail = check.detail.replace("[", r"\[")
+            console.print(f"{mark}  {check.name:<36} {detail}")
+        if not quiet:
+            console.print(f"verdict: {'ready' if report.ok else 'not ready'}")
+    if not report.ok:
+        raise typer.Exit(1)
