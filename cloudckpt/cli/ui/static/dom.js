@@ -41,11 +41,13 @@ export function attribute(node, name, value) {
  * there, so that focus, selection and scrolling survive a refresh.
  */
 export function keyed(parent, items, key, make, update) {
-  const old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   const keys = items.map((item) => String(key(item)));
   const wanted = new Set(keys);
-  for (const [name, child] of old) {
-    if (!wanted.has(name)) child.remove();
+  const old = new Map();
+  for (const child of [...parent.children]) {
+    const name = child.dataset.key;
+    if (wanted.has(name) && !old.has(name)) old.set(name, child);
+    else child.remove();
   }
   let place = parent.firstElementChild;
   items.forEach((item, number) => {
@@ -62,23 +64,25 @@ export function keyed(parent, items, key, make, update) {
   });
 }
 
-/** A row whose first cell is its header. Each cell is {label, text?, node?, kind?}; `node` wins over `text`. */
+/**
+ * Fill a row. Its first cell is its header. Each cell is {label, text}, or {label, fill} with a function that is given
+ * the node inside; `kind` is its class.
+ */
 export function cells(row, columns) {
   attribute(row, "role", "row");
   keyed(
     row,
     columns.map((column, number) => ({ ...column, number })),
-    (column) => column.label,
-    (column) => {
-      const header = column.number === 0;
-      return element(header ? "th" : "td", header ? { role: "rowheader", scope: "row" } : { role: "cell" }, element("span"));
-    },
+    (column) => `${column.number} ${column.label}`,
+    (column) =>
+      column.number === 0
+        ? element("th", { role: "rowheader", scope: "row" }, element("span"))
+        : element("td", { role: "cell" }, element("span")),
     (cell, column) => {
       attribute(cell, "data-label", column.label);
       attribute(cell, "class", column.kind ?? null);
-      const inside = cell.firstElementChild;
-      if (column.node) column.node(inside);
-      else text(inside, column.text ?? "");
+      if (column.fill) column.fill(cell.firstElementChild);
+      else text(cell.firstElementChild, column.text ?? "");
     },
   );
 }
