@@ -99,7 +99,7 @@ export class Chart {
     const inside = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
     const x = (step) => inside.left + ((step - left) / (right - left)) * (inside.right - inside.left);
     const y = (value) => inside.bottom - ((value - low) / (high - low)) * (inside.bottom - inside.top - 2 * SIZE) - SIZE;
-    // A checkpoint that is gone took its metric along: only its step is known, so its mark is on the axis.
+    // Gone with its metric, or not measured yet: only the step is known, so the mark is on the axis.
     this.places = points.map((point) => ({ point, x: x(point.step), y: point.value === null ? inside.bottom : y(point.value) }));
     const line = this.places.filter(({ point }) => point.value !== null && point.kind !== "failed");
     this.ring = svg("circle", { class: "ring", r: 2.2 * SIZE, visibility: "hidden" });
@@ -177,7 +177,7 @@ export class Chart {
       text(by("picked"), "");
       return;
     }
-    const value = point.value === null ? "value no longer known" : `${this.plot.metric} ${spelled(point.value)}`;
+    const value = point.value === null ? "no value known" : `${this.plot.metric} ${spelled(point.value)}`;
     text(by("picked"), `step ${point.step}: ${value}, ${point.kind}${point.note ? ` (${point.note})` : ""}`);
   }
 }
