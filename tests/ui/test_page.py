@@ -223,6 +223,7 @@ def test_names_from_the_store_are_text(visit: Callable[..., Visit], tmp_path: Pa
     rows = rows_of(tab, "Checkpoints")
     expect(rows.nth(0)).to_contain_text(f"marked {mark}")
     expect(rows.nth(0)).to_contain_text("nan")
+    expect(rows.nth(0)).not_to_contain_text("object")
     expect(rows.nth(1)).to_contain_text(f"tag:{tag}")
     expect(tab.get_by_role("heading", name=f"{metric} over steps")).to_be_visible()
     expect(tab.locator("#run-title")).to_have_text(root)

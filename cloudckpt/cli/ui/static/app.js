@@ -111,7 +111,6 @@ async function list() {
   state.several = found.runs.length > 0;
   text(by("place"), found.root);
   showRuns(found);
-  fine();
 }
 
 function route() {
@@ -148,6 +147,7 @@ async function refresh() {
     if (!state.known) {
       await list();
       route();
+      if (state.run === null) fine();
     }
     turn = state.turn;
     if (state.run !== null) await look();
@@ -198,7 +198,7 @@ by("metric").addEventListener("change", () => {
   state.metric = by("metric").value;
   showPlot(state.turn).catch(complain);
 });
-by("runs-again").addEventListener("click", () => list().catch(complain));
+by("runs-again").addEventListener("click", () => list().then(fine, complain));
 by("theme").addEventListener("change", () => {
   remember(by("theme").value);
   colours(by("theme").value);

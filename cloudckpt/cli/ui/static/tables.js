@@ -43,7 +43,7 @@ function showFacts(listing) {
     ["newest", newest ? `step ${newest.step}` : "none yet"],
     ...listing.best.map(({ metric: name, mode, ids }) => {
       const found = ids.length ? named(ids[0]) : undefined;
-      const value = found && (found.metrics[name] ?? found.metrics[`eval_${name}`]);
+      const value = found && (measured(found, name) ?? measured(found, `eval_${name}`));
       return [`best by ${name}`, found ? `step ${found.step}: ${metric(value)} (${mode})` : "none yet"];
     }),
     ["settings", settings(listing.policy)],
@@ -59,6 +59,11 @@ function showFacts(listing) {
     (fact) => element(fact.kind),
     (node, fact) => text(node, fact.value),
   );
+}
+
+// Its own alone: a metric may be called "constructor", which every object has.
+function measured(checkpoint, name) {
+  return Object.hasOwn(checkpoint.metrics, name) ? checkpoint.metrics[name] : undefined;
 }
 
 function settings(policy) {
@@ -116,7 +121,7 @@ function showRow(row, checkpoint, metrics, listing, picked) {
     { label: "Step", text: String(checkpoint.step) },
     { label: "Age", fill: (inside) => showAge(inside, checkpoint.committed_at ?? checkpoint.announced_at) },
     { label: "Size", text: bytes(checkpoint.size_bytes), kind: "number" },
-    ...metrics.map((name) => ({ label: name, text: metric(checkpoint.metrics[name]), kind: "number" })),
+    ...metrics.map((name) => ({ label: name, text: metric(measured(checkpoint, name)), kind: "number" })),
     { label: "Kept because", text: because(checkpoint) },
     { label: "State", text: state(checkpoint, listing.uploaded_bytes[checkpoint.id]) },
   ]);
