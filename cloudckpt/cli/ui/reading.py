@@ -67,6 +67,9 @@ class WatchedRun:
 
     def seen(self) -> SeenRun:
         """The run as it was at the last look, without a request; the first look, if there was none."""
+        # Not behind the mutex: a preview must not wait for a store that is being asked.
+        if (last := self._last) is not None:
+            return last
         with self._mutex:
             return self._last or self._look()
 

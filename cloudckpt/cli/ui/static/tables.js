@@ -37,7 +37,8 @@ function showFacts(listing) {
   const committed = listing.checkpoints.filter((checkpoint) => checkpoint.state === "committed");
   const size = committed.reduce((sum, checkpoint) => sum + checkpoint.size_bytes, 0);
   const named = (id) => committed.find((checkpoint) => checkpoint.id === id);
-  const newest = committed.filter((checkpoint) => checkpoint.damaged === null && !checkpoint.marks.length).sort((one, other) => other.seq - one.seq)[0];
+  const usable = committed.filter((checkpoint) => checkpoint.damaged === null && !checkpoint.marks.length);
+  const newest = usable.sort((one, other) => other.seq - one.seq)[0];
   const facts = [
     ["kept", `${count(committed.length, "checkpoint")}, ${bytes(size)}`],
     ["newest", newest ? `step ${newest.step}` : "none yet"],
