@@ -7,6 +7,19 @@ import { bytes, count, quoted } from "./format.js";
 // How a query writes "without this rule", which for the newest and the best means all of them.
 const NONE = "none";
 const HOUR = 3600;
+// Field -> the word of a query; word -> the option of the command line.
+const WORDS = {
+  "keep-last": "keep_last",
+  "keep-best": "keep_best",
+  "keep-every": "keep_every",
+  "keep-within": "keep_within_s",
+};
+const OPTIONS = {
+  keep_last: "--keep-last",
+  keep_best: "--keep-best",
+  keep_every: "--keep-every",
+  keep_within_s: "--keep-within",
+};
 
 /** The form and its preview. `run` gives the name of the run that is shown; `fail` is told what goes wrong. */
 export class Preview {
@@ -16,7 +29,7 @@ export class Preview {
     // Only what somebody has moved is asked for; the rest is the stored policy's.
     this.words = {};
     this.listing = null;
-    for (const id of ["keep-last", "keep-best", "keep-every", "keep-within"]) {
+    for (const id of Object.keys(WORDS)) {
       by(id).addEventListener("input", () => this.moved(id));
     }
     by("words").addEventListener("submit", (event) => event.preventDefault());
@@ -29,8 +42,9 @@ export class Preview {
     if (this.listing) this.show(this.listing);
   }
 
-  /** Another run is shown from now on. */
+  /** Another run is shown from now on: an answer about the one before comes too late. */
   forget() {
+    this.asking?.abort();
     this.words = {};
     this.listing = null;
   }
@@ -79,14 +93,15 @@ export class Preview {
 
   moved(id) {
     const field = by(id);
-    const word = { "keep-last": "keep_last", "keep-best": "keep_best", "keep-every": "keep_every", "keep-within": "keep_within_s" }[id];
+    const word = WORDS[id];
     if (field.type === "range") {
       this.words[word] = field.value === field.max ? NONE : field.value;
       this.say(id);
     } else if (field.value === "" && !field.validity.badInput) {
       this.words[word] = NONE;
     } else if (field.checkValidity() && Number(field.value) > 0) {
-      this.words[word] = word === "keep_within_s" ? String(Number(field.value) * HOUR) : field.value;
+      // "1e3" is a number here, and no integer there.
+      this.words[word] = String(Number(field.value) * (word === "keep_within_s" ? HOUR : 1));
     } else {
       text(by("preview-sum"), id === "keep-every" ? "Steps are whole numbers from 1 on." : "Hours are numbers above 0.");
       return;
@@ -133,11 +148,10 @@ export class Preview {
 
   // The command that shows, and carries out, the same; it has no way to say "all" or "off".
   spell(root) {
-    const options = { keep_last: "--keep-last", keep_best: "--keep-best", keep_every: "--keep-every", keep_within_s: "--keep-within" };
     const said = Object.entries(this.words);
     const sayable = said.every(([, value]) => value !== NONE);
     by("preview-command").hidden = !sayable;
-    const words = said.flatMap(([word, value]) => [options[word], value]);
+    const words = said.flatMap(([word, value]) => [OPTIONS[word], value]);
     text(by("preview-command").querySelector("code"), ["cloudckpt", "gc", quoted(root), ...words, "--dry-run"].join(" "));
   }
 }
