@@ -23,7 +23,7 @@ from cloudckpt.cli.ui.site import Site
 from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
 from cloudckpt.core.model import Checkpoint, Manifest, State
-from cloudckpt.storage import ManifestStore
+from cloudckpt.storage import ManifestStore, Storage
 from cloudckpt.testing.scripted import ScriptedStorage
 from cloudckpt.tools import open_store
 
@@ -67,7 +67,8 @@ class Response:
 class Page:
     """A page that is served, and the log of what its stores were asked."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, storage: Storage | None = None) -> None:
+        self._storage = storage
         self.stores: list[ScriptedStorage] = []
         self.site = Site(Place(root, self._open))
         self.server = PageServer(self.site)
@@ -75,7 +76,7 @@ class Page:
         self.thread.start()
 
     def _open(self, root: str) -> ManifestStore:
-        self.stores.append(ScriptedStorage(open_store(root).unretried))
+        self.stores.append(ScriptedStorage(self._storage or open_store(root).unretried))
         return ManifestStore(self.stores[-1])
 
     @property
@@ -116,12 +117,12 @@ class Page:
 
 
 @pytest.fixture
-def page_of() -> Iterator[Callable[[str], Page]]:
-    """Serves the page of a root, as often as it is called."""
+def page_of() -> Iterator[Callable[..., Page]]:
+    """Serves the page of a root, or of a storage, as often as it is called."""
     with contextlib.ExitStack() as stack:
 
-        def serve(root: str) -> Page:
-            page = Page(root)
+        def serve(root: str, storage: Storage | None = None) -> Page:
+            page = Page(root, storage)
             stack.callback(page.stop)
             return page
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.processes
 SHOTS = Path(__file__).parents[2] / "build" / "ui"
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-Serve = Callable[[str], Any]
+Serve = Callable[..., Any]
 
 
 @dataclass

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from cloudckpt import CheckpointManager
 from cloudckpt.cli.schema import SCHEMAS
 from cloudckpt.cli.ui import documents
 from cloudckpt.cli.ui.server import PageServer
 from cloudckpt.errors import ConfigError
+from cloudckpt.storage import Storage
 
-Serve = Callable[[str], Any]
+Serve = Callable[..., Any]
 
 ADDRESS = re.compile(r"""(?:[a-z]+:|["'(=])//[^\s"')]+""")
 
@@ -336,3 +339,32 @@ def test_a_manifest_that_is_the_same_is_not_decoded_again(page_of: Serve, run: s
     manifest = Path(run) / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"pinned": true', b'"pinned": false'))
     assert watched.look().seen is not first.seen
+
+
+@pytest.mark.parametrize("kind", ["memory", "moto", "gcs"])
+def test_on_object_stores(page_of: Serve, new_storage: Callable[[str], Storage], kind: str) -> None:
+    """The same page of a run in a bucket: one GET a look, and what has not changed is known by its version."""
+    storage = new_storage(kind)
+    ckpts = CheckpointManager(storage, monitor="loss", mode="min")
+    ckpts.save(1, {"w": torch.ones(3)}, metrics={"loss": 0.5}, block=True)
+    page = page_of(storage.url, storage)
+    first = page.api("ls")
+    assert [c["metrics"] for c in first.json["checkpoints"]] == [{"loss": 0.5}]
+    watched = page.site._place.run()
+    seen = watched.seen().seen
+    assert page.get("api/ls", **{"If-None-Match": first.headers["etag"]}).status == 304
+    assert watched.seen().seen is seen
+    assert page.asked() == ["read", "read"]
+    ckpts.save(2, {"w": torch.ones(3)}, metrics={"loss": 0.4}, block=True)
+    assert page.api("ls").json["best"][0]["ids"][0] == page.api("plot").json["points"][1]["name"].partition(".")[2]
+    ckpts.close()
+
+
+def test_a_pulled_folder_is_a_run_of_one(page_of: Serve, run: str, tmp_path: Path) -> None:
+    """What ``pull`` made can be looked at as well."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cloudckpt", "pull", "best", str(tmp_path), "-r", run], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    listed = page_of(str(tmp_path / "checkpoint-2")).api("ls").json
+    assert [(c["step"], c["tags"]) for c in listed["checkpoints"]] == [(2, ["release"])]
