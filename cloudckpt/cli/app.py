@@ -16,6 +16,7 @@ from cloudckpt._version import __version__
 from cloudckpt.cli import checking, cleaning, labelling, looking, moving, picturing
 from cloudckpt.cli.common import FINDINGS
 from cloudckpt.cli.render import errors
+from cloudckpt.cli.ui.command import ui
 from cloudckpt.errors import CloudCkptError
 
 __all__ = ["COMMANDS", "FINDINGS", "app", "run"]
@@ -41,6 +42,7 @@ COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
         "diff": looking.diff,
         "plot": picturing.plot,
         "watch": picturing.watch,
+        "ui": ui,
         "cost": picturing.cost,
     },
     "Label": {

@@ -44,6 +44,10 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
         "points": "array of objects: step, value?, kind (saved, best, pinned, deleted, failed), name, note",
         "path": "string?; the file that was written",
     },
+    "ui": {
+        "root": "string; the run or prefix that is shown",
+        "url": "string; of the page, as long as the command runs",
+    },
     "cost": {
         "found": "object: root, checkpoint, kept, save_every_s, every_from, hours_a_month, prices, costs",
         "total": "number; a month, at the prices given",
