@@ -82,8 +82,8 @@ class DivergenceDetector:
     def mark(self, ckpts: CheckpointManager) -> tuple[Checkpoint, ...]:
         """Mark what was saved since the metric went bad as "diverged", and log what was done.
 
-        Call it once a divergence is found, and after any later save; nothing is marked twice. Of several ranks only rank
-        zero does anything.
+        Call it once a divergence is found, and after any later save; nothing is marked twice. Of several ranks only
+        rank zero does anything.
 
         Returns:
             what is newly marked, newest first.

@@ -50,14 +50,28 @@ def checked_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 class FolderState:
-    """A folder as the value of a component. Every rank looks for its files itself, when the save is planned."""
+    """A folder as the value of a component. Every rank looks for its files itself, when the save is planned.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: the folder.
+        needed: whether this rank must have files. Of several machines only one may have written any.
+    """
+
+    def __init__(self, folder: Path, *, needed: bool = True) -> None:
         self._folder = folder
+        self._needed = needed
 
     def state_dict(self) -> dict[str, Any]:
-        """Its files, as rows of bytes over their own pages."""
-        return folder_value(map_files_of(self._folder))
+        """Its files, as rows of bytes over their own pages.
+
+        Raises:
+            ConfigError: there is none, or something that is no file.
+            StorageError: something cannot be opened.
+        """
+        files = map_files_of(self._folder) if self._needed or self._folder.is_dir() else {}
+        if self._needed and not files:
+            raise ConfigError(f"{self._folder} has no files: write the checkpoint into it before it is saved")
+        return folder_value(files)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Files are given back by ``restore_folder`` and ``load_folder``, which ask where to."""

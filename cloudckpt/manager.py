@@ -351,7 +351,8 @@ class CheckpointManager(Run):
         """Save the files of a folder as of ``step``: what a host library has written there, whatever it is.
 
         A save like any other, with the same rules; ``restore_folder`` gives the files back. Of several ranks each calls
-        it, and the files of one machine are stored once. When it returns, the folder may be changed or removed; with
+        it; the files of one machine are stored once, those of several machines make one folder, and where rank zero is
+        there must be some. When it returns, the folder may be changed or removed; with
         ``block=True`` the files are sent from where they are, and take no memory here.
 
         Kept are the bytes of all files and their paths in the folder; not their times, owners and modes, and no empty
@@ -372,7 +373,7 @@ class CheckpointManager(Run):
         for word in unknown:
             raise unknown_keyword("save_folder", word, _keywords(CheckpointManager.save_folder))
         with self._refusals_told("save"):
-            state = {COMPONENT: FolderState(checked_folder(folder))}
+            state = {COMPONENT: FolderState(checked_folder(folder), needed=self.is_rank_zero)}
         return self.save(step, state, metrics=metrics, tags=tags, pin=pin, block=block)
 
     @contextlib.contextmanager
@@ -616,8 +617,8 @@ class CheckpointManager(Run):
     ) -> Path | None:
         """Give the files of a checkpoint back that was saved from a folder; None if the run has never committed any.
 
-        As ``restore``, for host libraries that read a folder themselves: the run is claimed, only proven damage leads to
-        an earlier checkpoint, and what is gone on with is protected. Of several ranks each calls it, and one of each
+        As ``restore``, for host libraries that read a folder themselves: the run is claimed, only proven damage leads
+        to an earlier checkpoint, and what is gone on with is protected. Of several ranks each calls it, and one of each
         machine reads. See ``load_folder``.
 
         Args:

@@ -43,8 +43,8 @@ class DivergenceRule:
             raise ConfigError(f"threshold={self.threshold!r}: write a positive number, in units of the metric")
         if not 0 < self.long_alpha < self.short_alpha <= 1:
             raise ConfigError(
-                f"short_alpha={self.short_alpha!r}, long_alpha={self.long_alpha!r}: both are above 0 and at most 1, and "
-                "the short one is the larger: otherwise it never runs ahead"
+                f"short_alpha={self.short_alpha!r}, long_alpha={self.long_alpha!r}: both are above 0 and at most 1, "
+                "and the short one is the larger: otherwise it never runs ahead"
             )
 
     def worse_by(self, value: float, than: float) -> float:
@@ -118,8 +118,8 @@ def saved_since(entries: Sequence[Checkpoint], since: int) -> list[Checkpoint]:
     """What this run of training has saved from a step on, newest first.
 
     Args:
-        entries: all entries of the run, by rising seq. Looking back from the newest, a higher step than the one after it
-            belongs to an earlier attempt, which training went back from.
+        entries: all entries of the run, by rising seq. Looking back from the newest, a higher step than the one after
+            it belongs to an earlier attempt, which training went back from.
     """
     found: list[Checkpoint] = []
     for entry in reversed(entries):

@@ -29,7 +29,7 @@ def map_files_of(folder: Path) -> dict[str, torch.Tensor]:
     it was. Links to files count as the files; folders without files are left out.
 
     Raises:
-        ConfigError: there is no file; something is neither a file nor a folder; or a name cannot be stored.
+        ConfigError: something is neither a file nor a folder, or a name cannot be stored.
         StorageError: something cannot be opened.
     """
     found: dict[str, torch.Tensor] = {}
@@ -44,8 +44,6 @@ def map_files_of(folder: Path) -> dict[str, torch.Tensor]:
         if isinstance(exc, ConfigError):
             raise
         raise StorageError(f"{folder}: its files cannot be read: {exc}") from exc
-    if not found:
-        raise ConfigError(f"{folder} has no files: write the checkpoint into it before it is saved")
     return found
 
 
@@ -78,7 +76,7 @@ def _row(path: Path, size: int, *, mode: Literal["c", "r+"]) -> torch.Tensor:
 
 
 def make_files(folder: Path, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """New files of these sizes in bytes, by their paths in the folder, as rows: what is written to a row is in its file.
+    """New files of these sizes in bytes, by their paths in the folder, as rows: what goes into a row is in its file.
 
     Raises:
         StorageError: the disk has no room, or refuses a file.
