@@ -52,7 +52,7 @@ from cloudckpt.events import (
 )
 from cloudckpt.filing import FolderState, checked_folder, give_back, staging_folder
 from cloudckpt.joining import claim_together
-from cloudckpt.loading import Loaded, LoadRequest, restore_chosen
+from cloudckpt.loading import Loaded, LoadRequest, load_chosen, restore_chosen
 from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
 from cloudckpt.saving import Saver, SaveRequest
@@ -75,7 +75,7 @@ __all__ = ["CheckpointManager"]
 _TAKEOVERS = ("last_wins", "refuse", "force")
 
 
-def _warn_unclosed(url: str) -> None:
+def _warn_unclosed(url: str) ->    def restore_values(self, select: str | int = "latest", **unknown: object) -> dict[str, Any] | None:
     warnings.warn(
         f"a CheckpointManager of {url} was never closed: use it in a with statement, or call close()",
         ResourceWarning,
@@ -654,16 +654,56 @@ class CheckpointManager(Run):
             on_damage=self._record_damage,
             tell=self._tell_person,
         )
+        self._go_on_from(loaded, began)
+        return target
+
+    def restore_values(
+        self, select: str | int = "latest", *, strict_world_size: bool = True, **unknown: object
+    ) -> dict[str, Any] | None:
+        """The values of a checkpoint to go on from, by component; None if the run has never committed any.
+
+        As ``restore``, for host libraries that fill their objects themselves: the run is claimed, only proven damage
+        leads to an earlier checkpoint, and what is gone on with is protected. The values are as from ``load``, but of
+        what each rank has for itself (``PerRank``) a rank gets its own.
+
+        Args:
+            select: ``latest``, ``best``, a step, ``tag:NAME`` or a save id.
+
+        Raises:
+            CheckpointNotFoundError: checkpoints exist, and none matches.
+            CorruptCheckpointError: the named checkpoint is damaged, or none is left that is not.
+            StateMismatchError: another number of ranks saved state of their own.
+            ConflictError: another job holds the run and ``takeover="refuse"``, or two jobs fight over it.
+            StorageError: the store refused; training is never silently started from the beginning.
+        """
+        for word in unknown:
+            raise unknown_keyword("restore_values", word, _keywords(CheckpointManager.restore_values))
+        with self._refusals_told("restore"):
+            selector = parse_selector(select)
+        began = time.monotonic()
+        manifest, is_new = self._begin_restore(selector, (), f"select={select!r}")
+        if is_new:
+            self._tell_once(NothingToResume(url=self.url))
+            return None
+        own = PerRankLeaf(self._coordinator.rank, self._coordinator.world_size)
+        request = LoadRequest(selector=selector, allow_pickle=self._allow_pickle, per_rank=own)
+        loaded = load_chosen(
+            self._store, manifest, request, coordinator=self._coordinator, on_damage=self._record_damage
+        )
+        self._go_on_from(loaded, began)
+        return loaded.values
+
+    def _go_on_from(self, loaded: Loaded, began: float) -> None:
+        """Protect it, and say so."""
         self._protect(loaded)
         self._tell_once(
             Resumed(
                 checkpoint=loaded.checkpoint,
                 seconds=time.monotonic() - began,
-                components=(COMPONENT,),
-                not_restored=tuple(name for name in loaded.index.structure if name != COMPONENT),
+                components=tuple(loaded.values),
+                not_restored=tuple(name for name in loaded.index.structure if name not in loaded.values),
             )
         )
-        return target
 
     def _begin_restore(
         self, selector: Selector, components: tuple[str, ...], options: str
