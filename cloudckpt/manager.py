@@ -657,9 +657,7 @@ class CheckpointManager(Run):
         self._go_on_from(loaded, began)
         return target
 
-    def restore_values(
-        self, select: str | int = "latest", *, strict_world_size: bool = True, **unknown: object
-    ) -> dict[str, Any] | None:
+    def restore_values(self, select: str | int = "latest", **unknown: object) -> dict[str, Any] | None:
         """The values of a checkpoint to go on from, by component; None if the run has never committed any.
 
         As ``restore``, for host libraries that fill their objects themselves: the run is claimed, only proven damage

@@ -54,7 +54,7 @@ def save_state(
     if accelerator.project_configuration.automatic_checkpoint_naming:
         raise ConfigError(
             "this Accelerator names its checkpoints itself (automatic_checkpoint_naming=True) and ignores where it "
-            "is to write: leave that out of its ProjectConfiguration, and total_limit as well: keep_last=N is the same here"
+            "is to write: leave that and total_limit out of its ProjectConfiguration; keep_last=N is the same here"
         )
     with ckpts.staging(step, metrics=metrics, tags=tags, pin=pin, block=block, within=within) as folder:
         accelerator.save_state(str(folder), **save_state_words)
