@@ -75,7 +75,7 @@ __all__ = ["CheckpointManager"]
 _TAKEOVERS = ("last_wins", "refuse", "force")
 
 
-def _warn_unclosed(url: str) ->    def restore_values(self, select: str | int = "latest", **unknown: object) -> dict[str, Any] | None:
+def _warn_unclosed(url: str) -> None:
     warnings.warn(
         f"a CheckpointManager of {url} was never closed: use it in a with statement, or call close()",
         ResourceWarning,
@@ -716,7 +716,6 @@ class CheckpointManager(Run):
         return self._manifest_to_restore(claimed_before=claimed_before, named=selector.named)
 
     def _manifest_to_load(self, asked: str) -> Manifest | None:
-        if self._coordinator| None:
         if self._coordinator.world_size == 1:
             return self.manifest()
         self._check_process()
