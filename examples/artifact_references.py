@@ -25,7 +25,7 @@ class WandbReferences:
             self._log(event.best[0].url, ["best"], {event.metric: event.values[0]})
 
     def _log(self, url: str, aliases: list[str], metadata: dict[str, float]) -> None:
-        import wandb
+        import wandb  # noqa: PLC0415 - whoever uses this has it
 
         artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="checkpoint", metadata={**metadata, "url": url})
         # Without checksums: the run has its own, and W&B would list the bucket for each.
@@ -37,7 +37,7 @@ class MlflowReferences:
     """Sets tags of the active MLflow run: which checkpoint is the newest, and which the best."""
 
     def __call__(self, event: Event, /) -> None:
-        import mlflow
+        import mlflow  # noqa: PLC0415 - whoever uses this has it
 
         if isinstance(event, SaveCommitted):
             checkpoint = event.checkpoint

@@ -28,13 +28,13 @@ _ModelCheckpoint: Any = host_module("callbacks").ModelCheckpoint
 
 
 class CloudCheckpoint(_Checkpoint):
-    """Saves at the end of each training epoch, or every so many steps, with all metrics that were logged.
+    """Saves at the end of each epoch, or every so many steps, with all metrics that were logged for that step.
 
     Pass its ``io`` as a plugin of the same trainer. No ``ModelCheckpoint`` is needed beside it.
 
     Args:
         root: of the run: a folder, a URL or a storage.
-        every_n_train_steps: how often it saves; None for the end of each epoch.
+        every_n_train_steps: how often it saves; None for the end of each epoch, or after each validation within it.
         divergence: ends the training when it finds something, and keeps the outcome from being resumed from.
         words: as for ``CheckpointManager``.
     """
@@ -51,7 +51,9 @@ class CloudCheckpoint(_Checkpoint):
         self.io = CloudCheckpointIO(root, **words)
         self._every = every_n_train_steps
         self._divergence = divergence
-        self._saved_at = -1
+        self._saved_at = self._validated_at = -1
+        self._validated: set[str] = set()
+        self._known_before: set[str] = set()
 
     def latest(self, select: str | int = "latest") -> str | None:
         """The name of the checkpoint to go on from, for ``fit(ckpt_path=...)``; None on a first run.
@@ -85,30 +87,43 @@ class CloudCheckpoint(_Checkpoint):
             logger.warning("ModelCheckpoint saves to the same run; its save_top_k deletes nothing: keep_best= decides")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Save, if it is time."""
+        """Save, if so many steps were made."""
         if self._every is not None and trainer.global_step % self._every == 0:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save, unless the steps are counted."""
-        if self._every is None:
+        """Save, unless the steps are counted or it validates within the epoch."""
+        if self._every is None and not _validates_within(trainer):
             self._save(trainer)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Remember what was known before."""
+        self._known_before = set(trainer.callback_metrics)
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look whether training has diverged."""
-        detector = self._divergence
-        if detector is None or trainer.sanity_checking or not self.io.is_resuming:
+        """Take note of what was measured; save, if it validates within the epoch; look whether training has diverged."""
+        if trainer.sanity_checking or not self.io.is_resuming:
             return
-        found = detector.update(trainer.global_step, _numbers(trainer.callback_metrics))
-        if trainer.strategy.reduce_boolean_decision(found is not None, all=False):
-            trainer.should_stop = True
-            self._mark(trainer)
+        metrics = _numbers(trainer.callback_metrics)
+        self._validated |= set(metrics) - self._known_before
+        self._validated_at = trainer.global_step
+        if self._every is None and _validates_within(trainer):
+            self._save(trainer)
+        elif self._saved_at == trainer.global_step and trainer.is_global_zero:
+            self.io.ckpts.report_metrics(self._saved_at, {n: v for n, v in metrics.items() if n in self._validated})
+        if self._divergence is not None:
+            found = self._divergence.update(trainer.global_step, metrics)
+            if trainer.strategy.reduce_boolean_decision(found is not None, all=False):
+                trainer.should_stop = True
+                self._mark(trainer)
 
     def _save(self, trainer: Any) -> None:
         if trainer.fast_dev_run or trainer.global_step in {0, self._saved_at}:
             return
         self._saved_at = trainer.global_step
-        self.io.metrics = _numbers(trainer.callback_metrics)
+        # What was validated before is still there, and is none of this step's.
+        stale = self._validated if self._validated_at != trainer.global_step else set()
+        self.io.metrics = {n: v for n, v in _numbers(trainer.callback_metrics).items() if n not in stale}
         try:
             trainer.save_checkpoint(f"step={trainer.global_step}.ckpt")
         finally:
@@ -127,6 +142,13 @@ class CloudCheckpoint(_Checkpoint):
         """Go on where the detector was."""
         if self._divergence is not None and "divergence" in state_dict:
             self._divergence.load_state_dict(state_dict["divergence"])
+
+
+def _validates_within(trainer: Any) -> bool:
+    """Whether validation comes more often, or less often, than the epochs end, as ModelCheckpoint has it."""
+    batches = trainer.num_val_batches
+    some = sum(batches) if isinstance(batches, list) else batches
+    return bool(some) and (trainer.check_val_every_n_epoch != 1 or trainer.val_check_interval != 1.0)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
