@@ -1,0 +1,55 @@
+"""Lightning's ``Trainer``, the real one: killed and gone on with, with the last checkpoint and the best side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cloudckpt
+from tests.integrations.jobs import Place, finished, killed_when_held, start, word
+
+pytestmark = pytest.mark.processes
+
+SCRIPT = "lightning_train.py"
+
+
+def test_a_killed_training_goes_on_from_the_last_epoch(new_place: Callable[[], Place], tmp_path: Path) -> None:
+    """SIGKILL after step 10: it resumes there from a URL, which Lightning's own "last" never does, to the same end."""
+    undisturbed = finished(start(SCRIPT, new_place(), tmp_path / "undisturbed"))
+    assert word(undisturbed, "latest") == "None"
+    assert word(undisturbed, "begins") == "0"
+    place = new_place()
+    killed_when_held(start(SCRIPT, place, tmp_path / "first", "--hold-after", "10"))
+    run = cloudckpt.open(place.root, storage_options=place.options)
+    assert [c.step for c in run.checkpoints()] == [5, 10]
+    resumed = finished(start(SCRIPT, place, tmp_path / "second"))
+    assert word(resumed, "latest").startswith("checkpoint-10.")
+    assert word(resumed, "begins") == "10"
+    assert word(resumed, "ended") == word(undisturbed, "ended") == "20"
+    assert word(resumed, "weights") == word(undisturbed, "weights")
+    kept = run.checkpoints()
+    assert [c.step for c in kept][-2:] == [15, 20]
+    assert len(kept) <= 3
+    best = run.best()
+    assert best is not None
+    assert best.metrics["val_loss"] == min(c.metrics["val_loss"] for c in kept)
+    assert word(resumed, "best") == best.name
+    assert all("step=" in tag for c in kept for tag in c.tags)
+    assert set(run.index("latest").structure) >= {"state_dict", "optimizer_states", "loops", "global_step"}
+    assert not list(tmp_path.rglob("*.ckpt")), "nothing is left on the disk"
+
+
+def test_a_training_that_diverges_is_stopped_and_not_resumed_from(
+    new_place: Callable[[], Place], tmp_path: Path
+) -> None:
+    """Weights become NaN after step 10: the next validation ends it, and what was saved since is marked."""
+    place = new_place()
+    lines = finished(start(SCRIPT, place, tmp_path / "work", "--steps", "100", "--explode-after", "10"))
+    assert word(lines, "ended") == "15"
+    assert any(line.startswith("Training divergence detected! val_loss=nan at step 15") for line in lines)
+    run = cloudckpt.open(place.root, storage_options=place.options)
+    assert {c.step: c.marks for c in run.checkpoints()}[15] == ("diverged",)
+    again = finished(start(SCRIPT, place, tmp_path / "again", "--steps", "15"))
+    assert word(again, "begins") == "10"
