@@ -89,8 +89,13 @@ class ForgatherCheckpoints:
         preserve_n_best: int,
         is_world_process_zero: bool = True,  # noqa: FBT001, FBT002 - forgather's signature
     ) -> bool:
-        """Take note of what was measured, before the save of this path; whether it will be one of the best."""
+        """Take note of what was measured, before the save of this path; whether it will be one of the best.
+
+        Raises:
+            SaveError: an earlier save failed and nobody was told yet.
+        """
         self._measured[self._step(checkpoint_path)] = dict(metrics)
+        self.ckpts.wait()  # as the save that follows would: what is still on its way counts
         value = metric_value(metrics, metric_key)
         if value is None:
             if is_world_process_zero:

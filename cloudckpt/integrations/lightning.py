@@ -47,6 +47,8 @@ class CloudCheckpoint(_Checkpoint):
         divergence: DivergenceDetector | None = None,
         **words: Any,
     ) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ConfigError(f"every_n_train_steps={every_n_train_steps}: write a positive number, or leave it out")
         super().__init__()
         self.io = CloudCheckpointIO(root, **words)
         self._every = every_n_train_steps
@@ -101,7 +103,7 @@ class CloudCheckpoint(_Checkpoint):
         self._known_before = set(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take note of what was measured; save, if it validates within the epoch; look whether training has diverged."""
+        """Take note of what was measured; save, if it is time; look whether training has diverged."""
         if trainer.sanity_checking or not self.io.is_resuming:
             return
         metrics = _numbers(trainer.callback_metrics)

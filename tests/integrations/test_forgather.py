@@ -138,7 +138,7 @@ def test_everything_comes_back() -> None:
 
 
 def test_the_lines_people_know(caplog: pytest.LogCaptureFixture) -> None:
-    """"Saving checkpoint at" once for each save, the best list once it is committed, and the summary of the end."""
+    """One line for each save, the best list once it is committed, and the summary of the end."""
     caplog.set_level(logging.INFO, logger="cloudckpt")
     trainer = Trainer()
     checkpoints = ForgatherCheckpoints(
