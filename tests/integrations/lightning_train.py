@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cloudckpt import DivergenceDetector
-from cloudckpt.integrations.lightning import CloudCheckpoint
+from cloudckpt.integrations.lightning import CloudCheckpoint, CloudCheckpointIO
 from tests.integrations.training import classifier, digest, digits, hold, say, words
 
 
@@ -56,16 +56,44 @@ class Watch(pl.Callback):
                     parameter.fill_(float("nan"))
 
 
+def with_model_checkpoint(root: str, work: str, top_k: int, steps: int) -> None:
+    """Lightning's own callback over our plugin: it says when, and lets go of what the run keeps."""
+    saver = pl.callbacks.ModelCheckpoint(dirpath=f"{work}/ckpts", monitor="val_loss", save_top_k=top_k)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=work,
+        callbacks=[saver],
+        plugins=[CloudCheckpointIO(root, monitor="val_loss", mode="min", keep_last=None)],
+    )
+    model = Classifier()
+    trainer.fit(model, *loaders())
+    say("top", saver.best_model_path.rpartition("/")[2])
+    say("score", f"{float(saver.best_model_score):.6f}")
+    (measured,) = trainer.validate(model, loaders()[1], ckpt_path=saver.best_model_path, verbose=False)
+    say("validated", f"{measured['val_loss']:.6f}")
+
+
+def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """In their order: where an epoch begins, Lightning begins the data anew."""
+    pixels, labels = digits()
+    train = DataLoader(TensorDataset(pixels[:80].float(), labels[:80]), batch_size=16)
+    return train, DataLoader(TensorDataset(pixels[1500:1564].float(), labels[1500:1564]), batch_size=64)
+
+
 def main() -> None:
     """Train, and print what happened."""
     asked = words()
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("cloudckpt").setLevel(logging.INFO)
     pl.seed_everything(0)
-    pixels, labels = digits()
-    # In their order: where an epoch begins, Lightning begins the data anew.
-    train = DataLoader(TensorDataset(pixels[:80].float(), labels[:80]), batch_size=16)
-    validation = DataLoader(TensorDataset(pixels[1500:1564].float(), labels[1500:1564]), batch_size=64)
+    if asked.top_k:
+        with_model_checkpoint(asked.root, asked.work, asked.top_k, asked.steps)
+        return
     detector = DivergenceDetector("val_loss", "min") if asked.explode_after else None
     cloud = CloudCheckpoint(
         asked.root, monitor="val_loss", mode="min", keep_best=1, keep_last=2, divergence=detector
@@ -84,7 +112,7 @@ def main() -> None:
     model = Classifier()
     latest = cloud.latest()
     say("latest", latest)
-    trainer.fit(model, train, validation, ckpt_path=latest)
+    trainer.fit(model, *loaders(), ckpt_path=latest)
     say("ended", trainer.global_step)
     say("weights", digest(model))
     say("best", cloud.best_model_path)

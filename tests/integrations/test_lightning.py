@@ -53,3 +53,18 @@ def test_a_training_that_diverges_is_stopped_and_not_resumed_from(
     assert {c.step: c.marks for c in run.checkpoints()}[15] == ("diverged",)
     again = finished(start(SCRIPT, place, tmp_path / "again", "--steps", "15"))
     assert word(again, "begins") == "10"
+
+
+def test_what_lightning_removes_the_run_keeps(new_place: Callable[[], Place], tmp_path: Path) -> None:
+    """ModelCheckpoint with save_top_k=1 over the plugin alone: it deletes nothing, and its names load."""
+    place = new_place()
+    lines = finished(start(SCRIPT, place, tmp_path / "work", "--top-k", "1"))
+    run = cloudckpt.open(place.root, storage_options=place.options)
+    kept = run.checkpoints()
+    assert len(kept) > 1, "each was better than the one before, which Lightning then removed"
+    assert all(set(c.metrics) == {"val_loss"} for c in kept)
+    best = run.best()
+    assert best is not None
+    assert best.tags == (word(lines, "top"),)
+    assert f"{best.metrics['val_loss']:.6f}" == word(lines, "score") == word(lines, "validated")
+    assert not list(tmp_path.rglob("*.ckpt"))
