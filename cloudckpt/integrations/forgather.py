@@ -80,7 +80,7 @@ class ForgatherCheckpoints:
         _, values, best = self.ckpts.best_list()
         return [(c.url, value) for c, value in zip(best, values, strict=True)]
 
-    def update_best_checkpoints(
+    def update_best_checkpoints(  # noqa: PLR0917 - forgather's signature
         self,
         checkpoint_path: str,
         metrics: Mapping[str, float],
