@@ -224,12 +224,15 @@ class _Pull:
         flush_files(part.path)
         try:
             if self.target.exists():
+                # On a disk that several machines share, another one may have been quicker.
+                if folder_holds(self.target, self._entries):
+                    return
                 aside = self._into / f".replaced-{self.target.name}-{_token().decode()}"
                 self.target.rename(aside)
                 self._tell(f"{self.target} had other files than the checkpoint: they are in {aside} now")
             part.keep(self.target)
         except OSError as exc:
-            # On a disk that several machines share, another one may have been quicker.
+            # Or it was between that look and now.
             if not folder_holds(self.target, self._entries):
                 raise StorageError(f"{self.target} cannot be put in place: {exc.strerror or exc}") from exc
 

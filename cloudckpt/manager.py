@@ -352,8 +352,9 @@ class CheckpointManager(Run):
 
         A save like any other, with the same rules; ``restore_folder`` gives the files back. Of several ranks each calls
         it; the files of one machine are stored once, those of several machines make one folder, and where rank zero is
-        there must be some. When it returns, the folder may be changed or removed; with
-        ``block=True`` the files are sent from where they are, and take no memory here.
+        there must be some. When it returns, the folder may be changed or removed; until then nobody may write to its
+        files, and one that is cut short meanwhile ends the process, as its pages are mapped. With ``block=True`` the
+        files are sent from where they are, and take no memory here.
 
         Kept are the bytes of all files and their paths in the folder; not their times, owners and modes, and no empty
         folders.

@@ -26,7 +26,7 @@ __all__ = ["ForgatherCheckpoints"]
 
 logger = logging.getLogger("cloudckpt.forgather")
 
-_STEP = re.compile(r"(?:.*[/\\])?(?:checkpoint-)?(\d+)(?:\.[0-9a-f]{8})?/?")
+_STEP = re.compile(r"(?:.*[/\\])?(?:checkpoint-)?(\d+)(?:\.([0-9a-f]{8}))?/?")
 
 
 class ForgatherCheckpoints:
@@ -113,7 +113,7 @@ class ForgatherCheckpoints:
     def set_best_checkpoint(self, best_checkpoint: str) -> None:
         """Keep this one, whatever the rules say (forgather's older interface)."""
         if self.ckpts.is_rank_zero:
-            self.ckpts.pin(self._step(best_checkpoint))
+            self.ckpts.pin(self._selector(best_checkpoint))
 
     def save_checkpoint(self, checkpoint_path: str | None = None, checkpoint_id: str | None = None) -> str:
         """Save everything; back once it is copied. Collective. Gives the path that forgather knows it by."""
@@ -183,7 +183,10 @@ class ForgatherCheckpoints:
     @staticmethod
     def _selector(path: str) -> str | int:
         found = _STEP.fullmatch(path)
-        return int(found[1]) if found else path
+        if found is None:
+            return path
+        # A step that was saved again has several: a URL means the one that it names.
+        return f"checkpoint-{int(found[1])}.{found[2]}" if found[2] else int(found[1])
 
 
 def _shared(component: Any) -> Any:

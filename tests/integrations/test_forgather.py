@@ -137,6 +137,25 @@ def test_everything_comes_back() -> None:
         assert again.resolve_checkpoint_path(None) == again.ckpts.select(6).url
 
 
+def test_a_url_means_the_checkpoint_that_it_names() -> None:
+    """Of a step that was saved twice the older one is still loaded, and kept, by its URL; the step is the newer one."""
+    storage, trainer = MemoryStorage(), Trainer()
+    checkpoints = ForgatherCheckpoints(storage, trainer, trainer.model, save_total_limit=None)
+    with checkpoints.ckpts:
+        for value in (1, 2):
+            trainer.rng.value = value
+            checkpoints.save_checkpoint(checkpoint_id="5")
+        checkpoints.ckpts.wait()
+        older, newer = (c.url for c in checkpoints.ckpts.checkpoints())
+        for path, value in ((older, 1), (newer, 2), ("out/checkpoints/checkpoint-5", 2)):
+            trainer.rng.value = 0
+            checkpoints.load_checkpoint(path)
+            assert trainer.rng.value == value
+        assert checkpoints.resolve_checkpoint_path(older) == older
+        checkpoints.set_best_checkpoint(older)
+        assert [c.url for c in checkpoints.ckpts.checkpoints() if c.pinned] == [older]
+
+
 def test_the_lines_people_know(caplog: pytest.LogCaptureFixture) -> None:
     """One line for each save, the best list once it is committed, and the summary of the end."""
     caplog.set_level(logging.INFO, logger="cloudckpt")

@@ -20,12 +20,17 @@ from cloudckpt import (
     ConfigError,
     CorruptCheckpointError,
     FormatError,
+    Settings,
     State,
     StateMismatchError,
     StorageError,
 )
+from cloudckpt.filing import _Pull
 from cloudckpt.own_folder import OwnFolder
 from cloudckpt.storage import MemoryStorage
+from cloudckpt.tensors.fetch import fetch
+from cloudckpt.tensors.outline import Outline
+from cloudckpt.tensors.tree import unflatten
 from cloudckpt.testing import check_store
 
 
@@ -180,6 +185,28 @@ def test_a_folder_that_is_there_already_is_not_read_again(tmp_path: Path, caplog
     assert [str(aside) in record.getMessage() for record in caplog.records] == [True]
 
 
+def test_two_machines_on_one_disk_put_one_folder_in_place(tmp_path: Path) -> None:
+    """Both have read the files before either is done: the second finds the first one's folder, and moves nothing aside."""
+    storage, saved = run_of(tmp_path, 1)
+    run = cloudckpt.open(storage)
+    index = run.index(1)
+    said: list[str] = []
+    back = tmp_path / "back"
+    back.mkdir()
+    pulls = [_Pull(back, said.append, leads=True) for _ in range(2)]
+    for pull in pulls:
+        outline = Outline(run.select(1), index)
+        values = unflatten(index.structure, outline.tensor, outline.array)
+        fetch(storage, outline, pull.find_homes(outline, values), Settings())
+    for pull in pulls:
+        pull.finish()
+    for pull in pulls:
+        pull.discard()
+    assert [path.name for path in back.iterdir()] == ["checkpoint-1"]
+    assert read(pulls[1].target) == saved[1]
+    assert said == []
+
+
 def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path) -> None:
     """An empty folder, a pipe, a link to a folder, no folder at all, a URL: refused before anything is announced."""
     storage = MemoryStorage()
@@ -257,6 +284,7 @@ def test_a_file_is_a_row_of_bytes(tmp_path: Path, row: object) -> None:
 ABANDONING = """
 import sys
 from pathlib import Path
+from cloudckpt.filing import _Pull
 from cloudckpt.own_folder import OwnFolder
 folder = OwnFolder(Path(sys.argv[1]), "staging-", sys.argv[2])
 (folder.path / "weights.bin").write_bytes(bytes(1000))
