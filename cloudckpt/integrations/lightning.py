@@ -88,6 +88,19 @@ class CloudCheckpoint(_Checkpoint):  # type: ignore[misc]  # Any: of whichever L
         if others and trainer.is_global_zero:
             logger.warning("ModelCheckpoint saves to the same run; its save_top_k deletes nothing: keep_best= decides")
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say so if a run that can be gone on with is begun anew: its checkpoints are let go of one by one.
+
+        With ``ckpt_path="last"`` Lightning looks for files of ``ModelCheckpoint``'s, finds none, and starts at step 0.
+        """
+        if not trainer.is_global_zero or trainer.global_step or trainer.fast_dev_run:
+            return
+        if (newest := self.io.reader().latest()) is not None:
+            logger.warning(
+                "training starts at step 0, and %s is there: to go on from it, pass fit(ckpt_path=cloud.latest())",
+                newest.url,
+            )
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         """Save, if so many steps were made."""
         if self._every is not None and trainer.global_step % self._every == 0:

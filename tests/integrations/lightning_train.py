@@ -110,7 +110,7 @@ def main() -> None:
         plugins=[cloud.io],
     )
     model = Classifier()
-    latest = cloud.latest()
+    latest = asked.ckpt_path or cloud.latest()
     say("latest", latest)
     trainer.fit(model, *loaders(), ckpt_path=latest)
     say("ended", trainer.global_step)

@@ -55,6 +55,18 @@ def test_a_training_that_diverges_is_stopped_and_not_resumed_from(
     assert word(again, "begins") == "10"
 
 
+def test_a_run_that_is_begun_anew_says_so(new_place: Callable[[], Place], tmp_path: Path) -> None:
+    """Lightning's own "last" finds no file and starts at step 0: the log says what is there, and how to go on from it."""
+    place = new_place()
+    first = finished(start(SCRIPT, place, tmp_path / "first", "--steps", "10"))
+    assert not any(line.startswith("training starts at step 0") for line in first)
+    anew = finished(start(SCRIPT, place, tmp_path / "anew", "--steps", "5", "--ckpt-path", "last"))
+    assert word(anew, "begins") == "0"
+    (said,) = [line for line in anew if line.startswith("training starts at step 0")]
+    assert f"{place.root}/checkpoint-10." in said
+    assert "ckpt_path=cloud.latest()" in said
+
+
 def test_what_lightning_removes_the_run_keeps(new_place: Callable[[], Place], tmp_path: Path) -> None:
     """ModelCheckpoint with save_top_k=1 over the plugin alone: it deletes nothing, and its names load."""
     place = new_place()

@@ -24,6 +24,7 @@ def words() -> argparse.Namespace:
     parser.add_argument("--work", required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--top-k", type=int, default=0, help="let Lightning say when to save")
+    parser.add_argument("--ckpt-path", default="", help="what Lightning is to go on from, instead of the newest")
     parser.add_argument("--hold-after", type=int, default=0, help="stop before the step after this one, for ever")
     parser.add_argument("--die-after", type=int, default=0, help="be killed before the step after this one")
     parser.add_argument("--explode-after", type=int, default=0, help="the weights become no numbers there")
