@@ -8,6 +8,8 @@ The trainer goes on writing and rotating its folders on the local disk. Every ra
 ``on_save`` returns the files are copied: a folder that is rotated away while it is uploaded does no harm.
 """
 
+# ruff: noqa: ARG002 - hooks have the shape in which the trainer calls them
+
 from __future__ import annotations
 
 import logging

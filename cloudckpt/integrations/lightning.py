@@ -7,6 +7,8 @@
 As Lightning has it, rank zero alone saves what it is given; every rank loads.
 """
 
+# ruff: noqa: ARG002 - hooks have the shape in which the trainer calls them
+
 from __future__ import annotations
 
 import logging

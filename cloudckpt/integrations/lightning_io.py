@@ -79,7 +79,7 @@ class CloudCheckpointIO(_CheckpointIO):  # type: ignore[misc]  # Any: of whichev
         metrics = self.metrics if self.metrics is not None else _monitored(checkpoint, str(path))
         self.ckpts.save(int(checkpoint["global_step"]), checkpoint, metrics=metrics, tags=[_name(path)])
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, **_: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, **_: Any) -> dict[str, Any]:  # noqa: ARG002
         """The checkpoint of that name: one that Lightning gave, or a selector such as ``best`` or a step."""
         name = _name(path)
         try:

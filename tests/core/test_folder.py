@@ -30,7 +30,9 @@ def test_paths_inside_of_the_folder_can_be(path: str) -> None:
     assert files_in(folder_value({path: 7}), "run") == {path: 7}
 
 
-@pytest.mark.parametrize("path", ["", "/etc/passwd", "../up", "a/../../up", "a//b", "a/", "./a", "a\\b", "a\0b", "a\nb"])
+@pytest.mark.parametrize(
+    "path", ["", "/etc/passwd", "../up", "a/../../up", "a//b", "a/", "./a", "a\\b", "a\0b", "a\nb"]
+)
 def test_paths_that_lead_elsewhere_cannot_be(path: str) -> None:
     """What could leave the folder, or a terminal, is refused with the path and the reason."""
     assert path_problem(path) is not None

@@ -53,9 +53,7 @@ def test_files_of_machines_without_a_common_disk_make_one_folder(two_ranks: Rank
 
 def test_a_file_that_differs_between_machines_is_refused_by_name(two_ranks: Ranks, tmp_path: Path) -> None:
     """One path, two contents: no rank's is lost without a word."""
-    said = two_ranks.run(
-        scenarios.save_apart, root=str(tmp_path / "run"), within=str(tmp_path / "nodes"), same=False
-    )
+    said = two_ranks.run(scenarios.save_apart, root=str(tmp_path / "run"), within=str(tmp_path / "nodes"), same=False)
     assert all(outcome.error is None for outcome in said)
     assert all(outcome.value.startswith("StateMismatchError: ") for outcome in said), said
     assert all("folder.files.config.json" in outcome.value for outcome in said)

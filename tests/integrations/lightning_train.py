@@ -95,9 +95,7 @@ def main() -> None:
         with_model_checkpoint(asked.root, asked.work, asked.top_k, asked.steps)
         return
     detector = DivergenceDetector("val_loss", "min") if asked.explode_after else None
-    cloud = CloudCheckpoint(
-        asked.root, monitor="val_loss", mode="min", keep_best=1, keep_last=2, divergence=detector
-    )
+    cloud = CloudCheckpoint(asked.root, monitor="val_loss", mode="min", keep_best=1, keep_last=2, divergence=detector)
     trainer = pl.Trainer(
         max_steps=asked.steps,
         accelerator="cpu",

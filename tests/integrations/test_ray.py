@@ -18,8 +18,9 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]  # a cluster takes half a
 def test_a_killed_worker_goes_on_from_the_last_commit(tmp_path: Path) -> None:
     """One worker dies after step 10, once; Ray starts it again, and all steps are made, each once or after the kill."""
     root = str(tmp_path / "run")
+    command = [sys.executable, str(HERE / "ray_train.py"), "--root", root, "--work", str(tmp_path / "ray")]
     done = subprocess.run(
-        [sys.executable, str(HERE / "ray_train.py"), "--root", root, "--work", str(tmp_path / "ray"), "--die-after", "10"],
+        [*command, "--die-after", "10"],
         capture_output=True,
         text=True,
         check=False,

@@ -58,7 +58,7 @@ def test_after_a_divergence_latest_and_best_are_from_before(caplog: pytest.LogCa
     check_store(storage)
     lines = [record.getMessage() for record in caplog.records]
     assert [line for line in lines if line.startswith("Training divergence detected! val_loss=8.3890 at step 6250")]
-    (done,) = [line for line in lines if line.startswith("marked as diverged, since the metric is bad from step 3750 on")]
+    (done,) = [line for line in lines if line.startswith("marked as diverged, since the metric is bad from step 3750")]
     assert "latest is now checkpoint-2500." in done
 
 

@@ -262,9 +262,9 @@ def test_states_and_folders_are_told_apart(tmp_path: Path) -> None:
 def test_no_file_is_written_outside(tmp_path: Path, name: str) -> None:
     """A checkpoint that somebody made up with a path that leads out is refused, and nothing is written anywhere."""
     storage = MemoryStorage()
-    made_up = {"folder": 1, "files": {"fine": torch.zeros(4, dtype=torch.uint8), name: torch.ones(4, dtype=torch.uint8)}}
+    rows = {"fine": torch.zeros(4, dtype=torch.uint8), name: torch.ones(4, dtype=torch.uint8)}
     with CheckpointManager(storage) as ckpts:
-        ckpts.save(1, {"folder": made_up}, block=True)
+        ckpts.save(1, {"folder": {"folder": 1, "files": rows}}, block=True)
     with pytest.raises(FormatError, match="cannot be given back"):
         cloudckpt.open(storage).load_folder(tmp_path / "back")
     assert not (tmp_path / "evil").exists()
