@@ -21,11 +21,11 @@ from cloudckpt.coordination import Coordinator
 from cloudckpt.core.folder import COMPONENT, files_in, folder_value
 from cloudckpt.core.model import Checkpoint, Manifest, TensorEntry
 from cloudckpt.core.selection import Selector
-from cloudckpt.errors import ConfigError, CorruptCheckpointError, FormatError, StorageError
+from cloudckpt.errors import ConfigError, CorruptCheckpointError, FormatError, SaveError, StorageError
 from cloudckpt.loading import Loaded, LoadRequest, load_chosen
 from cloudckpt.own_folder import OwnFolder
 from cloudckpt.storage import ManifestStore
-from cloudckpt.tensors.files import flush_files, folder_holds, make_files, map_files_of
+from cloudckpt.tensors.files import Stamp, flush_files, folder_holds, make_files, map_files_of, stamp_of
 from cloudckpt.tensors.fit import Findings
 from cloudckpt.tensors.outline import Outline, Place
 from cloudckpt.tensors.targets import Homes
@@ -35,6 +35,8 @@ __all__ = ["FolderState", "checked_folder", "give_back", "staging_folder"]
 _STAGING = "cloudckpt-staging-"
 _PULLING = ".cloudckpt-pulling-"
 _TOKEN_DIGITS = 16
+#: So many names stand in an error.
+_NAMED = 5
 
 
 def checked_folder(folder: str | os.PathLike[str]) -> Path:
@@ -60,6 +62,7 @@ class FolderState:
     def __init__(self, folder: Path, *, needed: bool = True) -> None:
         self._folder = folder
         self._needed = needed
+        self._stamps: dict[str, Stamp | None] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Its files, as rows of bytes over their own pages.
@@ -71,7 +74,24 @@ class FolderState:
         files = map_files_of(self._folder) if self._needed or self._folder.is_dir() else {}
         if self._needed and not files:
             raise ConfigError(f"{self._folder} has no files: write the checkpoint into it before it is saved")
+        for name in files:
+            self._stamps.setdefault(name, stamp_of(self._folder / name))
         return folder_value(files)
+
+    def confirm(self) -> None:
+        """Look whether a file was written to since it was mapped. One that was removed or replaced stays what it was.
+
+        Raises:
+            SaveError: some were; names them.
+        """
+        now = {name: stamp_of(self._folder / name) for name in self._stamps}
+        changed = [name for name, before in self._stamps.items() if before and before.was_written(now[name])]
+        if changed:
+            more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+            raise SaveError(
+                f"{self._folder}: {', '.join(changed[:_NAMED])}{more} changed while being saved. Nothing of this save "
+                "is kept: save once nobody writes to the folder any more"
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Files are given back by ``restore_folder`` and ``load_folder``, which ask where to."""

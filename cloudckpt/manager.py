@@ -300,21 +300,36 @@ class CheckpointManager(Run):
         for word in unknown:
             raise unknown_keyword("save", word, _keywords(CheckpointManager.save))
         with self._refusals_told("save"):
-            request = SaveRequest(
-                step=checked_step(step),
-                state=state,
-                metrics=checked_metrics(metrics),
-                tags=checked_labels(tags, "a tag"),
-                pin=bool(pin),
-                block=bool(block),
-                allow_pickle=self._allow_pickle,
-            )
+            request = self._request(step, state, metrics, tags, pin=pin, block=block)
             components = tuple(map(str, state))
+        return self._save(request, components)
+
+    def _request(
+        self,
+        step: int,
+        state: Mapping[str, object],
+        metrics: Mapping[str, SupportsFloat] | None,
+        tags: Iterable[str],
+        *,
+        pin: bool,
+        block: bool,
+    ) -> SaveRequest:
+        return SaveRequest(
+            step=checked_step(step),
+            state=state,
+            metrics=checked_metrics(metrics),
+            tags=checked_labels(tags, "a tag"),
+            pin=bool(pin),
+            block=bool(block),
+            allow_pickle=self._allow_pickle,
+        )
+
+    def _save(self, request: SaveRequest, components: tuple[str, ...]) -> PendingSave:
         began = time.monotonic()
         with self._one_at_a_time("save"):
             self._check_usable()
             # Whoever waits for this save does not want another one's outcome.
-            may_skip = self._store.settings.on_busy == "skip" and not block
+            may_skip = self._store.settings.on_busy == "skip" and not request.block
             last = self._saver.last if self._saver is not None and may_skip else None
             busy = last is not None and not last.done()
             ballot = Ballot(
@@ -333,7 +348,7 @@ class CheckpointManager(Run):
 
             pending = saver.start(request, began, ready=ready)
         pending.wait_for_state()
-        if block:
+        if request.block:
             pending.wait()
         return pending
 
@@ -352,8 +367,8 @@ class CheckpointManager(Run):
 
         A save like any other, with the same rules; ``restore_folder`` gives the files back. Of several ranks each calls
         it; the files of one machine are stored once, those of several machines make one folder, and where rank zero is
-        there must be some. When it returns, the folder may be changed or removed; until then nobody may write to its
-        files, and one that is cut short meanwhile ends the process, as its pages are mapped. With ``block=True`` the
+        there must be some. When it returns, the folder may be changed or removed. A file that is written to before that
+        fails the save, and one that is cut short ends the process, as its pages are mapped. With ``block=True`` the
         files are sent from where they are, and take no memory here.
 
         Kept are the bytes of all files and their paths in the folder; not their times, owners and modes, and no empty
@@ -369,13 +384,15 @@ class CheckpointManager(Run):
 
         Raises:
             ConfigError: the folder is empty, or holds something that is no file; or a bad step, metric or tag.
+            SaveError: a file was written to while it was being saved; names it.
             CloudCkptError: as ``save``.
         """
         for word in unknown:
             raise unknown_keyword("save_folder", word, _keywords(CheckpointManager.save_folder))
         with self._refusals_told("save"):
-            state = {COMPONENT: FolderState(checked_folder(folder), needed=self.is_rank_zero)}
-        return self.save(step, state, metrics=metrics, tags=tags, pin=pin, block=block)
+            taken = FolderState(checked_folder(folder), needed=self.is_rank_zero)
+            request = self._request(step, {COMPONENT: taken}, metrics, tags, pin=pin, block=block)
+        return self._save(replace(request, confirm=taken.confirm), (COMPONENT,))
 
     @contextlib.contextmanager
     def staging(

@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,30 @@ from cloudckpt.errors import ConfigError, StorageError
 from cloudckpt.tensors.landing import HostMemory, blank, over
 from cloudckpt.tensors.memory import byte_view
 
-__all__ = ["flush_files", "folder_holds", "make_files", "map_files_of"]
+__all__ = ["Stamp", "flush_files", "folder_holds", "make_files", "map_files_of", "stamp_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Which file it is, and when it was last written to, by what its disk says."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    def was_written(self, now: Stamp | None) -> bool:
+        """Whether ``now`` is the same file, written to in place since. Another file under its name is not."""
+        return now is not None and (now.device, now.inode) == (self.device, self.inode) and now != self
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """The stamp of a file as it is now; None if it is not there."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return Stamp(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
 
 
 def map_files_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,15 @@ from cloudckpt import (
     ConfigError,
     CorruptCheckpointError,
     FormatError,
+    SaveError,
     Settings,
     State,
     StateMismatchError,
     StorageError,
 )
-from cloudckpt.filing import _Pull
+from cloudckpt.filing import FolderState, _Pull
 from cloudckpt.own_folder import OwnFolder
-from cloudckpt.storage import MemoryStorage
+from cloudckpt.storage import Buffer, MemoryStorage
 from cloudckpt.tensors.fetch import fetch
 from cloudckpt.tensors.outline import Outline
 from cloudckpt.tensors.tree import unflatten
@@ -229,6 +231,62 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path) -> None:
     assert [c.step for c in cloudckpt.open(storage).checkpoints()] == [1]
 
 
+class Meddling(MemoryStorage):
+    """A store during whose upload somebody writes to a file in place."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path: Path | None = path
+
+    def put(
+        self, key: str, buffers: Iterable[Buffer], *, size_bytes: int, progress: Callable[[int], None] | None = None
+    ) -> None:
+        super().put(key, buffers, size_bytes=size_bytes, progress=progress)
+        if self._path is not None and key.endswith(".safetensors"):
+            path, self._path = self._path, None
+            with path.open("r+b") as file:
+                file.write(b"{}")
+
+
+def aged(folder: Path) -> Path:
+    """As if its files had been written long ago: two writes within one tick of the clock cannot be told apart."""
+    for path in folder.rglob("*"):
+        os.utime(path, ns=(0, 0))
+    return folder
+
+
+def test_a_file_that_is_written_to_while_it_is_sent_fails_the_save(tmp_path: Path) -> None:
+    """What was sent is perhaps of no one moment: the error names the file, nothing is committed, the next save works."""
+    folder = aged(write(tmp_path / "out", {"config.json": b"[]", "weights.bin": bytes(5000)}))
+    storage = Meddling(folder / "config.json")
+    with CheckpointManager(storage) as ckpts:
+        with pytest.raises(SaveError, match=r"config\.json changed while being saved"):
+            ckpts.save_folder(1, folder, block=True)
+        assert ckpts.checkpoints() == ()
+        ckpts.save_folder(2, folder, block=True)
+        assert [c.step for c in ckpts.checkpoints()] == [2]
+    expected = {"config.json": b"{}", "weights.bin": bytes(5000)}
+    assert read(cloudckpt.open(storage).load_folder(tmp_path / "back")) == expected
+    check_store(storage)
+
+
+def test_a_file_that_is_removed_or_replaced_stays_what_it_was(tmp_path: Path) -> None:
+    """Rotation removes files, and careful writers rename new ones into place: neither is a change of what is mapped."""
+    folder = aged(write(tmp_path / "out", {"removed": b"1", "replaced": b"2", "written": b"3"}))
+    taken = FolderState(folder)
+    files = taken.state_dict()["files"]
+    taken.confirm()
+    (folder / "removed").unlink()
+    (tmp_path / "new").write_bytes(b"4")
+    (tmp_path / "new").replace(folder / "replaced")
+    taken.confirm()
+    mapped = {name: bytes(row.numpy()) for name, row in files.items()}
+    assert mapped == {"removed": b"1", "replaced": b"2", "written": b"3"}
+    (folder / "written").write_bytes(b"5")
+    with pytest.raises(SaveError, match="written changed while being saved"):
+        taken.confirm()
+
+
 def test_a_link_to_a_file_is_stored_as_the_file(tmp_path: Path) -> None:
     """Caches link to their blobs: what is behind the link is saved."""
     storage = MemoryStorage()
@@ -283,8 +341,9 @@ def test_a_file_is_a_row_of_bytes(tmp_path: Path, row: object) -> None:
 
 ABANDONING = """
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from cloudckpt.filing import _Pull
+from cloudckpt.filing import FolderState, _Pull
 from cloudckpt.own_folder import OwnFolder
 folder = OwnFolder(Path(sys.argv[1]), "staging-", sys.argv[2])
 (folder.path / "weights.bin").write_bytes(bytes(1000))
