@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cloudckpt.core.policy import KeepBest, KeepEvery, KeepLast, KeepWithin, Policy
     from cloudckpt.core.policy import KeepBest as Best
     from cloudckpt.core.retention import Decision, PrunePlan
+    from cloudckpt.diverging import DivergenceDetector
     from cloudckpt.errors import (
         CheckpointNotFoundError,
         CloudCkptError,
@@ -63,6 +64,7 @@ __all__ = [
     "ConflictError",
     "CorruptCheckpointError",
     "Decision",
+    "DivergenceDetector",
     "FencedError",
     "Finding",
     "FormatError",
@@ -110,6 +112,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "Checkpoint": ("core.model", "Checkpoint"),
     "CheckpointManager": ("manager", "CheckpointManager"),
     "Decision": ("core.retention", "Decision"),
+    "DivergenceDetector": ("diverging", "DivergenceDetector"),
     "Finding": ("verifying", "Finding"),
     "KeepBest": ("core.policy", "KeepBest"),
     "KeepEvery": ("core.policy", "KeepEvery"),

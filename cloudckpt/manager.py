@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat
 
@@ -22,10 +24,11 @@ from cloudckpt.coordination import Ballot, Coordinator, ManyRanks, SingleProcess
 from cloudckpt.core import edits
 from cloudckpt.core import manifest as transitions
 from cloudckpt.core.arguments import checked_labels, checked_metrics, checked_step
+from cloudckpt.core.folder import COMPONENT
 from cloudckpt.core.model import Checkpoint, Manifest
 from cloudckpt.core.policy import INHERIT, Inherit, KeepBest, PolicyWords, resolve
 from cloudckpt.core.retention import PrunePlan, metric_value
-from cloudckpt.core.selection import parse_selector, select
+from cloudckpt.core.selection import Selector, parse_selector, select
 from cloudckpt.errors import (
     CheckpointNotFoundError,
     CloudCkptError,
@@ -47,8 +50,9 @@ from cloudckpt.events import (
     SaveSkipped,
     Warned,
 )
+from cloudckpt.filing import FolderState, checked_folder, give_back, staging_folder
 from cloudckpt.joining import claim_together
-from cloudckpt.loading import Loaded, LoadRequest, restore_chosen
+from cloudckpt.loading import Loaded, LoadRequest, load_chosen, restore_chosen
 from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
 from cloudckpt.saving import Saver, SaveRequest
@@ -186,6 +190,11 @@ class CheckpointManager(Run):
         ):
             resolve(self._words, None, has_entries=False)
 
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process is rank zero of those that save together: what is done once for all, it does."""
+        return self._coordinator.rank == 0
+
     # -- becoming the writer ---------------------------------------------------------------------------------
 
     def _check_usable(self) -> None:
@@ -291,21 +300,36 @@ class CheckpointManager(Run):
         for word in unknown:
             raise unknown_keyword("save", word, _keywords(CheckpointManager.save))
         with self._refusals_told("save"):
-            request = SaveRequest(
-                step=checked_step(step),
-                state=state,
-                metrics=checked_metrics(metrics),
-                tags=checked_labels(tags, "a tag"),
-                pin=bool(pin),
-                block=bool(block),
-                allow_pickle=self._allow_pickle,
-            )
+            request = self._request(step, state, metrics, tags, pin=pin, block=block)
             components = tuple(map(str, state))
+        return self._save(request, components)
+
+    def _request(
+        self,
+        step: int,
+        state: Mapping[str, object],
+        metrics: Mapping[str, SupportsFloat] | None,
+        tags: Iterable[str],
+        *,
+        pin: bool,
+        block: bool,
+    ) -> SaveRequest:
+        return SaveRequest(
+            step=checked_step(step),
+            state=state,
+            metrics=checked_metrics(metrics),
+            tags=checked_labels(tags, "a tag"),
+            pin=bool(pin),
+            block=bool(block),
+            allow_pickle=self._allow_pickle,
+        )
+
+    def _save(self, request: SaveRequest, components: tuple[str, ...]) -> PendingSave:
         began = time.monotonic()
         with self._one_at_a_time("save"):
             self._check_usable()
             # Whoever waits for this save does not want another one's outcome.
-            may_skip = self._store.settings.on_busy == "skip" and not block
+            may_skip = self._store.settings.on_busy == "skip" and not request.block
             last = self._saver.last if self._saver is not None and may_skip else None
             busy = last is not None and not last.done()
             ballot = Ballot(
@@ -324,9 +348,106 @@ class CheckpointManager(Run):
 
             pending = saver.start(request, began, ready=ready)
         pending.wait_for_state()
-        if block:
+        if request.block:
             pending.wait()
         return pending
+
+    def save_folder(
+        self,
+        step: int,
+        folder: str | os.PathLike[str],
+        *,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        tags: Iterable[str] = (),
+        pin: bool = False,
+        block: bool = False,
+        **unknown: object,
+    ) -> PendingSave:
+        """Save the files of a folder as of ``step``: what a host library has written there, whatever it is.
+
+        A save like any other, with the same rules; ``restore_folder`` gives the files back. Of several ranks each calls
+        it; the files of one machine are stored once, those of several machines make one folder, and where rank zero is
+        there must be some. When it returns, the folder may be changed or removed. A file that is written to before that
+        fails the save, and one that is cut short ends the process, as its pages are mapped. With ``block=True`` the
+        files are sent from where they are, and take no memory here.
+
+        Kept are the bytes of all files and their paths in the folder; not their times, owners and modes, and no empty
+        folders.
+
+        Args:
+            step: training step, >= 0.
+            folder: a folder of this machine with at least one file.
+            metrics: what was measured at this step; decides what is best.
+            tags: labels; ``tag:NAME`` selects the newest that carries one.
+            pin: exempt it from every rule.
+            block: return only once it is committed.
+
+        Raises:
+            ConfigError: the folder is empty, or holds something that is no file; or a bad step, metric or tag.
+            SaveError: a file was written to while it was being saved; names it.
+            CloudCkptError: as ``save``.
+        """
+        for word in unknown:
+            raise unknown_keyword("save_folder", word, _keywords(CheckpointManager.save_folder))
+        with self._refusals_told("save"):
+            taken = FolderState(checked_folder(folder), needed=self.is_rank_zero)
+            request = self._request(step, {COMPONENT: taken}, metrics, tags, pin=pin, block=block)
+        return self._save(replace(request, confirm=taken.confirm), (COMPONENT,))
+
+    @contextlib.contextmanager
+    def staging(
+        self,
+        step: int,
+        *,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        tags: Iterable[str] = (),
+        pin: bool = False,
+        block: bool = False,
+        within: str | os.PathLike[str] | None = None,
+    ) -> Iterator[Path]:
+        """An empty folder for a host library to write into; what is in it at the end is saved as of ``step``.
+
+        ``with ckpts.staging(step) as folder: accelerator.save_state(folder)``. All ranks enter it, those of one machine
+        get the same folder, and each may write some of the files. It is removed once the save has ended. If the body
+        raises, on any rank, nothing is saved. See ``save_folder``.
+
+        Args:
+            step: training step, >= 0.
+            metrics: what was measured at this step; looked at when the body has ended.
+            tags: labels; ``tag:NAME`` selects the newest that carries one.
+            pin: exempt it from every rule.
+            block: return only once it is committed.
+            within: where the folder is made; the system's place for temporary files by default. It needs room for the
+                whole checkpoint.
+
+        Raises:
+            RankError: the body raised on another rank.
+            StorageError: the folder cannot be made.
+            CloudCkptError: as ``save_folder``.
+        """
+        with self._refusals_told("staging"):
+            step, labels = checked_step(step), checked_labels(tags, "a tag")
+            parent = checked_folder(within if within is not None else tempfile.gettempdir())
+        self._check_process()
+        self._check_usable()
+        self._vote(Ballot(call="staging", step=step))
+        folder = staging_folder(self._coordinator, parent)
+        pending: PendingSave | None = None
+        try:
+            try:
+                yield folder.path
+            except Exception as exc:
+                # The others are done writing, and wait for this rank in save().
+                if self._coordinator.world_size > 1:
+                    with contextlib.suppress(RankError):
+                        self._vote(Ballot(call="save", step=step, problem=f"{type(exc).__name__}: {exc}"))
+                raise
+            pending = self.save_folder(step, folder.path, metrics=metrics, tags=labels, pin=pin, block=block)
+        finally:
+            if pending is None:
+                folder.remove()
+            else:
+                pending.when_done(folder.remove)
 
     @contextlib.contextmanager
     def _one_at_a_time(self, call: str) -> Iterator[None]:
@@ -470,14 +591,8 @@ class CheckpointManager(Run):
             selector = parse_selector(select)
             chosen_state = self._part(state, components)
         began = time.monotonic()
-        with self._one_at_a_time("restore"):
-            self._check_usable()
-            options = f"select={select!r}, strict={strict}, strict_world_size={strict_world_size}"
-            self._vote(Ballot(call="restore", components=tuple(chosen_state), options=options))
-            claimed_before = self._saver is not None
-            self._writer()
-            self._agree_ready()
-        manifest, is_new = self._manifest_to_restore(claimed_before=claimed_before, named=selector.named)
+        options = f"select={select!r}, strict={strict}, strict_world_size={strict_world_size}"
+        manifest, is_new = self._begin_restore(selector, tuple(chosen_state), options)
         if is_new:
             self._prepare_quietly(state)
             self._tell_once(NothingToResume(url=self.url))
@@ -516,6 +631,109 @@ class CheckpointManager(Run):
             )
         )
         return loaded.checkpoint
+
+    def restore_folder(
+        self, into: str | os.PathLike[str], select: str | int = "latest", **unknown: object
+    ) -> Path | None:
+        """Give the files of a checkpoint back that was saved from a folder; None if the run has never committed any.
+
+        As ``restore``, for host libraries that read a folder themselves: the run is claimed, only proven damage leads
+        to an earlier checkpoint, and what is gone on with is protected. Of several ranks each calls it, and one of each
+        machine reads. See ``load_folder``.
+
+        Args:
+            into: a folder of this machine, made if need be.
+            select: ``latest``, ``best``, a step, ``tag:NAME`` or a save id.
+
+        Returns:
+            ``<into>/checkpoint-<step>``, on every rank.
+
+        Raises:
+            CheckpointNotFoundError: checkpoints exist, and none matches.
+            CorruptCheckpointError: the named checkpoint is damaged, or none is left that is not.
+            FormatError: it was not saved from a folder.
+            ConfigError: ``into`` is no folder of this machine.
+            ConflictError: another job holds the run and ``takeover="refuse"``, or two jobs fight over it.
+            StorageError: the store or the disk refused; training is never silently started from the beginning.
+        """
+        for word in unknown:
+            raise unknown_keyword("restore_folder", word, _keywords(CheckpointManager.restore_folder))
+        with self._refusals_told("restore"):
+            selector, folder = parse_selector(select), checked_folder(into)
+        began = time.monotonic()
+        manifest, is_new = self._begin_restore(selector, (COMPONENT,), f"select={select!r}")
+        if is_new:
+            self._tell_once(NothingToResume(url=self.url))
+            return None
+        loaded, target = give_back(
+            self._store,
+            manifest,
+            selector,
+            folder,
+            coordinator=self._coordinator,
+            on_damage=self._record_damage,
+            tell=self._tell_person,
+        )
+        self._go_on_from(loaded, began)
+        return target
+
+    def restore_values(self, select: str | int = "latest", **unknown: object) -> dict[str, Any] | None:
+        """The values of a checkpoint to go on from, by component; None if the run has never committed any.
+
+        As ``restore``, for host libraries that fill their objects themselves: the run is claimed, only proven damage
+        leads to an earlier checkpoint, and what is gone on with is protected. The values are as from ``load``, but of
+        what each rank has for itself (``PerRank``) a rank gets its own.
+
+        Args:
+            select: ``latest``, ``best``, a step, ``tag:NAME`` or a save id.
+
+        Raises:
+            CheckpointNotFoundError: checkpoints exist, and none matches.
+            CorruptCheckpointError: the named checkpoint is damaged, or none is left that is not.
+            StateMismatchError: another number of ranks saved state of their own.
+            ConflictError: another job holds the run and ``takeover="refuse"``, or two jobs fight over it.
+            StorageError: the store refused; training is never silently started from the beginning.
+        """
+        for word in unknown:
+            raise unknown_keyword("restore_values", word, _keywords(CheckpointManager.restore_values))
+        with self._refusals_told("restore"):
+            selector = parse_selector(select)
+        began = time.monotonic()
+        manifest, is_new = self._begin_restore(selector, (), f"select={select!r}")
+        if is_new:
+            self._tell_once(NothingToResume(url=self.url))
+            return None
+        own = PerRankLeaf(self._coordinator.rank, self._coordinator.world_size)
+        request = LoadRequest(selector=selector, allow_pickle=self._allow_pickle, per_rank=own)
+        loaded = load_chosen(
+            self._store, manifest, request, coordinator=self._coordinator, on_damage=self._record_damage
+        )
+        self._go_on_from(loaded, began)
+        return loaded.values
+
+    def _go_on_from(self, loaded: Loaded, began: float) -> None:
+        """Protect it, and say so."""
+        self._protect(loaded)
+        self._tell_once(
+            Resumed(
+                checkpoint=loaded.checkpoint,
+                seconds=time.monotonic() - began,
+                components=tuple(loaded.values),
+                not_restored=tuple(name for name in loaded.index.structure if name not in loaded.values),
+            )
+        )
+
+    def _begin_restore(
+        self, selector: Selector, components: tuple[str, ...], options: str
+    ) -> tuple[Manifest | None, bool]:
+        """Become the writer with no save in flight; what there is to choose from, and whether there is nothing."""
+        with self._one_at_a_time("restore"):
+            self._check_usable()
+            self._vote(Ballot(call="restore", components=components, options=options))
+            claimed_before = self._saver is not None
+            self._writer()
+            self._agree_ready()
+        return self._manifest_to_restore(claimed_before=claimed_before, named=selector.named)
 
     def _manifest_to_load(self, asked: str) -> Manifest | None:
         if self._coordinator.world_size == 1:

@@ -125,6 +125,10 @@ class PendingSave:
                 act()
             raise
 
+    def when_done(self, act: Callable[[], None]) -> None:
+        """Call ``act`` once it has ended, one way or the other, in the thread that ends it; at once if it has."""
+        self._outcome.add_done_callback(lambda _: act())
+
     def wait_announced(self) -> None:
         """Wait until the manifest names the save, or it has ended."""
         self._announced.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from cloudckpt.coordination import Coordinator, SingleProcess
 from cloudckpt.core.model import Checkpoint, Manifest
 from cloudckpt.core.selection import parse_selector
 from cloudckpt.errors import ConfigError, CorruptCheckpointError
-from cloudckpt.events import FellBack, Listener, Listeners, LoggingListener
+from cloudckpt.events import FellBack, Listener, Listeners, LoggingListener, Warned
+from cloudckpt.filing import checked_folder, give_back
 from cloudckpt.loading import LoadRequest, load_chosen
 from cloudckpt.storage import ManifestStore, Storage, open_storage
 from cloudckpt.view import RunView
@@ -81,6 +83,41 @@ class Run(RunView):
         return load_chosen(
             self._store, manifest, request, coordinator=self._coordinator, on_damage=self._on_damage
         ).values
+
+    def load_folder(self, into: str | os.PathLike[str], select: str | int = "latest", **unknown: object) -> Path:
+        """Give the files of a checkpoint back that was saved from a folder, as ``<into>/checkpoint-<step>``.
+
+        The bytes are read straight into the files, and the folder appears once all of them are proven. If it is there
+        with the very same files, nothing is read; with others, it is moved aside, with a warning.
+
+        Args:
+            into: a folder of this machine, made if need be.
+            select: ``latest``, ``best``, a step, ``tag:NAME`` or a save id.
+
+        Raises:
+            CheckpointNotFoundError: nothing matches.
+            CorruptCheckpointError: it is damaged, and no earlier one may stand in.
+            FormatError: it was not saved from a folder.
+            ConfigError: ``into`` is no folder of this machine.
+            StorageError: the store or the disk refused.
+        """
+        for word in unknown:
+            raise unknown_keyword("load_folder", word, ["into", "select"])
+        selector, folder = parse_selector(select), checked_folder(into)
+        manifest = self._manifest_to_load(f"select={select!r}, files")
+        _, target = give_back(
+            self._store,
+            manifest,
+            selector,
+            folder,
+            coordinator=self._coordinator,
+            on_damage=self._on_damage,
+            tell=self._tell_person,
+        )
+        return target
+
+    def _tell_person(self, text: str) -> None:
+        self._listener(Warned(message=text))
 
     def _manifest_to_load(self, asked: str) -> Manifest | None:
         """What is chosen from; None where another rank chooses.

@@ -4,6 +4,7 @@
 
 ``v1`` is a run of one process, with fixed clock and tokens. ``v1-cells`` is one checkpoint of four ranks: sharded
 tensors, state that each rank has for itself, and objects with the sums of their cells, which are small ones there.
+``v1-folder`` is one checkpoint of files.
 
 Only for what the format has new: an existing golden store is never written again, whatever the code does today. The
 versions of Python and torch in the indexes are those that run this script.
@@ -44,6 +45,16 @@ from cloudckpt.tensors.planning import Planner
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "format" / "golden"
 PLACE = GOLDEN / f"v{FORMAT}"
 WITH_CELLS = GOLDEN / f"v{FORMAT}-cells"
+WITH_FOLDER = GOLDEN / f"v{FORMAT}-folder"
+
+#: What is in the folder of ``v1-folder``.
+FILES = {
+    "config.json": b'{"layers": 2}\n',
+    "weights/model.bin": bytes(range(256)) * 3,
+    "weights/empty.bin": b"",
+    "$notes.txt": "größe\n".encode(),
+    "größe mit raum": b"\xff\x00",
+}
 
 RANKS = 4
 CELL_BYTES = 4096
@@ -232,9 +243,25 @@ def _one_rank(rank: int, place: Path, meeting: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def make_with_folder(place: Path) -> None:
+    """Write the store of one folder of files.
+
+    Raises:
+        SystemExit: there is one already.
+    """
+    _refuse_again(place)
+    with tempfile.TemporaryDirectory() as written, _somewhere(), CheckpointManager(place) as ckpts:
+        for name, body in FILES.items():
+            path = Path(written, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(body)
+        ckpts.save_folder(100, written, metrics={"val_loss": 0.5}, block=True)
+    (place / keys.LOCK).unlink()
+
+
 def main() -> None:
     """Write those that are not there, and say what is in them."""
-    for place, write in ((PLACE, make), (WITH_CELLS, make_with_cells)):
+    for place, write in ((PLACE, make), (WITH_CELLS, make_with_cells), (WITH_FOLDER, make_with_folder)):
         if place.exists():
             print(f"{place} is there, and stays as it is")
             continue

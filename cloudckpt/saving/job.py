@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,9 +20,17 @@ from cloudckpt.tensors.staging import Staged, Staging
 __all__ = ["Job", "SaveRequest", "Side", "Uploaded"]
 
 
+def _nothing() -> None:
+    """There is nothing to look at."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRequest:
-    """One call of ``save``, checked at the border."""
+    """One call of ``save``, checked at the border.
+
+    ``confirm`` is called once the state is copied, or sent from where it is; it raises what keeps that from being one
+    state.
+    """
 
     step: int
     state: Mapping[str, object]
@@ -31,6 +39,7 @@ class SaveRequest:
     pin: bool
     block: bool
     allow_pickle: bool
+    confirm: Callable[[], None] = _nothing
 
 
 @dataclass(slots=True)
@@ -49,6 +58,7 @@ class Job:
         stage_failed: what it failed with.
         uploaded: what this rank has put, once it has.
         broken_off: why another rank's trouble ended the upload here.
+        confirm: see ``SaveRequest``.
     """
 
     plan: Plan
@@ -62,6 +72,7 @@ class Job:
     stage_failed: BaseException | None = None
     uploaded: Uploaded | None = None
     broken_off: str | None = None
+    confirm: Callable[[], None] = _nothing
 
     def give_back(self) -> None:
         """Wait until the state may be changed in whatever way."""

@@ -128,7 +128,7 @@ class Saver:
         """
         save_id, plan = self._agreement.reach(request, ready=ready)
         pending = PendingSave(self._entry(save_id, plan, request), plan.size_bytes)
-        job = Job(plan, [], pending, began, direct=request.block)
+        job = Job(plan, [], pending, began, direct=request.block, confirm=request.confirm)
         submitted, problem = False, None
         try:
             # In here, so that an interrupt leaves no save that nobody ends, and that everybody waits for.
@@ -141,6 +141,7 @@ class Saver:
             submitted = True
             if not job.direct:
                 self._stage(job, request.state)
+                job.confirm()
         except BaseException as exc:
             problem = job.stage_failed = exc
             pending.mark_seen()
@@ -264,6 +265,7 @@ class Saver:
             job.pending.enter("upload")
             self._upload(job, announced)
         if job.direct:
+            job.confirm()
             job.blocked = time.monotonic() - job.started
             job.pending.mark_staged()
         job.staging.confirm()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import cloudckpt
 from cloudckpt import Settings
 from cloudckpt.core import keys
+from cloudckpt.core.folder import stored_files
 from cloudckpt.core.index_json import decode_index, encode_index
 from cloudckpt.core.manifest_json import decode_manifest, encode_manifest
 from cloudckpt.core.model import Cells, State
@@ -30,6 +31,17 @@ ROOT = Path(__file__).parents[2]
 V1 = Path(__file__).parent / "golden" / "v1"
 #: One checkpoint of four ranks, with sharded tensors, state of each rank's own, and cells of 4096 bytes.
 V1_CELLS = Path(__file__).parent / "golden" / "v1-cells"
+#: One checkpoint of files.
+V1_FOLDER = Path(__file__).parent / "golden" / "v1-folder"
+
+#: The files that were saved.
+FILES = {
+    "config.json": b'{"layers": 2}\n',
+    "weights/model.bin": bytes(range(256)) * 3,
+    "weights/empty.bin": b"",
+    "$notes.txt": "größe\n".encode(),
+    "größe mit raum": b"\xff\x00",
+}
 
 #: step -> save id, state, val_loss, why it is kept
 LISTING = {
@@ -280,7 +292,28 @@ def test_verify_reads_every_byte_of_what_four_ranks_saved(tmp_path: Path) -> Non
     check_store(cloudckpt.open(copied)._store.storage, settled=True)
 
 
-@pytest.mark.parametrize("write", ["make", "make_with_cells"])
+def test_the_files_of_a_folder_come_back(tmp_path: Path) -> None:
+    """Every byte of every file, with torch and by what the index says without it; and the index encodes as it was."""
+    copied = shutil.copytree(V1_FOLDER, tmp_path / "v1")
+    run = cloudckpt.open(copied)
+    folder = run.load_folder(tmp_path / "back")
+    assert folder.name == "checkpoint-100"
+    assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == FILES
+    (path,) = copied.glob("checkpoint-*/checkpoint.json")
+    index = decode_index(path.read_bytes())
+    assert encode_index(index) == path.read_bytes()
+    stored = stored_files(index, "golden")
+    assert stored is not None
+    for name, entry in stored.items():
+        (chunk,) = entry.chunks
+        body = (path.parent / chunk.object).read_bytes()[chunk.start : chunk.start + chunk.length]
+        assert (body, chunk.crc32c) == (FILES[name], crc32c(FILES[name]))
+    assert stored.keys() == FILES.keys()
+    assert cloudckpt.verify(copied, deep=True).ok
+    check_store(cloudckpt.open(copied)._store.storage, settled=True)
+
+
+@pytest.mark.parametrize("write", ["make", "make_with_cells", "make_with_folder"])
 def test_a_golden_store_is_never_written_again(copied: Path, write: str) -> None:
     """The tool that made it refuses a folder that is there."""
     spec = importlib.util.spec_from_file_location("make_golden", ROOT / "tools" / "make_golden.py")
