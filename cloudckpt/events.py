@@ -30,9 +30,12 @@ __all__ = [
     "Resumed",
     "RunClosed",
     "SaveCommitted",
+    "SaveDeclined",
     "SaveFailed",
     "SaveSkipped",
     "SaveStarted",
+    "StopAgreed",
+    "StopNoticed",
     "Warned",
     "summary_lines",
 ]
@@ -95,6 +98,15 @@ class SaveSkipped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SaveDeclined:
+    """A save with a deadline was not begun: it would not be committed in time. ``last`` is the newest that is."""
+
+    step: int
+    reason: str
+    last: Checkpoint | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveFailed:
     """A save did not become visible. Earlier checkpoints are untouched."""
 
@@ -153,6 +165,24 @@ class RunClosed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StopNoticed:
+    """This process was told that it is about to be ended; ``left_s`` is None if nobody said when."""
+
+    reason: str
+    left_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopAgreed:
+    """All ranks stop after this step."""
+
+    step: int
+    reason: str
+    left_s: float | None
+    ranks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Warned:
     """Something a person should know that has no event of its own."""
 
@@ -170,9 +200,12 @@ Event = (
     | Resumed
     | RunClosed
     | SaveCommitted
+    | SaveDeclined
     | SaveFailed
     | SaveSkipped
     | SaveStarted
+    | StopAgreed
+    | StopNoticed
     | Warned
 )
 
@@ -203,6 +236,14 @@ class Listeners:
 
 def _valued(metric: str, value: float) -> str:
     return f"{metric}={format_metric(value)}"
+
+
+def _left(left_s: float | None) -> str:
+    return "nobody said how long is left" if left_s is None else f"{format_duration(left_s)} left"
+
+
+def _noticed(event: StopNoticed) -> str:
+    return f"told to stop: {event.reason}; {_left(event.left_s)}"
 
 
 def _names(checkpoints: Sequence[Checkpoint]) -> str:
@@ -246,6 +287,8 @@ class LoggingListener:
                 self._resumed(event)
             case RunClosed():
                 self._closed(event)
+            case StopNoticed() | StopAgreed() | SaveDeclined():
+                self._stopping(event)
             case _:
                 self._one_line(event)
 
@@ -253,6 +296,8 @@ class LoggingListener:
         match event:
             case Warned():
                 logger.warning("[rank %d] %s", self._rank, event.message)
+            case StopNoticed():
+                logger.warning("[rank %d] %s", self._rank, _noticed(event))
             case SaveFailed() if event.error.__cause__ is not None:  # it failed here; rank zero tells what all share
                 logger.error("[rank %d] saving step %d failed: %s", self._rank, event.step, event.error.__cause__)
 
@@ -286,6 +331,17 @@ class LoggingListener:
                 logger.warning("%s", event.message)
             case _:  # every other event has a method of its own
                 raise TypeError(event)
+
+    def _stopping(self, event: StopNoticed | StopAgreed | SaveDeclined) -> None:
+        match event:
+            case StopNoticed():
+                logger.warning("%s", _noticed(event))
+            case StopAgreed():
+                who = f"all {event.ranks} ranks stop" if event.ranks > 1 else "stopping"
+                logger.warning("%s after step %d: %s; %s", who, event.step, event.reason, _left(event.left_s))
+            case SaveDeclined(last=newest):
+                instead = "nothing was committed before it" if newest is None else f"the newest is {newest.url}"
+                logger.warning("not saving step %d: %s; %s", event.step, event.reason, instead)
 
     def _committed(self, event: SaveCommitted) -> None:
         c = event.checkpoint

@@ -15,7 +15,10 @@ __all__ = ["PendingSave", "Progress"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a save is. ``phase``: announce, upload, seal, commit, delete, done or failed; bytes of payload."""
+    """How far a save is; bytes of payload.
+
+    ``phase``: announce, upload, seal, commit, delete, done or failed; declined, if a deadline left no time to begin it.
+    """
 
     phase: str
     bytes_done: int
@@ -36,7 +39,7 @@ class PendingSave:
         self._outcome: Future[Checkpoint] = Future()
         self._seen = False
         self._keeps_state = False
-        self._on_interrupt: Callable[[], None] | None = None
+        self._on_interrupt: Callable[[str], None] | None = None
         self._give_back: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
@@ -81,9 +84,10 @@ class PendingSave:
         self._seen = True
         return result
 
-    def wait_quietly(self) -> None:
-        """Wait until it has ended, one way or the other, without taking note of its failure."""
-        wait([self._outcome])
+    def wait_quietly(self, timeout_s: float | None = None) -> bool:
+        """Wait until it has ended, one way or the other, without taking note of its failure; whether it has."""
+        wait([self._outcome], timeout_s)
+        return self._outcome.done()
 
     def wait_staged(self) -> None:
         """Wait until the state may be changed in whatever way.
@@ -98,9 +102,7 @@ class PendingSave:
             else:
                 self._staged.wait()
         except BaseException:
-            act = self._on_interrupt
-            if act is not None and not self._staged.is_set():
-                act()
+            self.break_off("the call that saves was interrupted")
             raise
 
     def wait_announced(self) -> None:
@@ -116,8 +118,8 @@ class PendingSave:
             return None
         return self._outcome.exception()
 
-    def keep_state(self, on_interrupt: Callable[[], None]) -> None:
-        """``save()`` must not return before the state is sent; what to do if it is interrupted and does."""
+    def keep_state(self, on_interrupt: Callable[[str], None]) -> None:
+        """``save()`` must not return before the state is sent; what to do, and why, if it does all the same."""
         self._on_interrupt = on_interrupt
         self._keeps_state = True
         if self._staged.is_set():
@@ -133,6 +135,12 @@ class PendingSave:
         """Wait until ``save()`` may return."""
         if self._keeps_state:
             self.wait_staged()
+
+    def break_off(self, reason: str) -> None:
+        """Give the state back at once: what was not sent by now is never sent. Nothing happens once all of it is."""
+        act = self._on_interrupt
+        if act is not None and not self._staged.is_set():
+            act(reason)
 
     def mark_announced(self) -> None:
         """The manifest names the save."""
@@ -164,6 +172,13 @@ class PendingSave:
         """The caller's state may change from now on."""
         self._staged.set()
         self._on_interrupt = None  # which would keep the state alive as long as this
+
+    def decline(self, error: BaseException) -> None:
+        """It is not begun; told to whoever waits for it, and to nobody else."""
+        self.mark_seen()
+        self.mark_staged()
+        self.end(error)
+        self.enter("declined")
 
     def end(self, outcome: Checkpoint | BaseException) -> None:
         """Note how it ended; the first word counts."""
