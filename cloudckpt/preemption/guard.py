@@ -163,7 +163,7 @@ class PreemptionGuard:
         """Set the handlers and begin to look. In the main thread, if there are signals. ``with`` does this.
 
         Raises:
-            ConfigError: not the main thread, a handler that cannot be called on, or a second start.
+            ConfigError: not the main thread, or a second start.
         """
         if self._state != "new":
             raise ConfigError("a PreemptionGuard is started once: make a new one")

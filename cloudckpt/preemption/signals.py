@@ -66,7 +66,7 @@ class _Handler:
         found = self.previous
         while isinstance(found, _Handler) and found.closed:
             found = found.previous
-        return found
+        return signal.SIG_DFL if found is None else found  # None was not set from Python, and cannot come back
 
 
 class Handlers:
@@ -86,18 +86,12 @@ class Handlers:
         """Set them, each on top of the one that was there, which is still called.
 
         Raises:
-            ConfigError: this is not the main thread, or a handler that was not set from Python is in the way.
+            ConfigError: this is not the main thread.
         """
         if self._numbers and threading.current_thread() is not threading.main_thread():
             raise ConfigError(
                 "signals can be watched from the main thread only: start the PreemptionGuard there, or pass signals=()"
             )
-        for number in self._numbers:
-            if signal.getsignal(number) is None:
-                raise ConfigError(
-                    f"{number.name} has a handler that was not set from Python (faulthandler's, perhaps): it could "
-                    "neither be called nor come back. Leave this signal out of signals=, or unregister that one first"
-                )
         for number in self._numbers:
             handler = _Handler(number, self._note, signal.getsignal(number))
             signal.signal(number, handler)
