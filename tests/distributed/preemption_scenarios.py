@@ -93,7 +93,7 @@ def hurry_on_one(root: str) -> dict[str, Any]:
 
 
 def absent(root: str, late: int) -> dict[str, Any]:
-    """One rank does not come to a save with a deadline: the others are told when that is over; it comes later, and is told the same."""
+    """One rank comes too late to a save with a deadline: the others are told when that is over, and it the same."""
     said = ""
     ckpts = CheckpointManager(root, settings=QUICK)
     ckpts.save(0, state_of(0), block=True)

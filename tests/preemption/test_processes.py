@@ -154,3 +154,21 @@ def test_without_the_shield_the_last_save_is_lost(start: Callable[..., Program],
     assert code == 1
     assert "DataLoader worker" in err
     assert cloudckpt.open(tmp_path / "run").latest() is None
+
+
+def test_the_example_runs_to_its_end_and_goes_on(tmp_path: Path) -> None:
+    """On one process, with workers; a second start with more steps resumes from the first."""
+    for steps in (20, 40):
+        words = ["--root", str(tmp_path / "run"), "--steps", str(steps), "--save-every", "10", "--workers", "1"]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "examples" / "spot_train.py"), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        newest = cloudckpt.open(tmp_path / "run").latest()
+        assert newest is not None
+        assert newest.step == steps - 1
+    assert "resumed from" in done.stdout
