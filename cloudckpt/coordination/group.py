@@ -71,7 +71,7 @@ class Group:
         except (RuntimeError, ValueError) as exc:  # torch's DistError is a RuntimeError
             raise RankError(
                 f"rank 0 of {self.world_size} has not said within {timeout_s:g} s where it is: every rank must use a "
-                f"CheckpointManager of its own, rank 0 as well ({exc})"
+                f"CheckpointManager of its own, and a PreemptionGuard if any does, rank 0 as well ({exc})"
             ) from exc
         if "failed" in said:
             raise RankError(f"rank 0 cannot be met: {said['failed']}")

@@ -30,6 +30,9 @@ _AGREE_S = 10.0
 _PATIENCE = 2
 #: While the main thread waits, so often it looks whether it was interrupted.
 _LOOK_S = 0.5
+_ADVICE = (
+    "A save needs all of them: leave without one, the next start resumes from the checkpoint that was committed last"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +138,10 @@ class Together:
                 self._changed.wait(_LOOK_S)
             order = self._order
             if order is None and self._asked:
+                silent = f"rank 0 has not answered within {_PATIENCE * self._agree_s:g} s"
                 raise RankError(
-                    f"this rank has to stop, and cannot agree with the others on when: "
-                    f"{self._alone or f'rank 0 has not answered within {_PATIENCE * self._agree_s:g} s'}. "
-                    f"{_ADVICE}"
+                    "this rank has to stop, and cannot agree with the others on when: "
+                    f"{self._alone or silent}. {_ADVICE}"
                 )
             if order is None or not (order.problem or (order.call is not None and self._calls + 1 >= order.call)):
                 self._calls += 1
@@ -202,11 +205,6 @@ class Together:
         with self._changed:
             self._alone = self._alone or reason
             self._changed.notify_all()
-
-
-_ADVICE = (
-    "A save needs all of them: leave without one, the next start resumes from the checkpoint that was committed last"
-)
 
 
 class _Rallying(Arbiter):

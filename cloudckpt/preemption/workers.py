@@ -23,6 +23,8 @@ def shield_worker(worker_id: int = 0) -> None:
     From then on SIGTERM ends this worker only if its parent sends it, and SIGUSR1 and SIGUSR2 never do. It ends with
     its data loader as ever, and with its parent. Programs that it starts inherit the blocked signals. Does nothing
     where the system does not tell who sent a signal (macOS).
+    Threads that libraries have started before are not shielded: OpenBLAS has some in spawned processes, unless
+    ``OMP_NUM_THREADS`` is 1, which torchrun sets.
 
     Args:
         worker_id: as the data loader passes it; not used.
