@@ -2,6 +2,8 @@
 
 Rank zero emits what happens to the job, once; every rank emits its own failures. Lines go to the standard
 logger ``cloudckpt`` and propagate: no handler, no filter, no level is set here.
+
+(Past 350 lines: one class for each thing that can happen, and the line in which people read it.)
 """
 
 from __future__ import annotations
