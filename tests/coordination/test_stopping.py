@@ -171,3 +171,84 @@ def test_an_order_goes_over_the_channel(drawn: Order) -> None:
 def test_a_standing_goes_over_the_channel(drawn: Standing) -> None:
     """And comes back the same."""
     assert Standing.from_bytes(drawn.to_bytes()) == drawn
+
+
+class Job:
+    """Ranks that train in step, and messages that take any time: every moment at which something can happen is chosen.
+
+    Between its call n and its next one a rank is in a collective, which ends once all ranks have passed call n.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.rally = Rally([f"rank {rank}" for rank in range(ranks)], 1000)
+        for rank in range(1, ranks):
+            self.rally.comes(rank)
+        self.ranks = range(ranks)
+        self.calls = [0] * ranks
+        self.asked = [False] * ranks
+        self.stopped = [False] * ranks
+        self.orders: list[Order | None] = [None] * ranks
+        self.up: list[list[Standing | None]] = [[] for _ in self.ranks]
+        self.down: list[list[Order | None]] = [[] for _ in self.ranks]
+
+    def possible(self) -> list[tuple[str, int]]:
+        """What can happen next: messages first, then calls."""
+        found = [("up", rank) for rank in self.ranks if self.up[rank]]
+        found += [("down", rank) for rank in self.ranks if self.down[rank]]
+        waits = [self.asked[rank] and self.orders[rank] is None for rank in self.ranks]
+        slowest = min(self.calls)
+        found += [
+            ("call", rank)
+            for rank in self.ranks
+            if not self.stopped[rank] and not waits[rank] and self.calls[rank] <= slowest
+        ]
+        return found
+
+    def happens(self, what: str, rank: int) -> None:
+        """It does."""
+        if what == "tell":
+            self.asked[rank] = True
+            self.up[rank].append(None)
+        elif what == "up":
+            said = self.up[rank].pop(0)
+            if said is None:
+                told = self.rally.notice(rank, "SIGTERM", 25.0, now=0.0)
+            else:
+                told = self.rally.stands(rank, said, now=0.0)
+            for other, order in told:
+                self.down[other].append(order)
+        elif what == "down":
+            order = self.down[rank].pop(0)
+            if order is None:
+                self.asked[rank] = True
+                self.up[rank].append(at(self.calls[rank]))
+            else:
+                self.orders[rank] = order
+        else:
+            given = self.orders[rank]
+            if given is not None and given.call is not None and self.calls[rank] + 1 >= given.call:
+                self.stopped[rank] = True
+            else:
+                self.calls[rank] += 1
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data(), st.integers(2, 4))
+def test_whenever_what_happens_all_stop_at_the_same_call(data: st.DataObject, ranks: int) -> None:
+    """Several ranks are told at any moments, and messages arrive late: nobody is left alone in a collective."""
+    job = Job(ranks)
+    told = data.draw(st.lists(st.integers(0, ranks - 1), min_size=1, max_size=3))
+    for _ in range(data.draw(st.integers(0, 40))):
+        choices = [*job.possible(), *(("tell", rank) for rank in told[:1])]
+        if not choices:
+            break
+        what, rank = data.draw(st.sampled_from(choices))
+        job.happens(what, rank)
+        if what == "tell":
+            told = told[1:]
+    for rank in told:
+        job.happens("tell", rank)
+    while not all(job.stopped):
+        assert job.possible(), (job.calls, job.stopped)
+        job.happens(*job.possible()[0])
+    assert len({*job.calls}) == 1
