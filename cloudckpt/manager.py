@@ -225,6 +225,7 @@ class CheckpointManager(Run):
                 planner=self._planner,
                 arena=self._arena,
             )
+            self._saver.hurry(hurried=self._store.hurry_until is not None)  # before anything can be deleted
             if isinstance(side, Leading):
                 self._saver.submit(side.clean_up_after_others)
             self._finalizer = weakref.finalize(self, _warn_unclosed, self.url)
@@ -296,8 +297,9 @@ class CheckpointManager(Run):
         Raises:
             TypeError: something in the state cannot be stored (names its path), or an unknown keyword.
             ConfigError: a bad step, metric, tag or state. Nothing was announced.
-            SaveError: an earlier save failed and nobody was told yet; or, with ``block=True`` or a deadline, this one
-                did.
+            SaveError: an earlier save failed and nobody was told yet (with a deadline this one is tried first, and the
+                earlier failure is raised by the call after it, unless this one is committed); or, with ``block=True``
+                or a deadline, this one failed.
             ConflictError: a newer writer owns the run, or it was changed under this process.
         """
         for word in unknown:
@@ -341,7 +343,8 @@ class CheckpointManager(Run):
                 return self._decline(saver, request, judgement.reason)
 
             def ready() -> None:
-                self._wait_for_save()
+                if until is None:  # otherwise that was done, and what failed earlier is told after this one
+                    self._wait_for_save()
                 if self._coordinator.rank == 0:
                     self._warn_about_metrics(request)
 

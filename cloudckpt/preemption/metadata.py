@@ -140,17 +140,27 @@ class AwsSpot:
 
     def look(self) -> Sequence[Sighting]:
         """See ``Watch``."""
-        found = []
+        found: list[Sighting] = []
+        problem: Exception | None = None
         for path, read in self._paths.items():
-            answer = self._get(path)
-            if answer.status == _NOT_FOUND:
+            try:
+                answer = self._asked(path)
+            except (OSError, http.client.HTTPException) as exc:
+                problem = problem or exc  # what the other path has said is not lost to it
                 continue
-            if answer.status != _OK:
-                raise _unexpected(self._server, path, answer)
-            if answer.body not in self._seen:
+            if answer is not None and answer.body not in self._seen:
                 self._seen.add(answer.body)
                 found.append(read(answer))
+        if problem is not None and not found:
+            raise problem
         return found
+
+    def _asked(self, path: str) -> Answer | None:
+        """What there is to be read; None if there is nothing."""
+        answer = self._get(path)
+        if answer.status not in {_OK, _NOT_FOUND}:
+            raise _unexpected(self._server, path, answer)
+        return answer if answer.status == _OK else None
 
     def _get(self, path: str) -> Answer:
         answer = self._server.ask("GET", path, self._authorized())

@@ -40,8 +40,8 @@ class Hurrying:
     def judge(self, request: SaveRequest, until: float, last: PendingSave | None) -> Judgement:
         """Whether a save that has to be committed by a moment is begun. Collective. The save in flight comes first.
 
-        An earlier save that failed, which the log has told, does not keep this one from being made; unless this
-        process was replaced, or a rank is gone.
+        An earlier save that failed does not keep this one from being made, and is still to be told afterwards; unless
+        this process was replaced, or a rank is gone.
 
         Args:
             until: the moment, by ``time.monotonic``.
@@ -86,7 +86,6 @@ def _finished(last: PendingSave, until: float) -> str:
         return last.checkpoint.name
     if isinstance(last.failure, RankError | ConflictError):
         last.wait()
-    last.mark_seen()
     return ""
 
 

@@ -86,6 +86,8 @@ class Saver:
         )
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-save")
         self._current: PendingSave | None = None
+        # Failed before a save against a deadline, which came first: told afterwards, unless that one was committed.
+        self._aside: PendingSave | None = None
         self._told_streaming = False
         self._told_overlap: set[str] = set()
         self._hurrying = Hurrying(planner, coordinator)
@@ -113,9 +115,13 @@ class Saver:
 
     def raise_failure(self) -> None:
         """Raise what an earlier save failed with, once, if nobody was told (I10)."""
-        failure = self._current.failure if self._current is not None else None
-        if failure is not None and self._current is not None:
-            self._current.wait()
+        last, aside = self._current, self._aside
+        self._aside = None
+        made_good = last is not None and last.checkpoint.committed_at is not None
+        if aside is not None and not made_good:
+            aside.wait()
+        if last is not None and last.failure is not None:
+            last.wait()
 
     def start(self, request: SaveRequest, began: float, *, ready: Callable[[], None]) -> PendingSave:
         """Plan, announce in the background, stage. The state may change after the save's ``wait_staged``.
@@ -141,6 +147,8 @@ class Saver:
         submitted, problem = False, None
         try:
             # In here, so that an interrupt leaves no save that nobody ends, and that everybody waits for.
+            if self._current is not None and self._current.failure is not None:
+                self._aside = self._current
             self._current = pending
             self._side.begin(job)
             sources = None if request.block else self._arena_sources(plan, optimizer_growth_bytes(request.state))

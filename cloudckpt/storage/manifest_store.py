@@ -450,7 +450,9 @@ class ManifestStore:
 
     def _stamped(self, changed: Manifest, base: Manifest, *, keep_copy: bool) -> Manifest:
         proposal = stamped(changed, base=base, write_id=self.token(16), at=self.clock())
-        if keep_copy or proposal.revision % self.settings.copy_every_revisions == 0:
+        due = keep_copy or proposal.revision % self.settings.copy_every_revisions == 0
+        # A copy costs two requests, one of them a delete: a process that is about to be ended leaves it to the next.
+        if due and self.hurry_until is None:
             # Named before it is written, like everything else here: a copy nobody named is never left over.
             return replace(proposal, copies=(*base.copies, proposal.revision)[-COPIES_KEPT:])
         return proposal

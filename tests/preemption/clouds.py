@@ -92,6 +92,7 @@ class EC2(Cloud):
         rebalance: the body of ``events/recommendations/rebalance``; None for 404.
         token: the only one that is good.
         status: of every answer to a good request, where it is not 200 or 404.
+        out_of_order: paths that are answered with 500.
     """
 
     def __init__(self) -> None:
@@ -100,6 +101,7 @@ class EC2(Cloud):
         self.rebalance: str | None = None
         self.token = "first"
         self.status: int | None = None
+        self.out_of_order: set[str] = set()
 
     def reply(self, method: str, path: str, header: Callable[[str], str | None]) -> Reply:
         self._note(method, path)
@@ -110,6 +112,8 @@ class EC2(Cloud):
             return 401, "", {}
         if self.status is not None:
             return self.status, "", {}
+        if path in self.out_of_order:
+            return 500, "", {}
         bodies = {
             "/latest/meta-data/spot/instance-action": self.action,
             "/latest/meta-data/events/recommendations/rebalance": self.rebalance,

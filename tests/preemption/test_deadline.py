@@ -64,6 +64,17 @@ def slow(ckpts: CheckpointManager, seconds: float) -> None:
     saver._hurrying.note(10**9, seconds)
 
 
+def unmeasured(ckpts: CheckpointManager) -> None:
+    """As if no save had been made yet: on a loaded machine the first one may have taken longer than there is."""
+    saver: Any = ckpts._saver
+    saver._hurrying._paces.clear()
+
+
+def refuse(_: Source) -> None:
+    """As a disk on fire."""
+    raise StorageError("the disk is on fire")
+
+
 def steps(storage: MemoryStorage) -> list[int]:
     """What is committed."""
     return [c.step for c in cloudckpt.open(storage).checkpoints()]
@@ -177,9 +188,10 @@ def test_a_save_is_broken_off_at_its_deadline() -> None:
     storage = Watched()
     with CheckpointManager(storage) as ckpts:
         ckpts.save(1, state_of(1), block=True)
+        unmeasured(ckpts)
         storage.amid = until_refused
         with pytest.raises(SaveError, match="its deadline has come"):
-            ckpts.save(2, state_of(2), deadline_s=0.2)
+            ckpts.save(2, state_of(2), deadline_s=0.5)
         storage.amid = lambda _: None
         assert steps(storage) == [1]
         ckpts.save(3, state_of(3), block=True)
@@ -193,20 +205,17 @@ def test_a_request_that_never_ends_is_not_waited_for(monkeypatch: pytest.MonkeyP
     storage, go = Watched(), threading.Event()
     with CheckpointManager(storage) as ckpts:
         ckpts.save(1, state_of(1), block=True)
+        unmeasured(ckpts)
         storage.amid = lambda _: go.wait(60)
         with pytest.raises(SaveError, match="its last request has not ended yet"):
-            ckpts.save(2, state_of(2), deadline_s=0.2)
+            ckpts.save(2, state_of(2), deadline_s=0.5)
         go.set()
     assert steps(storage) == [1]
 
 
 def test_an_earlier_failure_does_not_keep_the_last_save_from_being_made(caplog: pytest.LogCaptureFixture) -> None:
-    """The log has told it; what counts now is to save what there is."""
+    """The log has told it, and the later checkpoint makes good for it: nothing is raised at the end."""
     storage = Watched()
-
-    def refuse(_: Source) -> None:
-        raise StorageError("the disk is on fire")
-
     with CheckpointManager(storage) as ckpts:
         storage.amid = refuse
         ckpts.save(1, state_of(1)).wait_quietly()
@@ -214,6 +223,47 @@ def test_an_earlier_failure_does_not_keep_the_last_save_from_being_made(caplog: 
         ckpts.save(2, state_of(2), deadline_s=LONG_S)
     assert steps(storage) == [2]
     assert [r for r in caplog.records if r.levelno == logging.ERROR and "the disk is on fire" in r.getMessage()]
+
+
+def test_an_earlier_failure_is_still_told_if_the_last_save_is_not_begun() -> None:
+    """I10: what is declined makes good for nothing; ``close()`` raises what nobody was told."""
+    storage = Watched()
+    ckpts = CheckpointManager(storage)
+    ckpts.save(0, state_of(0), block=True)
+    slow(ckpts, LONG_S)
+    storage.amid = refuse
+    ckpts.save(1, state_of(1)).wait_quietly()
+    assert ckpts.save(2, state_of(2), deadline_s=LONG_S).progress.phase == "declined"
+    with pytest.raises(SaveError, match="saving step 1 .*the disk is on fire"):
+        ckpts.close()
+    assert steps(storage) == [0]
+
+
+def test_an_earlier_failure_is_still_told_if_the_last_save_fails_as_well() -> None:
+    """I10: each failure is raised once, the last save's by its own call and the earlier one by the next."""
+    storage = Watched()
+    ckpts = CheckpointManager(storage)
+    storage.amid = refuse
+    ckpts.save(1, state_of(1)).wait_quietly()
+    with pytest.raises(SaveError, match="saving step 2 "):
+        ckpts.save(2, state_of(2), deadline_s=LONG_S)
+    with pytest.raises(SaveError, match="saving step 1 "):
+        ckpts.wait()
+    ckpts.wait()
+    ckpts.close()
+    assert steps(storage) == []
+
+
+def test_an_earlier_failure_is_still_told_if_the_last_save_cannot_be_planned() -> None:
+    """I10: the state holds what nothing can store; nothing was begun, and nothing is forgotten."""
+    storage = Watched()
+    ckpts = CheckpointManager(storage)
+    storage.amid = refuse
+    ckpts.save(1, state_of(1)).wait_quietly()
+    with pytest.raises(TypeError):
+        ckpts.save(2, {"w": object()}, deadline_s=LONG_S)
+    with pytest.raises(SaveError, match="saving step 1 "):
+        ckpts.close()
 
 
 def test_a_replaced_writer_saves_nothing_in_a_hurry() -> None:
@@ -247,6 +297,23 @@ def test_in_a_hurry_nothing_is_deleted_until_the_next_start(caplog: pytest.LogCa
         assert ckpts.restore(state_of(0)) is not None
     assert storage.counts()["delete"] > 0
     assert [c.step for c in cloudckpt.open(storage).checkpoints(state=None)] == [2]
+    check_store(storage.inner, settled=True)
+
+
+def test_a_process_that_begins_in_a_hurry_deletes_nothing_either() -> None:
+    """Its first call is the last save: what earlier processes left to delete waits on, and so do copies of the manifest."""
+    storage = ScriptedStorage(MemoryStorage())
+    with CheckpointManager(storage, keep_last=1) as ckpts:
+        ckpts.save(1, state_of(1), block=True)
+    for step in (2, 3, 4):
+        with CheckpointManager(storage) as ckpts:
+            ckpts.save(step, state_of(step), deadline_s=LONG_S)
+    assert storage.counts()["delete"] == 0
+    found = cloudckpt.open(storage).checkpoints(state=None)
+    assert [c.step for c in found if c.state is State.RETIRED] == [1, 2, 3]
+    with CheckpointManager(storage) as ckpts:
+        ckpts.save(5, state_of(5), block=True)
+    assert [c.step for c in cloudckpt.open(storage).checkpoints(state=None)] == [5]
     check_store(storage.inner, settled=True)
 
 

@@ -102,6 +102,17 @@ def test_an_answer_that_means_nothing_is_an_error(ec2: EC2) -> None:
         spot(ec2).look()
 
 
+def test_a_notice_is_not_lost_to_trouble_beside_it(ec2: EC2) -> None:
+    """In the same look the other path answers nonsense: the notice is seen, and the trouble told by the next look."""
+    ec2.action = TERMINATE
+    ec2.out_of_order.add("/latest/meta-data/events/recommendations/rebalance")
+    watch = spot(ec2, rebalance=True)
+    (found,) = watch.look()
+    assert found.reason.startswith("EC2 spot instance: terminate")
+    with pytest.raises(OSError, match="recommendations/rebalance answered 500"):
+        watch.look()
+
+
 def key(cloud: ComputeEngine, name: str = "preempted", *alarming: str) -> GcpKey:
     """What looks at one value."""
     return GcpKey(Metadata(cloud.address, "ADDRESS"), name, alarming or ("TRUE",), notice_s=25.0)
