@@ -22,7 +22,7 @@ from cloudckpt.errors import ConfigError, RankError
 __all__ = ["Group", "find_group"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-#: How many managers of each group this process has connected: the n-th ones of all ranks belong together.
+#: How many managers, and guards, of each group this process has made: the n-th ones of all ranks belong together.
 _MADE: Counter[str] = Counter()
 
 
@@ -45,9 +45,15 @@ class Group:
         """How many they are."""
         return len(self.ranks)
 
-    def next_key(self) -> str:
-        """Under which the next channel of this group is found, on every rank the same."""
-        name = hashlib.sha256(",".join(map(str, self.ranks)).encode()).hexdigest()[:12]
+    def next_key(self, whose: str = "manager") -> str:
+        """Under which the next channel of this group is found, on every rank the same.
+
+        Args:
+            whose: what the channel is for. Each kind is counted by itself: a rank that has made one thing more than
+                the others must not make them meet in the wrong places.
+        """
+        members = hashlib.sha256(",".join(map(str, self.ranks)).encode()).hexdigest()[:12]
+        name = f"{members}/{whose}"
         _MADE[name] += 1
         return f"cloudckpt/{name}/{_MADE[name]}"
 

@@ -99,7 +99,7 @@ class Together:
 
     def __init__(self, group: Group, *, timeout_s: float, agree_s: float = _AGREE_S) -> None:
         self._group = group
-        self._key = group.next_key()
+        self._key = group.next_key("guard")
         self._timeout_s = timeout_s
         self._agree_s = agree_s
         self._changed = threading.Condition()

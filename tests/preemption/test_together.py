@@ -21,8 +21,8 @@ LAST = 60
 class Numbered(Group):
     """Ranks of one process: the number of their channel is given, not counted."""
 
-    def next_key(self) -> str:
-        return "the-first"
+    def next_key(self, whose: str = "manager") -> str:
+        return f"the-first/{whose}"
 
 
 def together(*, agree_s: float = 30) -> list[Together]:
