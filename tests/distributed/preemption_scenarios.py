@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cloudckpt import CheckpointManager, PerRank, PreemptionGuard, RankError
+from cloudckpt import CheckpointManager, PerRank, PreemptionGuard, RankError, SaveError, StorageError
 from tests.distributed.scenarios import QUICK
 
 STEPS = 60
@@ -108,3 +108,28 @@ def absent(root: str, late: int) -> dict[str, Any]:
     ckpts.save(2, state_of(2), block=True)
     ckpts.close()
     return {"said": said}
+
+
+def hurry_after_a_failure(root: str, victim: int, fits: bool) -> dict[str, Any]:
+    """A save fails on one rank, and nobody waits for it; then there is one against a deadline, and the end."""
+    ckpts = CheckpointManager(root, settings=QUICK)
+    ckpts.save(0, state_of(0), block=True)
+    storage: Any = ckpts._store.unretried
+    put = storage.put
+
+    def failing(key: str, *_: Any, **__: Any) -> None:
+        raise StorageError(f"{key}: the disk is on fire")
+
+    if dist.get_rank() == victim:
+        storage.put = failing
+    ckpts.save(1, state_of(1)).wait_quietly()
+    storage.put = put
+    if not fits:
+        saver: Any = ckpts._saver
+        saver._hurrying.note(1, 1000.0)
+    said, pending = "", ckpts.save(2, state_of(2), deadline_s=100.0)
+    try:
+        ckpts.close()
+    except SaveError as exc:
+        said = _said(exc)
+    return {"declined": pending.progress.phase == "declined", "said": said}

@@ -95,3 +95,17 @@ def test_who_does_not_come_in_time_is_named(two_ranks: Ranks, tmp_path: Path) ->
     assert "save(step=1): no call of it came from rank 1 (" in found[0]["said"]
     assert "within 5 s" in found[0]["said"]
     assert 2 in {c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("fits", [True, False])
+def test_an_earlier_failure_is_told_unless_it_is_made_good(
+    two_ranks: Ranks, tmp_path: Path, victim: int, fits: bool
+) -> None:
+    """I10: it keeps no rank from the last save; without that, every rank is told at the end, and told the same."""
+    outcomes = two_ranks.run(scenarios.hurry_after_a_failure, root=str(tmp_path / "run"), victim=victim, fits=fits)
+    found = values(outcomes)
+    assert [value["declined"] for value in found] == [not fits] * 2
+    assert len({value["said"] for value in found}) == 1
+    assert ("the disk is on fire" in found[0]["said"]) is not fits
+    assert [c.step for c in cloudckpt.open(tmp_path / "run").checkpoints()] == ([0, 2] if fits else [0])
