@@ -118,7 +118,7 @@ class Saver:
         last, aside = self._current, self._aside
         self._aside = None
         made_good = last is not None and last.checkpoint.committed_at is not None
-        if aside is not None and not made_good:
+        if aside is not None and aside.failure is not None and not made_good:
             aside.wait()
         if last is not None and last.failure is not None:
             last.wait()
