@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cloudckpt.importing import import_folder
     from cloudckpt.manager import CheckpointManager
     from cloudckpt.pending import PendingSave, Progress
+    from cloudckpt.preemption import PreemptionGuard
     from cloudckpt.repairing import RepairPlan
     from cloudckpt.run import Run
     from cloudckpt.run import open_run as open  # noqa: A004 - cloudckpt.open() reads as the built-in does
@@ -76,6 +77,7 @@ __all__ = [
     "PendingSave",
     "PerRank",
     "Policy",
+    "PreemptionGuard",
     "Progress",
     "PrunePlan",
     "RankError",
@@ -121,6 +123,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "PendingSave": ("pending", "PendingSave"),
     "PerRank": ("tensors.per_rank", "PerRank"),
     "Policy": ("core.policy", "Policy"),
+    "PreemptionGuard": ("preemption", "PreemptionGuard"),
     "Progress": ("pending", "Progress"),
     "PrunePlan": ("core.retention", "PrunePlan"),
     "RepairPlan": ("repairing", "RepairPlan"),

@@ -3,7 +3,7 @@
 Rank zero emits what happens to the job, once; every rank emits its own failures. Lines go to the standard
 logger ``cloudckpt`` and propagate: no handler, no filter, no level is set here.
 
-(Past 350 lines: one class for each event, and the line that each is written as.)
+(Past 350 lines: one class for each thing that can happen, and the line in which people read it.)
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ __all__ = [
     "Resumed",
     "RunClosed",
     "SaveCommitted",
+    "SaveDeclined",
     "SaveFailed",
     "SaveSkipped",
     "SaveStarted",
+    "StopAgreed",
+    "StopNoticed",
     "TransferProgress",
     "TransferStalled",
     "Warned",
@@ -99,6 +102,15 @@ class SaveSkipped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SaveDeclined:
+    """A save with a deadline was not begun: it would not be committed in time. ``last`` is the newest that is."""
+
+    step: int
+    reason: str
+    last: Checkpoint | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveFailed:
     """A save did not become visible. Earlier checkpoints are untouched."""
 
@@ -157,6 +169,24 @@ class RunClosed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StopNoticed:
+    """This process was told that it is about to be ended; ``left_s`` is None if nobody said when."""
+
+    reason: str
+    left_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopAgreed:
+    """All ranks stop after this step."""
+
+    step: int
+    reason: str
+    left_s: float | None
+    ranks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TransferProgress:
     """A save or a load is on its way for long; about once a minute.
 
@@ -209,9 +239,12 @@ Event = (
     | Resumed
     | RunClosed
     | SaveCommitted
+    | SaveDeclined
     | SaveFailed
     | SaveSkipped
     | SaveStarted
+    | StopAgreed
+    | StopNoticed
     | TransferProgress
     | TransferStalled
     | Warned
@@ -244,6 +277,14 @@ class Listeners:
 
 def _valued(metric: str, value: float) -> str:
     return f"{metric}={format_metric(value)}"
+
+
+def _left(left_s: float | None) -> str:
+    return "nobody said how long is left" if left_s is None else f"{format_duration(left_s)} left"
+
+
+def _noticed(event: StopNoticed) -> str:
+    return f"told to stop: {event.reason}; {_left(event.left_s)}"
 
 
 def _stall(event: TransferStalled) -> str:
@@ -299,6 +340,8 @@ class LoggingListener:
                 logger.info("%s", event.line)
             case TransferStalled():
                 logger.warning("%s", _stall(event))
+            case StopNoticed() | StopAgreed() | SaveDeclined():
+                self._stopping(event)
             case _:
                 self._one_line(event)
 
@@ -306,6 +349,8 @@ class LoggingListener:
         match event:
             case Warned():
                 logger.warning("[rank %d] %s", self._rank, event.message)
+            case StopNoticed():
+                logger.warning("[rank %d] %s", self._rank, _noticed(event))
             case TransferStalled():
                 logger.warning("%s", _stall(event))
             case SaveFailed() if event.error.__cause__ is not None:  # it failed here; rank zero tells what all share
@@ -341,6 +386,17 @@ class LoggingListener:
                 logger.warning("%s", event.message)
             case _:  # every other event has a method of its own
                 raise TypeError(event)
+
+    def _stopping(self, event: StopNoticed | StopAgreed | SaveDeclined) -> None:
+        match event:
+            case StopNoticed():
+                logger.warning("%s", _noticed(event))
+            case StopAgreed():
+                who = f"all {event.ranks} ranks stop" if event.ranks > 1 else "stopping"
+                logger.warning("%s after step %d: %s; %s", who, event.step, event.reason, _left(event.left_s))
+            case SaveDeclined(last=newest):
+                instead = "nothing was committed before it" if newest is None else f"the newest is {newest.url}"
+                logger.warning("not saving step %d: %s; %s", event.step, event.reason, instead)
 
     def _committed(self, event: SaveCommitted) -> None:
         c = event.checkpoint

@@ -23,7 +23,7 @@ from cloudckpt.config import Settings
 from cloudckpt.coordination import Ballot, Coordinator, ManyRanks, SingleProcess, Verdict, find_group
 from cloudckpt.core import edits
 from cloudckpt.core import manifest as transitions
-from cloudckpt.core.arguments import checked_labels, checked_metrics, checked_step
+from cloudckpt.core.arguments import checked_deadline, checked_labels, checked_metrics, checked_step
 from cloudckpt.core.folder import COMPONENT
 from cloudckpt.core.model import Checkpoint, Manifest
 from cloudckpt.core.policy import INHERIT, Inherit, KeepBest, PolicyWords, resolve
@@ -47,6 +47,7 @@ from cloudckpt.events import (
     NothingToResume,
     Resumed,
     RunClosed,
+    SaveDeclined,
     SaveSkipped,
     Warned,
 )
@@ -57,6 +58,7 @@ from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
 from cloudckpt.saving import Saver, SaveRequest
 from cloudckpt.saving.following import Following
+from cloudckpt.saving.hurrying import see_through
 from cloudckpt.saving.leading import Leading
 from cloudckpt.storage import GenericFsspecStorage, LocalStorage, ManifestStore, Storage, open_storage
 from cloudckpt.tensors.arena import Arena, positions
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointManager"]
 
 _TAKEOVERS = ("last_wins", "refuse", "force")
+#: However short the time is, the others are on their way into the same call.
+_LEAST_VOTE_S = 5.0
 
 
 def _warn_unclosed(url: str) -> None:
@@ -230,6 +234,7 @@ class CheckpointManager(Run):
                 planner=self._planner,
                 arena=self._arena,
             )
+            self._saver.hurry(hurried=self._store.hurry_until is not None)  # before anything can be deleted
             if isinstance(side, Leading):
                 self._saver.submit(side.clean_up_after_others)
             self._finalizer = weakref.finalize(self, _warn_unclosed, self.url)
@@ -275,6 +280,7 @@ class CheckpointManager(Run):
         tags: Iterable[str] = (),
         pin: bool = False,
         block: bool = False,
+        deadline_s: float | None = None,
         **unknown: object,
     ) -> PendingSave:
         """Save ``state`` as of ``step``. Returns once the state may change again; the upload goes on in the background.
@@ -287,6 +293,12 @@ class CheckpointManager(Run):
             pin: exempt it from every rule.
             block: return only once it is committed. The tensors are sent from where they are, without a copy: nothing,
                 in no thread, may change them meanwhile. A change that torch counts fails the save and names the tensor.
+            deadline_s: how long there is, in seconds, in a process that is about to be ended: what
+                ``PreemptionGuard.left_s`` says. The save in flight is finished first. This one is begun only if the
+                slowest of the last three would fit into 70 % of what is left, or if none was measured yet; otherwise a
+                warning says why not, and ``wait()`` on what is returned raises. It blocks like ``block``, until the
+                commit or the deadline, and no bytes are deleted: what the rules let go waits for the next start. None:
+                there is no hurry.
 
         Returns:
             the save on its way. If nobody waits for it, what goes wrong is raised by the next call or ``close()``.
@@ -294,15 +306,18 @@ class CheckpointManager(Run):
         Raises:
             TypeError: something in the state cannot be stored (names its path), or an unknown keyword.
             ConfigError: a bad step, metric, tag or state. Nothing was announced.
-            SaveError: an earlier save failed and nobody was told yet; or, with ``block=True``, this one did.
+            SaveError: an earlier save failed and nobody was told yet (with a deadline this one is tried first, and the
+                earlier failure is raised by the call after it, unless this one is committed); or, with ``block=True``
+                or a deadline, this one failed.
             ConflictError: a newer writer owns the run, or it was changed under this process.
         """
         for word in unknown:
             raise unknown_keyword("save", word, _keywords(CheckpointManager.save))
         with self._refusals_told("save"):
-            request = self._request(step, state, metrics, tags, pin=pin, block=block)
+            within_s = checked_deadline(deadline_s)
+            request = self._request(step, state, metrics, tags, pin=pin, block=bool(block) or deadline_s is not None)
             components = tuple(map(str, state))
-        return self._save(request, components)
+        return self._save(request, components, within_s=within_s)
 
     def _request(
         self,
@@ -324,8 +339,9 @@ class CheckpointManager(Run):
             allow_pickle=self._allow_pickle,
         )
 
-    def _save(self, request: SaveRequest, components: tuple[str, ...]) -> PendingSave:
+    def _save(self, request: SaveRequest, components: tuple[str, ...], *, within_s: float | None = None) -> PendingSave:
         began = time.monotonic()
+        until = None if within_s is None else began + within_s
         with self._one_at_a_time("save"):
             self._check_usable()
             # Whoever waits for this save does not want another one's outcome.
@@ -333,20 +349,32 @@ class CheckpointManager(Run):
             last = self._saver.last if self._saver is not None and may_skip else None
             busy = last is not None and not last.done()
             ballot = Ballot(
-                call="save", step=request.step, components=components, options=f"block={request.block}", busy=busy
+                call="save",
+                step=request.step,
+                components=components,
+                options=f"block={request.block}" + (", deadline_s" if until is not None else ""),
+                busy=busy,
+                within_s=None if within_s is None else max(_LEAST_VOTE_S, round(within_s, 1)),
             )
+            self._store.hurry_until = until
             if self._vote(ballot) is Verdict.SKIP and last is not None:
                 if self._coordinator.rank == 0:
                     self._listener(SaveSkipped(step=request.step, busy_with=last.checkpoint.name))
                 return last
             saver = self._writer()
+            saver.hurry(hurried=until is not None)
+            if until is not None and not (judgement := saver.judge(request, until)).go:
+                return self._decline(saver, request, judgement.reason)
 
             def ready() -> None:
-                self._wait_for_save()
+                if until is None:  # otherwise that was done, and what failed earlier is told after this one
+                    self._wait_for_save()
                 if self._coordinator.rank == 0:
                     self._warn_about_metrics(request)
 
             pending = saver.start(request, began, ready=ready)
+        if until is not None:
+            return see_through(pending, until)
         pending.wait_for_state()
         if request.block:
             pending.wait()
@@ -448,6 +476,19 @@ class CheckpointManager(Run):
                 folder.remove()
             else:
                 pending.when_done(folder.remove)
+    def _decline(self, saver: Saver, request: SaveRequest, reason: str) -> PendingSave:
+        newest = self._newest()
+        last = None if newest is None else placed(newest, self.url)
+        self._tell_once(SaveDeclined(step=request.step, reason=reason, last=last))
+        return saver.declined(request, reason)
+
+    def _newest(self) -> Checkpoint | None:
+        """What a restore would choose, as far as this process knows without asking."""
+        manifest = self._store.last_seen
+        try:
+            return select(manifest, parse_selector("latest")) if manifest else None
+        except CheckpointNotFoundError:
+            return None
 
     @contextlib.contextmanager
     def _one_at_a_time(self, call: str) -> Iterator[None]:
@@ -800,12 +841,8 @@ class CheckpointManager(Run):
         """Keep what is gone on with until the first commit; on every rank it is known whether that was written."""
 
         def protected(words: Sequence[bytes]) -> list[bytes]:
-            held, manifest = self._claim, self._store.last_seen
-            try:
-                newest = select(manifest, parse_selector("latest")).id if manifest else None
-            except CheckpointNotFoundError:
-                newest = None
-            if held is not None and loaded.checkpoint.id != newest:
+            held, newest = self._claim, self._newest()
+            if held is not None and (newest is None or loaded.checkpoint.id != newest.id):
                 self._store.transact(
                     lambda m, _: transitions.resume_from(
                         m, loaded.checkpoint.id, writer_epoch=held.writer_epoch, at=self._store.clock()
@@ -895,7 +932,7 @@ class CheckpointManager(Run):
         if not self._closed:
             wrote = self._claim is not None and not self._forked
             self._finish(told=None)
-            if wrote:
+            if wrote and self._store.hurry_until is None:  # what was stopped is not complete
                 metric, values, best = self._last_best()
                 self._listener(RunClosed(metric=metric, values=tuple(values), best=tuple(best)))
 

@@ -19,7 +19,7 @@ class Progress:
     """How far a save is, on this rank.
 
     Attributes:
-        phase: announce, upload, seal, commit, delete, done or failed.
+        phase: announce, upload, seal, commit, delete, done or failed; declined, if a deadline left no time to begin it.
         bytes_done: of payload, handed to the store.
         bytes_total: of payload that there is.
         rate: bytes a second, of late; 0 before the upload.
@@ -50,7 +50,7 @@ class PendingSave:
         self._outcome: Future[Checkpoint] = Future()
         self._seen = False
         self._keeps_state = False
-        self._on_interrupt: Callable[[], None] | None = None
+        self._on_interrupt: Callable[[str], None] | None = None
         self._give_back: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
@@ -103,9 +103,10 @@ class PendingSave:
         self._seen = True
         return result
 
-    def wait_quietly(self) -> None:
-        """Wait until it has ended, one way or the other, without taking note of its failure."""
-        wait([self._outcome])
+    def wait_quietly(self, timeout_s: float | None = None) -> bool:
+        """Wait until it has ended, one way or the other, without taking note of its failure; whether it has."""
+        wait([self._outcome], timeout_s)
+        return self._outcome.done()
 
     def wait_staged(self) -> None:
         """Wait until the state may be changed in whatever way.
@@ -120,9 +121,7 @@ class PendingSave:
             else:
                 self._staged.wait()
         except BaseException:
-            act = self._on_interrupt
-            if act is not None and not self._staged.is_set():
-                act()
+            self.break_off("the call that saves was interrupted")
             raise
 
     def when_done(self, act: Callable[[], None]) -> None:
@@ -142,8 +141,8 @@ class PendingSave:
             return None
         return self._outcome.exception()
 
-    def keep_state(self, on_interrupt: Callable[[], None]) -> None:
-        """``save()`` must not return before the state is sent; what to do if it is interrupted and does."""
+    def keep_state(self, on_interrupt: Callable[[str], None]) -> None:
+        """``save()`` must not return before the state is sent; what to do, and why, if it does all the same."""
         self._on_interrupt = on_interrupt
         self._keeps_state = True
         if self._staged.is_set():
@@ -159,6 +158,12 @@ class PendingSave:
         """Wait until ``save()`` may return."""
         if self._keeps_state:
             self.wait_staged()
+
+    def break_off(self, reason: str) -> None:
+        """Give the state back at once: what was not sent by now is never sent. Nothing happens once all of it is."""
+        act = self._on_interrupt
+        if act is not None and not self._staged.is_set():
+            act(reason)
 
     def mark_announced(self) -> None:
         """The manifest names the save."""
@@ -194,6 +199,13 @@ class PendingSave:
         """The caller's state may change from now on."""
         self._staged.set()
         self._on_interrupt = None  # which would keep the state alive as long as this
+
+    def decline(self, error: BaseException) -> None:
+        """It is not begun; told to whoever waits for it, and to nobody else."""
+        self.mark_seen()
+        self.mark_staged()
+        self.end(error)
+        self.enter("declined")
 
     def end(self, outcome: Checkpoint | BaseException) -> None:
         """Note how it ended; the first word counts."""

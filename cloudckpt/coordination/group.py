@@ -22,7 +22,7 @@ from cloudckpt.errors import ConfigError, RankError
 __all__ = ["Group", "find_group"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-#: How many managers of each group this process has connected: the n-th ones of all ranks belong together.
+#: How many managers, and guards, of each group this process has made: the n-th ones of all ranks belong together.
 _MADE: Counter[str] = Counter()
 
 
@@ -45,9 +45,15 @@ class Group:
         """How many they are."""
         return len(self.ranks)
 
-    def next_key(self) -> str:
-        """Under which the next channel of this group is found, on every rank the same."""
-        name = hashlib.sha256(",".join(map(str, self.ranks)).encode()).hexdigest()[:12]
+    def next_key(self, whose: str = "manager") -> str:
+        """Under which the next channel of this group is found, on every rank the same.
+
+        Args:
+            whose: what the channel is for. Each kind is counted by itself: a rank that has made one thing more than
+                the others must not make them meet in the wrong places.
+        """
+        members = hashlib.sha256(",".join(map(str, self.ranks)).encode()).hexdigest()[:12]
+        name = f"{members}/{whose}"
         _MADE[name] += 1
         return f"cloudckpt/{name}/{_MADE[name]}"
 
@@ -71,7 +77,7 @@ class Group:
         except (RuntimeError, ValueError) as exc:  # torch's DistError is a RuntimeError
             raise RankError(
                 f"rank 0 of {self.world_size} has not said within {timeout_s:g} s where it is: every rank must use a "
-                f"CheckpointManager of its own, rank 0 as well ({exc})"
+                f"CheckpointManager of its own, and a PreemptionGuard if any does, rank 0 as well ({exc})"
             ) from exc
         if "failed" in said:
             raise RankError(f"rank 0 cannot be met: {said['failed']}")

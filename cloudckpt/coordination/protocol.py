@@ -34,6 +34,7 @@ class Ballot:
         options: whatever else must be the same on all ranks, in words.
         busy: whether this rank must leave the call out (a save in flight and ``on_busy="skip"``).
         problem: why this rank cannot even begin.
+        within_s: how long this rank can wait for the others, in seconds, where that is less than the job's own limit.
     """
 
     call: str
@@ -43,6 +44,7 @@ class Ballot:
     options: str = ""
     busy: bool = False
     problem: str = ""
+    within_s: float | None = None
 
     def __str__(self) -> str:
         return self.call if self.step is None else f"{self.call}(step={self.step})"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
-from cloudckpt.coordination.channel import Arbiter, Channel, Meeting, Outgoing, Peer
+from cloudckpt.coordination.channel import Arbiter, Channel, Outgoing, Peer
 from cloudckpt.coordination.failure import Failure, is_common, mark_common
-from cloudckpt.coordination.group import Group, new_token, own_addresses
+from cloudckpt.coordination.group import Group
+from cloudckpt.coordination.meeting import meet, unmet
 from cloudckpt.coordination.protocol import Ballot, Decide, Verdict
 from cloudckpt.coordination.tally import Answer, Tally
 from cloudckpt.errors import CloudCkptError, RankError
@@ -25,6 +24,7 @@ _BALLOT = "ballot"
 _WORD, _FAILURE, _FINDING = b"+", b"-", b"!"
 #: Where a topic's name is none that people know.
 _DOING = {
+    "save-deadline": "save",
     "save-plan": "save",
     "save-replicas": "save",
     "uploaded": "save",
@@ -35,8 +35,6 @@ _DOING = {
 }
 #: How much longer than rank zero the others wait for its answer: it is rank zero that decides when it is too late.
 _PATIENCE = 2
-#: How often the others look whether rank zero is to be met somewhere else by now.
-_LOOK_AGAIN_S = 0.2
 
 
 class _Polls(Arbiter):
@@ -97,47 +95,9 @@ class ManyRanks:
             if self._gone is not None:
                 raise RankError(f"rank {self.rank} has left: {self._gone}")
             if self._channel is None:
-                self._channel = self._meet_others() if self.rank == 0 else self._meet_zero()
+                polls = _Polls(Tally(unmet(self._group), self._timeout_s))
+                self._channel = meet(self._group, self._key, timeout_s=self._timeout_s, arbiter=polls)
             return self._channel
-
-    def _channel_of(self, polls: Arbiter | None) -> Channel:
-        me = Peer(rank=self.rank, host=self.host, pid=os.getpid())
-        return Channel(me, self.world_size, silence_s=self._timeout_s, arbiter=polls)
-
-    def _meet_others(self) -> Channel:
-        try:
-            names = [str(Peer(rank=rank, host="", pid=0)) for rank in range(self.world_size)]
-            channel = self._channel_of(_Polls(Tally(names, self._timeout_s)))
-            address, hosts = own_addresses()
-            token = new_token()
-            port = channel.listen(address, token)
-        except OSError as exc:
-            error = RankError(f"rank 0 ({self.host}) cannot listen for the other ranks: {exc}")
-            self._group.announce(self._key, error)
-            raise error from exc
-        self._group.announce(self._key, Meeting(hosts=tuple(hosts), port=port, token=token))
-        return channel
-
-    def _meet_zero(self) -> Channel:
-        end = time.monotonic() + self._timeout_s
-        tried: Meeting | None = None
-        while True:
-            meeting = self._group.find(self._key, max(0.1, end - time.monotonic()))
-            channel = self._channel_of(None)  # one that could not join is used up
-            if meeting != tried:
-                tried = meeting
-                try:
-                    channel.join(meeting, max(0.1, end - time.monotonic()))
-                except RankError:
-                    # torchrun keeps the store when it starts the ranks again: this may be where rank zero was before.
-                    if time.monotonic() >= end:
-                        raise
-                else:
-                    return channel
-            elif time.monotonic() >= end:
-                channel.join(meeting, 0.1)
-                return channel
-            time.sleep(_LOOK_AGAIN_S)
 
     # -- in the foreground -----------------------------------------------------------------------------------
 
@@ -146,8 +106,10 @@ class ManyRanks:
         line = self._line()
         self._calls += 1
         with self._out_if_interrupted(ballot.call):
-            line.post(0, _BALLOT, json.dumps({"number": self._calls, **asdict(ballot)}).encode())
-            answer = json.loads(line.take(f"{_BALLOT}/{self._calls}", 0))
+            said = {name: value for name, value in asdict(ballot).items() if value is not None}
+            line.post(0, _BALLOT, json.dumps({"number": self._calls, **said}).encode())
+            patience_s = None if ballot.within_s is None else _PATIENCE * ballot.within_s
+            answer = json.loads(line.take(f"{_BALLOT}/{self._calls}", 0, timeout_s=patience_s))
         if answer["verdict"] is None:
             raise RankError(answer["problem"])
         return Verdict(answer["verdict"])

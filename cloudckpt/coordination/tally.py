@@ -80,12 +80,17 @@ class Tally:
         call = next(iter(known.ballots.values()))
         if gone := [f"{self._names[rank]} {self._lost[rank]}" for rank in absent if rank in self._lost]:
             return self._end(number, Answer(verdict=None, problem=f"{call}: {'; '.join(gone)}"))
-        if now - known.began >= self._timeout_s:
+        limit_s = min([self._timeout_s, *(b.within_s for b in known.ballots.values() if b.within_s is not None)])
+        if now - known.began >= limit_s:
             missing = ", ".join(self._names[rank] for rank in absent)
+            longer = (
+                "that was all the time there is"
+                if limit_s < self._timeout_s
+                else "longer is waited with Settings(coordination_timeout_s=...)"
+            )
             problem = (
-                f"{call}: no call of it came from {missing} within {self._timeout_s:g} s. Every rank must call "
-                "save(), restore(), load() and close() alike; longer is waited with "
-                "Settings(coordination_timeout_s=...)"
+                f"{call}: no call of it came from {missing} within {limit_s:g} s. Every rank must call "
+                f"save(), restore(), load() and close() alike; {longer}"
             )
             return self._end(number, Answer(verdict=None, problem=problem))
         return []

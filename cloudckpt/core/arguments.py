@@ -9,7 +9,7 @@ from typing import SupportsFloat, SupportsIndex
 from cloudckpt.core import keys
 from cloudckpt.errors import ConfigError
 
-__all__ = ["checked_label", "checked_labels", "checked_metrics", "checked_step"]
+__all__ = ["checked_deadline", "checked_label", "checked_labels", "checked_metrics", "checked_step"]
 
 _LABEL_LIMIT = 200
 
@@ -31,6 +31,19 @@ def checked_step(step: object) -> int:
             f"step={number}: expected an integer from 0 to 10**18; steps count up from the start of the run"
         )
     return number
+
+
+def checked_deadline(deadline_s: object) -> float | None:
+    """How long a save may take, in seconds; zero or less is a deadline that has come, None is none.
+
+    Raises:
+        ConfigError: not a finite number.
+    """
+    if deadline_s is None:
+        return None
+    if isinstance(deadline_s, bool) or not isinstance(deadline_s, int | float) or not math.isfinite(deadline_s):
+        raise ConfigError(f"deadline_s={deadline_s!r}: write how many seconds there are, or None if there is no hurry")
+    return float(deadline_s)
 
 
 def checked_metrics(metrics: Mapping[str, SupportsFloat] | None) -> dict[str, float]:

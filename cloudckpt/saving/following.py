@@ -71,6 +71,9 @@ class Following:
         """See ``Side``."""
         self._forget(entry)
 
+    def hurry(self, *, hurried: bool) -> None:
+        """See ``Side``. Rank zero deletes."""
+
     def failed(self, job: Job, error: BaseException) -> BaseException:
         """See ``Side``. The error that all ranks have, if rank zero can still tell it."""
         entry = job.pending.checkpoint

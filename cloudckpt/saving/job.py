@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -59,6 +60,7 @@ class Job:
         uploaded: what this rank has put, once it has.
         broken_off: why another rank's trouble ended the upload here.
         confirm: see ``SaveRequest``.
+        agreed: when all ranks had agreed on it, on the monotonic clock.
     """
 
     plan: Plan
@@ -73,6 +75,7 @@ class Job:
     uploaded: Uploaded | None = None
     broken_off: str | None = None
     confirm: Callable[[], None] = _nothing
+    agreed: float = field(default_factory=time.monotonic)
 
     def give_back(self) -> None:
         """Wait until the state may be changed in whatever way."""
@@ -161,6 +164,10 @@ class Side(Protocol):
 
     def committed(self, job: Job, entry: Checkpoint) -> None:
         """Whatever comes after a commit; a failure here does not fail the save."""
+        ...
+
+    def hurry(self, *, hurried: bool) -> None:
+        """Whether the process is about to be ended: then no bytes are deleted, and what is retired waits."""
         ...
 
     def failed(self, job: Job, error: BaseException) -> BaseException:

@@ -92,6 +92,10 @@ class Leading:
         job.pending.enter("delete")
         self._recorder.clean_up()
 
+    def hurry(self, *, hurried: bool) -> None:
+        """See ``Side``."""
+        self._recorder.deletes = not hurried
+
     def failed(self, job: Job, error: BaseException) -> BaseException:
         """See ``Side``."""
         entry = job.pending.checkpoint

@@ -46,6 +46,7 @@ class Recorder:
 
     Attributes:
         fenced: whether this process was replaced as the writer.
+        deletes: whether bytes of retired entries are deleted now; otherwise that waits for the next claim.
     """
 
     def __init__(self, store: ManifestStore, claim: Claim, listener: Listener) -> None:
@@ -59,6 +60,7 @@ class Recorder:
         self._names: dict[str, list[str]] = {}
         self._gone: set[str] = set()
         self.fenced = False
+        self.deletes = True
 
     @property
     def writer_epoch(self) -> int:
@@ -229,7 +231,8 @@ class Recorder:
             self.fenced = True  # a replaced writer sends no DELETE, even if its last save was rolled forward
         began = time.monotonic()
         for entry in manifest.in_state(State.RETIRED) if manifest else ():
-            if self.fenced or entry.id in self._gone:
+            # Looked at each time: a process that is about to be ended does not finish what it was deleting.
+            if self.fenced or not self.deletes or entry.id in self._gone:
                 continue
             checkpoint = placed(entry, self._store.storage.url)
             try:
@@ -269,7 +272,8 @@ class Recorder:
             )
             self._unresolved.clear()
         manifest = self._store.last_seen
-        if manifest is not None and any(entry.id not in self._gone for entry in manifest.in_state(State.RETIRED)):
+        waiting = manifest.in_state(State.RETIRED) if manifest is not None and self.deletes else ()
+        if any(entry.id not in self._gone for entry in waiting):
             # This process may have been replaced, or the run repaired, since it last looked: a replaced writer sends
             # no DELETE, and what a repair has admitted again is not to be deleted by anybody.
             manifest = self._store.read()

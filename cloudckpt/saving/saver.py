@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from cloudckpt.coordination import Coordinator
+from cloudckpt.core.deadline import Judgement
 from cloudckpt.core.model import Checkpoint, State
 from cloudckpt.errors import SaveError
 from cloudckpt.events import Listener, SaveFailed, Warned
 from cloudckpt.pending import PendingSave
 from cloudckpt.progress import Meter, watched
 from cloudckpt.saving.agreeing import Agreement
+from cloudckpt.saving.hurrying import Hurrying
 from cloudckpt.saving.job import Job, SaveRequest, Side, Uploaded
 from cloudckpt.saving.uploading import put_all, tensor_sources
 from cloudckpt.storage import ManifestStore
@@ -85,8 +87,11 @@ class Saver:
         )
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-save")
         self._current: PendingSave | None = None
+        # Failed before a save against a deadline, which came first: told afterwards, unless that one was committed.
+        self._aside: PendingSave | None = None
         self._told_streaming = False
         self._told_overlap: set[str] = set()
+        self._hurrying = Hurrying(planner, coordinator)
 
     def submit(self, work: Callable[[], None]) -> None:
         """Have something done in the background, before the next save."""
@@ -111,9 +116,13 @@ class Saver:
 
     def raise_failure(self) -> None:
         """Raise what an earlier save failed with, once, if nobody was told (I10)."""
-        failure = self._current.failure if self._current is not None else None
-        if failure is not None and self._current is not None:
-            self._current.wait()
+        last, aside = self._current, self._aside
+        self._aside = None
+        made_good = last is not None and last.checkpoint.committed_at is not None
+        if aside is not None and aside.failure is not None and not made_good:
+            aside.wait()
+        if last is not None and last.failure is not None:
+            last.wait()
 
     def start(self, request: SaveRequest, began: float, *, ready: Callable[[], None]) -> PendingSave:
         """Plan, announce in the background, stage. The state may change after the save's ``wait_staged``.
@@ -127,11 +136,20 @@ class Saver:
             SaveError: the same, or anything else, on any rank of many.
         """
         save_id, plan = self._agreement.reach(request, ready=ready)
-        pending = PendingSave(self._entry(save_id, plan, request), plan.size_bytes)
+        overall = plan.overall
+        entry = self._entry(
+            save_id,
+            request,
+            size_bytes=overall.size_bytes if overall else plan.size_bytes,
+            objects=len(overall.objects) if overall else len(plan.payloads),
+        )
+        pending = PendingSave(entry, plan.size_bytes)
         job = Job(plan, [], pending, began, direct=request.block, confirm=request.confirm)
         submitted, problem = False, None
         try:
             # In here, so that an interrupt leaves no save that nobody ends, and that everybody waits for.
+            if self._current is not None and self._current.failure is not None:
+                self._aside = self._current
             self._current = pending
             self._side.begin(job)
             sources = None if request.block else self._arena_sources(plan, optimizer_growth_bytes(request.state))
@@ -160,11 +178,10 @@ class Saver:
             pending.lend_state(job.give_back)
         else:
             # Whoever is interrupted has the state back at once: what was not sent by then is never sent.
-            pending.keep_state(lambda: job.stop("the call that saves was interrupted"))
+            pending.keep_state(job.stop)
         return pending
 
-    def _entry(self, save_id: str, plan: Plan, request: SaveRequest) -> Checkpoint:
-        overall = plan.overall
+    def _entry(self, save_id: str, request: SaveRequest, *, size_bytes: int = 0, objects: int = 0) -> Checkpoint:
         return Checkpoint(
             id=save_id,
             step=request.step,
@@ -173,8 +190,8 @@ class Saver:
             writer_epoch=self._writer_epoch,
             announced_at=self._store.clock(),
             metrics=request.metrics,
-            size_bytes=overall.size_bytes if overall else plan.size_bytes,
-            object_count=(len(overall.objects) if overall else len(plan.payloads)) + 1,
+            size_bytes=size_bytes,
+            object_count=objects + 1,
             world_size=self._coordinator.world_size,
             tags=request.tags,
             pinned=request.pin,
@@ -221,6 +238,22 @@ class Saver:
         """Wait for the background to end."""
         self._pool.shutdown(wait=True)
 
+    # -- against a deadline -----------------------------------------------------------------------------------
+
+    def hurry(self, *, hurried: bool) -> None:
+        """Whether this process is about to be ended. See ``Side.hurry``."""
+        self._side.hurry(hurried=hurried)
+
+    def judge(self, request: SaveRequest, until: float) -> Judgement:
+        """Whether a save that has to be committed by a moment is begun. See ``Hurrying.judge``."""
+        return self._hurrying.judge(request, until, self._current)
+
+    def declined(self, request: SaveRequest, reason: str) -> PendingSave:
+        """A save that is not begun: whoever waits for it is told why."""
+        declined = PendingSave(self._entry(self._store.token(8), request), 0)
+        declined.decline(SaveError(f"step {request.step} was not saved: {reason}"))
+        return declined
+
     # -- the background thread -------------------------------------------------------------------------------
 
     def _run(self, box: list[Job]) -> None:
@@ -245,6 +278,7 @@ class Saver:
                 job.pending.end(error)
             return None if exc is job.stage_failed else error
         # From here on the save has succeeded, whatever becomes of the clean-up.
+        self._hurrying.note(job.plan.size_bytes, time.monotonic() - job.agreed)
         try:
             self._side.committed(job, committed)
             job.pending.enter("done")

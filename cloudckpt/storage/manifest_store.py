@@ -15,6 +15,7 @@ import contextlib
 import functools
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -107,12 +108,20 @@ class ManifestStore:
         #: Whether a manifest that went back in time stops this process. A writer sets it with its claim;
         #: readers and editors take the run as they find it.
         self.refuse_rollback = False
+        #: Until when a write's outcome is asked for, by ``time.monotonic``, where the settings allow longer: a process
+        #: that is about to be ended has no two minutes.
+        self.hurry_until: float | None = None
         self._base: Held | None = None
         # A background save and a pin from the training thread share one base.
         self._mutex = threading.RLock()
 
     def _backoff(self, deadline_s: float) -> Backoff:
         return Backoff(deadline_s=deadline_s, base_s=self.settings.retry_base_s, cap_s=self.settings.retry_cap_s)
+
+    @property
+    def _patience_s(self) -> float:
+        most_s = self.settings.manifest_deadline_s
+        return most_s if self.hurry_until is None else min(most_s, max(0.0, self.hurry_until - time.monotonic()))
 
     @property
     def unretried(self) -> Storage:
@@ -263,7 +272,8 @@ class ManifestStore:
             proposal: Manifest | None = None
             outcome: Outcome | None = None
             doubt: Exception | None = None
-            for _ in self._backoff(self.settings.manifest_deadline_s).tries():
+            patience_s = self._patience_s
+            for _ in self._backoff(patience_s).tries():
                 if proposal is not None and outcome is not None:
                     # Looked at after the pause, not before it: what is decided next must be fresh when it is
                     # written, or a writer that never rests would win every time.
@@ -302,7 +312,7 @@ class ManifestStore:
             if proposal is None or doubt is None:
                 raise ConflictError(
                     f"gave up on {self.storage.url}/{keys.MANIFEST} after "
-                    f"{self.settings.manifest_deadline_s:g} s: other writers kept winning"
+                    f"{round(patience_s, 1):g} s: other writers kept winning"
                 )
             raise CommitUnknownError(
                 f"the store never told whether revision {proposal.revision} of {self.storage.url}/{keys.MANIFEST} "
@@ -440,7 +450,9 @@ class ManifestStore:
 
     def _stamped(self, changed: Manifest, base: Manifest, *, keep_copy: bool) -> Manifest:
         proposal = stamped(changed, base=base, write_id=self.token(16), at=self.clock())
-        if keep_copy or proposal.revision % self.settings.copy_every_revisions == 0:
+        due = keep_copy or proposal.revision % self.settings.copy_every_revisions == 0
+        # A copy costs two requests, one of them a delete: a process that is about to be ended leaves it to the next.
+        if due and self.hurry_until is None:
             # Named before it is written, like everything else here: a copy nobody named is never left over.
             return replace(proposal, copies=(*base.copies, proposal.revision)[-COPIES_KEPT:])
         return proposal

@@ -16,8 +16,19 @@ from cloudckpt.coordination.group import Group
 class Numbered(Group):
     """Ranks of one process: the number of their channel is given, not counted."""
 
-    def next_key(self) -> str:
+    def next_key(self, whose: str = "manager") -> str:
         return "the-first"
+
+
+def test_a_guard_more_does_not_shift_where_managers_meet() -> None:
+    """A rank that has made a ``PreemptionGuard`` and others that have not still meet for their saves."""
+    group = Group(rank=0, ranks=(7001, 7002), store=None)
+    stem, _, number = group.next_key().rpartition("/")
+    guards = [group.next_key("guard"), group.next_key("guard")]
+    assert group.next_key() == f"{stem}/{int(number) + 1}"
+    assert len({*guards}) == 2
+    assert not any(key.startswith(f"{stem}/") for key in guards)
+    assert Group(rank=0, ranks=(7001, 7003), store=None).next_key().rpartition("/")[0] != stem
 
 
 def test_an_address_of_an_earlier_start_is_looked_up_again() -> None:

@@ -73,3 +73,15 @@ def test_what_keeps_one_rank_from_calling_is_told_to_all() -> None:
     """Bad arguments on one rank."""
     ballots = {0: SAVE, 1: Ballot(call="save", problem="step='x': write a whole number")}
     assert decide(ballots, NAMES).problem == "save(step=5): rank 1 (a): step='x': write a whole number"
+
+
+def test_a_rank_in_a_hurry_is_not_kept_as_long_as_the_others() -> None:
+    """The round of a save with a deadline ends with it, and nobody is told to wait longer."""
+    tally = Tally(NAMES, 600)
+    hurried = Ballot(call="save", step=5, within_s=25.0)
+    for rank in (0, 1, 2):
+        assert tally.cast(rank, 1, hurried, now=rank) == []
+    assert tally.tick(24.9) == []
+    problem = tally.tick(25.0)[0][2].problem
+    assert "no call of it came from rank 3 (b) within 25 s" in problem
+    assert problem.endswith("alike; that was all the time there is")

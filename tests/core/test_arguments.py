@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cloudckpt.core.arguments import checked_label, checked_labels, checked_metrics, checked_step
+from cloudckpt.core.arguments import checked_deadline, checked_label, checked_labels, checked_metrics, checked_step
 from cloudckpt.errors import ConfigError
 
 
@@ -23,6 +23,19 @@ def test_anything_else_is_no_step(step: object) -> None:
     """Bools, floats, text and negative numbers are refused with what was expected."""
     with pytest.raises(ConfigError, match="expected an integer"):
         checked_step(step)
+
+
+@pytest.mark.parametrize(("given", "taken"), [(None, None), (25, 25.0), (0.5, 0.5), (0, 0.0), (-3.0, -3.0)])
+def test_a_deadline_is_a_number_of_seconds(given: float | None, taken: float | None) -> None:
+    """One that has come is a deadline as well, and None is none."""
+    assert checked_deadline(given) == taken
+
+
+@pytest.mark.parametrize("given", [True, "25", math.nan, math.inf, [25]])
+def test_anything_else_is_no_deadline(given: object) -> None:
+    """Refused with what to write instead."""
+    with pytest.raises(ConfigError, match="write how many seconds there are"):
+        checked_deadline(given)
 
 
 def test_metrics_become_plain_numbers() -> None:
