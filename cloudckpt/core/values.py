@@ -325,6 +325,14 @@ def _unclock(kind: Any, payload: Json, codec: Codec, path: Path) -> Any:
     return value.replace(tzinfo=timezone(value.tzinfo.utcoffset(None), codec.decode(named[0], path)))
 
 
+def _fraction(numbers: list[Any]) -> Fraction:
+    numerator, denominator = numbers
+    if type(numerator) is not int or type(denominator) is not int:
+        # Of text, Fraction computes the power of ten that it names: twelve bytes would take all of the memory.
+        raise TypeError("a fraction is two integers")
+    return Fraction(numerator, denominator)
+
+
 def _decimal(payload: Json) -> Decimal:
     # Not held to one spelling: a context at save time may have chosen "e" or "E".
     if not isinstance(payload, str):
@@ -411,7 +419,7 @@ _DECODERS: dict[str, Callable[[Codec, Json, Path], Any]] = {
     "$time": lambda codec, p, path: _unclock(time, p, codec, path),
     "$timedelta": lambda _, p, __: timedelta(*p),
     "$decimal": lambda _, p, __: _decimal(p),
-    "$fraction": lambda codec, p, path: Fraction(*codec._decode_list(p, path)),
+    "$fraction": lambda codec, p, path: _fraction(codec._decode_list(p, path)),
     "$uuid": lambda _, p, __: uuid.UUID(p),
 }
 

@@ -1,6 +1,8 @@
 """The thin shell: the verbs of a store, and the one loop that writes the manifest. fsspec is imported here only."""
 
 from cloudckpt.storage.base import (
+    Attested,
+    Attesting,
     Buffer,
     Conditions,
     Connecting,
@@ -27,6 +29,8 @@ from cloudckpt.storage.s3 import S3Storage
 from cloudckpt.storage.urls import open_storage
 
 __all__ = [
+    "Attested",
+    "Attesting",
     "Body",
     "Buffer",
     "Conditions",

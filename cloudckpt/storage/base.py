@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 from cloudckpt.errors import StorageError
 
 __all__ = [
+    "Attested",
+    "Attesting",
     "Buffer",
     "Conditions",
     "Connecting",
@@ -83,6 +85,14 @@ class Listed:
 
     key: str
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attested:
+    """What a store says of an object: its size in bytes and, where it keeps one, the CRC-32C of all of it."""
+
+    size_bytes: int
+    crc32c: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +247,19 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Give back connections and threads. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Attesting(Protocol):
+    """A storage whose store keeps checksums of objects, and tells them without the objects' bytes."""
+
+    def attest(self, key: str) -> Attested:
+        """An object's size and checksum, in one request, without reading it.
+
+        Raises:
+            ObjectNotFoundError: there is no such object.
+        """
         ...
 
 

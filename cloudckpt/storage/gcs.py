@@ -22,7 +22,7 @@ from urllib.parse import quote
 import crc32c
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Unknown, Versioned, scatter
+from cloudckpt.storage.base import Attested, Buffer, Landed, Listed, Lost, Outcome, Unknown, Versioned, scatter
 from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.gcs_errors import Answer
 from cloudckpt.storage.gcs_session import GCSSession
@@ -31,7 +31,7 @@ from cloudckpt.storage.gcs_upload import Session as ResumableSession
 from cloudckpt.storage.gcs_xml import Session, XmlUploads
 from cloudckpt.storage.loop import Running
 from cloudckpt.storage.multipart import Carried
-from cloudckpt.storage.remote import crc32c_b64, each
+from cloudckpt.storage.remote import crc32c_b64, crc32c_of, each
 
 __all__ = ["GCSStorage"]
 
@@ -230,8 +230,12 @@ class GCSStorage(GCSSession):
 
     def size(self, key: str) -> int:
         """See ``Storage.size``: the object's metadata."""
-        answer = self._run(self._ask(self._named("looking at", key), "GET", self._object(key)))
-        return int(str(answer.json["size"]))
+        return self.attest(key).size_bytes
+
+    def attest(self, key: str) -> Attested:
+        """See ``Attesting.attest``: the object's metadata."""
+        found = self._run(self._ask(self._named("looking at", key), "GET", self._object(key))).json
+        return Attested(int(str(found["size"])), crc32c_of(str(found.get("crc32c", ""))))
 
     # -- list and delete -------------------------------------------------------------------------------------
 
