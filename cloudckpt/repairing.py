@@ -98,8 +98,11 @@ def _basis(storage: Storage, listing: Mapping[str, int], current: Versioned | No
     found: list[tuple[Manifest, str]] = []
     if current is not None:
         found += _decoded(current.body, keys.MANIFEST)
-    for key in sorted((key for key in listing if keys.parse(key).kind is keys.Kind.COPY), reverse=True):
-        found += _decoded(storage.read(key, limit_bytes=MANIFEST_LIMIT_BYTES).body, key)
+    # A copy that nobody could have written does not keep the others from being read.
+    copies = (key for key, size in listing.items() if size <= MANIFEST_LIMIT_BYTES)
+    for key in sorted((key for key in copies if keys.parse(key).kind is keys.Kind.COPY), reverse=True):
+        with contextlib.suppress(ObjectNotFoundError):  # a writer that is still there has dropped it
+            found += _decoded(storage.read(key, limit_bytes=MANIFEST_LIMIT_BYTES).body, key)
     if not found:
         return None, "the indexes alone"
     return max(found, key=lambda pair: pair[0].revision)
@@ -129,8 +132,15 @@ def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[W
         if keys.INDEX_NAME not in sizes:
             refused[folder] = "it was never sealed: no index"
             continue
+        if (index_bytes := sizes[keys.INDEX_NAME]) > INDEX_LIMIT_BYTES:
+            refused[folder] = f"its index has {index_bytes} bytes, more than the {INDEX_LIMIT_BYTES} that are read"
+            continue
         key = f"{folder}/{keys.INDEX_NAME}"
-        body = storage.read(key, limit_bytes=INDEX_LIMIT_BYTES).body
+        try:
+            body = storage.read(key, limit_bytes=INDEX_LIMIT_BYTES).body
+        except ObjectNotFoundError:
+            refused[folder] = "its index went away while it was being looked at"
+            continue
         judged = judge_folder(body, save_id=save_id, step=step, sizes=sizes, what=f"{storage.url}/{key}")
         if isinstance(judged, Whole):
             whole.append(judged)

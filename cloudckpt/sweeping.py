@@ -165,6 +165,10 @@ def _look_into_indexes(storage: Storage, manifest: Manifest, plan: GarbagePlan) 
         key = keys.parse(orphan.key)
         if key.kind is not keys.Kind.INDEX:
             continue
+        if orphan.size_bytes > INDEX_LIMIT_BYTES:
+            # Nobody can have written it, and nobody can look into it: a person has to.
+            unknown[key.text] = f"it has {orphan.size_bytes} bytes, more than the {INDEX_LIMIT_BYTES} that are read"
+            continue
         try:
             index = decode_index(storage.read(key.text, limit_bytes=INDEX_LIMIT_BYTES).body)
         except ObjectNotFoundError:
