@@ -40,6 +40,9 @@ SKIP: Final = object()
 #: Deeper nesting than this is a mistake, or an attack; Python's own recursion ends soon after.
 _DEPTH_LIMIT = 100
 
+#: How much of a name or a value an error shows: a hostile document must not make an endless message.
+_SHOWN = 200
+
 _FACTORIES: dict[str, Callable[[], Any]] = {
     kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)
 }
@@ -81,10 +84,10 @@ def render_path(path: Path) -> str:
     """``optimizer.param_groups[0].lr``: identifiers with dots, everything else in brackets."""
     text = ""
     for segment in path:
-        if isinstance(segment, str) and segment.isidentifier():
+        if isinstance(segment, str) and segment.isidentifier() and len(segment) <= _SHOWN:
             text += f".{segment}" if text else segment
         else:
-            text += f"[{segment!r}]"
+            text += f"[{segment!r:.{_SHOWN}}]"
     return text or "the state"
 
 
@@ -195,7 +198,7 @@ class Codec:
         if not tags:
             return {key: self.decode(item, (*path, key)) for key, item in node.items()}
         if len(node) != 1:
-            raise FormatError(f"{render_path(path)}: {tags[0]} stands beside other keys")
+            raise FormatError(f"{render_path(path)}: {tags[0][:_SHOWN]} stands beside other keys")
         return self._decode_tagged(tags[0], node, path)
 
     def _decode_tagged(self, tag: str, node: dict[str, Json], path: Path) -> Any:
@@ -205,7 +208,7 @@ class Codec:
             if handler is not None:
                 return handler.decode(node[tag], path, self)
             if decode is None:
-                raise FormatError(f"{render_path(path)}: {tag} is unknown to this version of cloudckpt")
+                raise FormatError(f"{render_path(path)}: {tag[:_SHOWN]} is unknown to this version of cloudckpt")
             value = decode(self, node[tag], path)
             if tag in _ONE_SPELLING and not _identical(_ENCODERS[type(value)](self, value, path), node):
                 raise ValueError(node[tag])
@@ -213,7 +216,7 @@ class Codec:
         except CloudCkptError:
             raise
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as exc:
-            raise FormatError(f"{render_path(path)}: {tag} is malformed: {exc!r}") from exc
+            raise FormatError(f"{render_path(path)}: {tag[:_SHOWN]} is malformed: {exc!r:.{_SHOWN}}") from exc
 
     def _decode_list(self, payload: Json, path: Path) -> list[Any]:
         if not isinstance(payload, list):

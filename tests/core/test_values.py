@@ -322,6 +322,18 @@ def test_a_malformed_node_is_refused_by_path(node: object) -> None:
         Codec().decode({"leaf": node}, ("extra",))
 
 
+@pytest.mark.parametrize("key", ["x" * 10**6, "not an identifier " * 10**5])
+def test_an_error_shows_the_beginning_of_what_is_long(key: str) -> None:
+    """Neither a name nor a value of a megabyte makes a message of a megabyte."""
+    for node in ({"$bytes": "!" * 10**6}, {"$float": "y" * 10**6}, {"$unknown": 1}):
+        with pytest.raises(FormatError) as refused:
+            Codec().decode({key: node})
+        assert len(str(refused.value)) < 1000
+    with pytest.raises(TypeError) as unstorable:
+        Codec().encode({key: object()})
+    assert len(str(unstorable.value)) < 1000
+
+
 def test_a_tower_of_nodes_is_refused() -> None:
     """Nodes nested without end are refused before Python's own limit."""
     node: Any = 1

@@ -1,0 +1,212 @@
+"""A document may be as long, as deep and as strange as it likes: it is refused within bounds, and in our own words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cloudckpt
+from cloudckpt import CloudCkptError, CorruptCheckpointError, FormatError, StorageError
+from cloudckpt.core import index_json, manifest_json
+from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, decode_index
+from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest, entry_from_bytes
+from cloudckpt.core.values import Codec
+from cloudckpt.storage import MemoryStorage
+from cloudckpt.testing import FaultProxy
+from tests.security.hostile import Hostile, looked_at
+
+#: JSON that costs more than it looks.
+BOMBS: dict[str, bytes] = {
+    "deep arrays": b'{"format": 1, "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    "deep objects": b'{"format": 1, "x": ' + b'{"a":' * 200_000 + b"1" + b"}" * 200_000 + b"}",
+    "deep and never closed": b"[" * 1_000_000,
+    "a number without end": b'{"format": 1, "x": ' + b"9" * 1_000_000 + b"}",
+    "a number that is too large": b'{"format": 1, "x": 1e999999999}',
+    "a format without end": b'{"format": ' + b"9" * 5_000 + b"}",
+    "many names": b'{"format": 1, ' + b", ".join(b'"%d": 0' % n for n in range(200_000)) + b"}",
+    "a name many times": b'{"format": 1, ' + b", ".join([b'"x": 0'] * 200_000) + b"}",
+    "many empty arrays": b'{"format": 1, "entries": [' + b",".join([b"[]"] * 20_000) + b"]}",
+    "many strange entries": b'{"format": 1, "entries": [' + b",".join([b'{"id": 7}'] * 20_000) + b"]}",
+    "a long string": b'{"format": 1, "x": "' + b"a" * 5_000_000 + b'"}',
+    "escapes": b'{"format": 1, "x": "' + b"\\u0000" * 500_000 + b'"}',
+    "not a number": b'{"format": 1, "x": NaN}',
+    "an endless word": b'{"format": 1, "x": Infinity}',
+    "a lone surrogate": b'{"format": 1, "x": "\\ud800"}',
+    "another encoding": '{"format": 1}'.encode("utf-16"),
+    "a byte order mark": b"\xef\xbb\xbf" + b'{"format": 1}',
+    "no object": b"[1]",
+    "nothing": b"",
+    "zeros": bytes(1000),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_json_that_costs_more_than_it_looks(bomb: str) -> None:
+    """As a manifest, an index and an entry it is a FormatError whose message is a few lines."""
+    for decode in (decode_manifest, decode_index, entry_from_bytes):
+        with pytest.raises(FormatError) as refused:
+            decode(BOMBS[bomb])
+        assert len(str(refused.value)) < 10_000
+
+
+#: Values that a careless decoder would spend all of its memory or time on.
+COSTLY: dict[str, Any] = {
+    "a power of ten as text": {"$fraction": ["1e999999999", 1]},
+    "a decimal power of ten": {"$decimal": "1e999999999"},
+    "an integer of many digits": {"$int": "0x" + "f" * 200_000},
+    "a range without end": {"$range": [0, {"$int": hex(2**400)}, 1]},
+    "a deque without end": {"$deque": {"items": [], "maxlen": 2**63}},
+    "a size without end": {"$torch": {"size": [2**62, 2**62]}},
+    "a text of zeros": {"$numpy": {"dtype": "<U1000000000", "bytes": ""}},
+    "bytes of a billion": {"$numpy": {"dtype": "S1000000000", "bytes": ""}},
+    "a tower": {"$tuple": [{"$tuple": [{"$tuple": [{"$tuple": [[[[[[[[1]]]]]]]]}]}]}]},
+    "a complex power": {"$complex": ["1e999999999", "0"]},
+    "many days": {"$timedelta": [10**18, 0, 0]},
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("what", COSTLY)
+def test_values_that_cost_more_than_they_look(tmp_path: Path, what: str) -> None:
+    """In an index: loaded at once as a small value, or refused by name; never computed out."""
+    run = Hostile(tmp_path / "run")
+    index = run.index
+    index["structure"]["extra"] = {"leaf": COSTLY[what]}
+    run.put_index(index)
+    for name, given in looked_at(run.root):
+        if name == "load":
+            assert isinstance(given, dict | CloudCkptError)
+
+
+@pytest.mark.timeout(120)
+def test_a_tower_of_values_is_refused_where_it_gets_too_high(tmp_path: Path) -> None:
+    """Values nested deeper than any state are an error with the beginning of the path."""
+    run = Hostile(tmp_path / "run")
+    index = run.index
+    leaf: Any = 1
+    for _ in range(400):
+        leaf = [leaf]
+    index["structure"]["extra"] = leaf
+    run.put_index(index)
+    given = dict(looked_at(run.root))
+    assert isinstance(given["load"], FormatError | CorruptCheckpointError)
+    assert len(str(given["load"])) < 1000
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths"),
+    [
+        ([2**62, 2**62, 0], None),
+        ([2**40], [2**40]),
+        ([300, 2**62], None),
+        ([-1], [-1]),
+        ([], None),
+        ([300, 1, 1, 1], None),
+    ],
+)
+def test_shapes_that_no_tensor_has(tmp_path: Path, shape: list[int], lengths: list[int] | None) -> None:
+    """A shape that its bytes cannot fill, or that nothing can have, is damage; no memory is taken for it."""
+    run = Hostile(tmp_path / "run")
+    index = run.index
+    tensor = index["tensors"]["model"]["w"]
+    tensor["shape"] = shape
+    if 0 in shape:
+        tensor["chunks"] = []
+    if lengths is not None:
+        for chunk in tensor["chunks"]:
+            chunk["lengths"] = lengths
+    run.put_index(index)
+    given = dict(looked_at(run.root, also_write=True))
+    if isinstance(given["load"], dict):
+        assert 0 in shape  # some torch have such a tensor, without elements: it takes nothing either
+        return
+    assert isinstance(given["load"], CorruptCheckpointError | FormatError), given["load"]
+    assert isinstance(given["load shapes"], CorruptCheckpointError | FormatError)
+
+
+def test_a_manifest_that_is_too_large_is_not_read() -> None:
+    """What is longer than any manifest is refused by its size; the message names the object and both numbers."""
+    storage = MemoryStorage()
+    storage.create("manifest.json", bytes(MANIFEST_LIMIT_BYTES + 1))
+    with pytest.raises(StorageError, match=rf"manifest\.json has {MANIFEST_LIMIT_BYTES + 1} bytes, more than"):
+        cloudckpt.open(storage).checkpoints()
+
+
+def test_an_index_that_is_too_large_stops_neither_repair_nor_gc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repair refuses that folder by name and admits the others; gc reports it and leaves it to a person."""
+    run = Hostile(tmp_path / "run")
+    limit = 100_000
+    for module in ("cloudckpt.repairing", "cloudckpt.sweeping"):
+        monkeypatch.setattr(f"{module}.INDEX_LIMIT_BYTES", limit)
+    (run.folder / "checkpoint.json").write_bytes(b" " * (limit + 1))
+    orphan = run.root / "checkpoint-7.0badc0de"
+    orphan.mkdir()
+    (orphan / "checkpoint.json").write_bytes(b" " * (limit + 1))
+    plan = cloudckpt.repair(run.root, dry_run=False)
+    assert {c.step for c in plan.admitted} == {1}
+    assert set(plan.refused) == {run.folder.name, orphan.name}
+    assert all(f"{limit + 1} bytes" in reason for reason in plan.refused.values())
+    report = cloudckpt.gc(run.root, dry_run=False)
+    assert f"{orphan.name}/checkpoint.json" in report.failed
+    assert (orphan / "checkpoint.json").exists()
+    assert [c.step for c in cloudckpt.open(run.root).checkpoints()] == [1]
+
+
+def test_a_copy_that_is_too_large_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repair passes over a copy of the manifest that nobody can have written, and takes the one before it."""
+    run = Hostile(tmp_path / "run")
+    limit = (run.root / "manifest.json").stat().st_size + 1000
+    monkeypatch.setattr("cloudckpt.repairing.MANIFEST_LIMIT_BYTES", limit)
+    (run.root / "manifest.json").unlink()
+    (run.root / "manifest-000900.json").write_bytes(b" " * (limit + 1))
+    plan = cloudckpt.repair(run.root, dry_run=False)
+    assert plan.basis.startswith("manifest-")
+    assert {c.step for c in plan.admitted} == {1, 2}
+    assert plan.manifest.revision > 900
+
+
+def test_an_object_that_is_too_large_is_not_downloaded(faulty_s3_root: str, s3_faults: FaultProxy) -> None:
+    """S3 is asked once, and its body is left where it is: the answer's length is enough."""
+    from cloudckpt.storage import open_storage
+
+    storage = open_storage(faulty_s3_root)
+    body = bytes(4 * 1024 * 1024)
+    storage.put("manifest.json", [body], size_bytes=len(body))
+    s3_faults.clear()
+    with pytest.raises(StorageError, match=f"it has {len(body)} bytes, more than the 1000 expected") as refused:
+        storage.read("manifest.json", limit_bytes=1000)
+    assert not refused.value.retryable
+    assert [request.method for request in s3_faults.requests] == ["GET"]
+    storage.close()
+
+
+def test_the_limits_are_those_that_the_documents_need() -> None:
+    """A manifest of 10,000 entries and an index of a hundred thousand tensors lie well within what is read."""
+    assert MANIFEST_LIMIT_BYTES == manifest_json.MANIFEST_LIMIT_BYTES >= 4 * 10_000 * 1024
+    assert INDEX_LIMIT_BYTES == index_json.INDEX_LIMIT_BYTES >= 2 * 100_000 * 1024
+
+
+def test_a_decoder_of_values_says_where_and_not_what() -> None:
+    """A value of megabytes that is malformed is named by its place; the message does not repeat it."""
+    with pytest.raises(FormatError) as refused:
+        Codec().decode({"a": {"$set": ["x" * 10_000_000, "x" * 10_000_000]}})
+    assert str(refused.value).startswith("a: ")
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_hostile_document_makes_no_endless_message(tmp_path: Path) -> None:
+    """Ten thousand wrong entries are twenty lines and a count, wherever the manifest is read."""
+    run = Hostile(tmp_path / "run")
+    manifest = run.manifest
+    manifest["entries"] = [{"id": "../../etc"}] * 10_000
+    run.put_manifest(manifest)
+    for name, given in looked_at(run.root, also_write=True):
+        if isinstance(given, CloudCkptError):
+            assert len(str(given)) < 10_000, name
+    json.loads((run.root / "manifest.json").read_bytes())
