@@ -95,8 +95,10 @@ def loss_of(step: int) -> float:
     return float((step * 7919) % 101) / 101
 
 
-def train(root: str, options: dict[str, Any], notes: str, size: int) -> None:
-    """Resume and save until killed."""
+def train(root: str, options: dict[str, Any], notes: str, size: int, *, synced: bool = True) -> None:
+    """Resume and save until killed. Without ``synced`` nothing is ever told to be written to the disk."""
+    if not synced:
+        setattr(os, "fsync", lambda _: None)  # noqa: B010 - the control of the power cuts
     torch.set_num_threads(1)
     with Path(f"{notes}.phase").open("r+b") as file, Path(f"{notes}.ack").open("ab", buffering=0) as acks:
         note = mmap.mmap(file.fileno(), 1)

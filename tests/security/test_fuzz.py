@@ -166,7 +166,7 @@ words = st.text(max_size=60) | st.from_regex(r"(checkpoint-|step-|tag:)?[0-9a-f.
 
 
 def selector(text: str) -> None:
-    """A selector is one of the spellings, or a ConfigError; what it selects is there, or an error says that it is not."""
+    """A selector is one of the spellings, or a ConfigError; what it selects is there, or an error says so."""
     manifest = decode_manifest(golden("manifest"))
     try:
         found = select(manifest, parse_selector(text))
