@@ -19,7 +19,7 @@ import torch
 
 from cloudckpt import CheckpointManager
 from cloudckpt.config import Settings
-from cloudckpt.errors import StorageError
+from cloudckpt.errors import FencedError, SaveError, StorageError
 from cloudckpt.storage import Buffer, Conditions, Listed, Outcome, Storage, Versioned, open_storage
 
 PHASES = ("other", "claim", "announce", "upload", "seal", "seal-to-commit", "delete")
@@ -111,7 +111,11 @@ def train(root: str, options: dict[str, Any], notes: str, size: int, *, synced: 
         resumed = ckpts.restore(state)
         step = resumed.step + 1 if resumed else 0
         while True:
-            pending = ckpts.save(step, state_of(step, size), metrics={"loss": loss_of(step)}, block=True)
+            try:
+                pending = ckpts.save(step, state_of(step, size), metrics={"loss": loss_of(step)}, block=True)
+            except SaveError:
+                step += 1  # as a training loop goes on; if there is more to it, the next save says so
+                continue
             line = {"id": pending.checkpoint.id, "step": step, "seq": pending.checkpoint.seq}
             acks.write(json.dumps(line).encode() + b"\n")
             step += 1
@@ -125,6 +129,8 @@ def main() -> None:
         if pid == 0:
             try:
                 train(**job)
+            except FencedError:
+                os._exit(FencedError.exit_code)  # and not through the handlers of the process it was forked from
             finally:
                 os._exit(1)
         print(pid, flush=True)
