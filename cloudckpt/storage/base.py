@@ -17,6 +17,7 @@ __all__ = [
     "Conditions",
     "Connecting",
     "Described",
+    "Governed",
     "Landed",
     "Listed",
     "Lost",
@@ -295,6 +296,19 @@ class Described(Protocol):
         Raises:
             StorageError: there are no credentials, or they could not be fetched.
             ConfigError: the filesystem does not take the options it was given.
+        """
+        ...
+
+
+@runtime_checkable
+class Governed(Protocol):
+    """A storage whose store may delete objects by rules of its own."""
+
+    def lifecycle_dangers(self) -> Sequence[str]:
+        """What its rules would do to live objects of this root, a sentence each; empty if nothing.
+
+        Raises:
+            StorageError: the rules may not be looked at.
         """
         ...
 

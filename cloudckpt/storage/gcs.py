@@ -29,6 +29,7 @@ from cloudckpt.storage.gcs_session import GCSSession
 from cloudckpt.storage.gcs_upload import ResumableUpload
 from cloudckpt.storage.gcs_upload import Session as ResumableSession
 from cloudckpt.storage.gcs_xml import Session, XmlUploads
+from cloudckpt.storage.lifecycle import google_dangers
 from cloudckpt.storage.loop import Running
 from cloudckpt.storage.multipart import Carried
 from cloudckpt.storage.remote import crc32c_b64, crc32c_of, each
@@ -273,6 +274,13 @@ class GCSStorage(GCSSession):
                 lambda key: self._ask(self._named("deleting", key), "DELETE", self._object(key)),
             )
         )
+
+    def lifecycle_dangers(self) -> Sequence[str]:
+        """See ``Governed.lifecycle_dangers``: the bucket's own metadata."""
+        what = f"reading the lifecycle rules of gs://{self._bucket}"
+        url = f"/storage/v1/b/{quote(self._bucket, safe='')}"
+        found: Any = self._run(self._ask(what, "GET", url, params={"fields": "lifecycle"})).json
+        return google_dangers((found.get("lifecycle") or {}).get("rule") or (), self._prefix)
 
     def abort_uploads(self, prefix: str, *, spare: Callable[[str], bool] = lambda _: False) -> int:
         """See ``Storage.abort_uploads``: those in parts. Resumable ones cannot be listed; they cost nothing."""

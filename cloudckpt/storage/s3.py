@@ -16,6 +16,7 @@ import crc32c
 
 from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Attested, Landed, Listed, Lost, Outcome, Unknown, Versioned
+from cloudckpt.storage.lifecycle import s3_dangers
 from cloudckpt.storage.loop import Running
 from cloudckpt.storage.multipart import Carried, UploadInParts
 from cloudckpt.storage.remote import crc32c_b64, crc32c_of, each
@@ -289,6 +290,15 @@ class S3Storage(S3Session):
         found = self._run(self._list_uploads(self._prefix + prefix))
         going = [upload for upload in found if not spare(upload["Key"][len(self._prefix) :])]
         return self._run(self._abort_each(going))
+
+    def lifecycle_dangers(self) -> Sequence[str]:
+        """See ``Governed.lifecycle_dangers``: GetBucketLifecycleConfiguration."""
+        try:
+            what = f"reading the lifecycle rules of s3://{self._bucket}"
+            found = self._run(self._ask("get_bucket_lifecycle_configuration", what))
+        except ObjectNotFoundError:
+            return []  # the bucket has none
+        return s3_dangers(found.get("Rules", ()), self._prefix)
 
     async def _list_uploads(self, prefix: str) -> Sequence[dict[str, str]]:
         what = f"listing unfinished uploads in {self.url}"
