@@ -1,6 +1,6 @@
 """On what kind of file system a folder lies, and what that means for a run (Linux; elsewhere nobody knows).
 
-A run on a disk stands on three promises: a rename replaces at once, an fsync means the disk, and a lock is one for every
+A run on a disk stands on three promises: a rename replaces at once, an fsync means the disk, and a lock holds for every
 process that writes. Network file systems keep them if they are set up to; a bucket mounted as a folder keeps none.
 """
 
