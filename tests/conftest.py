@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--on", default="memory", choices=BACKENDS, help="which storage the stories run on")
     parser.addoption("--stride", type=int, default=1, help="break every n-th call only, in the slow crash suites")
     parser.addoption("--cuts", type=int, default=6, help="how often the power is cut on each file system")
-    parser.addoption("--soak", type=int, default=2000, help="how many saves the long runs make")
+    parser.addoption("--soak", type=int, default=1000, help="how many saves the long runs make")
     parser.addoption("--fuzz-seconds", type=float, default=2.0, help="for how long each parser is fuzzed")
     parser.addoption("--record", type=Path, default=None, help="append what was run to this file, a line of JSON each")
 

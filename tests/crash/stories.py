@@ -3,6 +3,8 @@
 The history of ``cloudckpt.testing`` is one long story of two jobs. These are short ones, so that each call of each
 operation is broken while little else is going on: saves in the background, late metrics, labels, prune, removal by
 hand, restore over damage and by name, the claim of what another process left, sweep, gc, repair, and readers.
+
+(Past 350 lines: each story is a few lines, and there are many of them.)
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from cloudckpt.testing import Crash, Fault, ScriptedStorage, check_store
 from cloudckpt.testing.scripted import Call
 from cloudckpt.verifying import verify_run
 
-__all__ = ["FAST", "STORIES", "Story", "Told", "check", "go_on", "live", "state_of"]
+__all__ = ["FAST", "STORIES", "Story", "Told", "check", "go_on", "live", "state_of", "survive"]
 
 FAST = Settings(retry_base_s=1e-5, retry_cap_s=1e-4, manifest_deadline_s=0.05, storage_deadline_s=0.05)
 
@@ -407,3 +409,40 @@ def check(story: Story, storage: Storage, told: Told) -> None:
     go_on(storage)
     for step in story.keeps:
         _check_bits(storage, cloudckpt.open(storage).select(step).name, step)
+
+
+# -- every point ---------------------------------------------------------------------------------------------
+
+
+def count_calls(story: Story, storage: Storage) -> int:
+    """How many requests the story makes when nothing goes wrong, and that it ends well then."""
+    story.prepare(storage)
+    scripted = ScriptedStorage(storage)
+    told = live(story, scripted)
+    assert told, f"{story.name}: nothing was done"
+    check(story, storage, told)
+    return len(scripted.calls)
+
+
+def survive(story: Story, make: Callable[[], Storage], fault: Fault, stride: int) -> int:
+    """Fault every ``stride``-th call of a story in turn, and check what is left after each; how many were hit."""
+    total = count_calls(story, make())
+    points = range(list(Fault).index(fault) % stride, total, stride)
+    failures, hit = [], 0
+    for number in points:
+        inner = make()
+        story.prepare(inner)
+        scripted = ScriptedStorage(inner, number, fault)
+        told = live(story, scripted)
+        scripted.land()
+        hit += scripted.fired
+        where = scripted.calls[number] if scripted.fired else "never reached"
+        try:
+            check(story, inner, told)
+        except (AssertionError, CloudCkptError) as exc:
+            failures.append(f"call {number} ({where}): {type(exc).__name__}: {exc}")
+        inner.close()
+    assert not failures, f"{story.name}, {fault}: {len(failures)} of {total}:\n" + "\n".join(failures)
+    # Requests of threads that run side by side may be fewer once one of them has failed, and no more than that.
+    assert hit >= len(points) - 2
+    return hit
