@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,35 @@ def test_the_documents_hold_no_place_of_their_own(run: Hostile) -> None:
         assert str(run.root) not in text
         assert str(Path.home()) not in text or str(Path.home()) == "/"
         json.loads(text)
+
+
+def test_nothing_is_written_where_everybody_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on a local disk leaves nothing in the system's temporary folder, at no moment: it does not use it."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    before = temporary.stat().st_mtime_ns
+    with CheckpointManager(tmp_path / "run", keep_last=1) as ckpts:
+        for step in (1, 2):
+            ckpts.save(step, state_of(step), block=True)
+        ckpts.restore(state_of(0))
+    cloudckpt.gc(tmp_path / "run", dry_run=False)
+    assert [*temporary.iterdir()] == []
+    assert temporary.stat().st_mtime_ns == before, "something was there for a while"
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027])
+def test_a_run_is_as_closed_as_its_owner_wants_it(tmp_path: Path, mask: int) -> None:
+    """Under the user's umask no file or folder of a run, temporary ones and the lock included, lets others in."""
+    before = os.umask(mask)
+    try:
+        with CheckpointManager(tmp_path / "run", keep_last=1) as ckpts:
+            for step in (1, 2):
+                ckpts.save(step, state_of(step), block=True)
+        cloudckpt.gc(tmp_path / "run", dry_run=False)
+    finally:
+        os.umask(before)
+    places = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    assert len(places) > 4
+    assert [place for place in places if place.stat().st_mode & mask] == []
