@@ -68,7 +68,7 @@ def test_a_bad_day_costs_the_saves_made_in_it_and_nothing_else(wire: Wire, day: 
         through, past = wire.pair(QUICK)
         wire.proxy.clear()
         told: list[int] = []
-        with CheckpointManager(through, monitor="loss", mode="min", keep_best=1, keep_last=2, settings=QUICK) as ckpts:
+        with CheckpointManager(through, monitor="loss", mode="min", keep_best=1, keep_last=4, settings=QUICK) as ckpts:
             for step in (1, 2):
                 ckpts.save(step, state_of(step), metrics={"loss": float(step)}, block=True)
             words = dict(DAYS[day])
