@@ -128,6 +128,24 @@ def test_shapes_that_no_tensor_has(tmp_path: Path, shape: list[int], lengths: li
     assert isinstance(given["load shapes"], CorruptCheckpointError | FormatError)
 
 
+@pytest.mark.parametrize("power", [50, 59])
+def test_tensors_that_no_host_has_room_for(tmp_path: Path, power: int) -> None:
+    """An index that is consistent, and describes more bytes than there are: an error before any of them is touched."""
+    run = Hostile(tmp_path / "run")
+    index = run.index
+    size = 4 << power
+    tensor = index["tensors"]["model"]["w"]
+    (chunk,) = tensor["chunks"]
+    tensor["shape"], chunk["lengths"], chunk["length"] = [1 << power], [1 << power], size
+    for item in index["objects"]:
+        if item["name"] == chunk["object"]:
+            item["size_bytes"] = chunk["start"] + size
+    run.put_index(index)
+    with pytest.raises((MemoryError, CorruptCheckpointError)):
+        cloudckpt.open(run.root).load(2)
+    assert cloudckpt.open(run.root).load(2, components=["extra"])["extra"]["step"] == 2
+
+
 def test_a_manifest_that_is_too_large_is_not_read() -> None:
     """What is longer than any manifest is refused by its size; the message names the object and both numbers."""
     storage = MemoryStorage()
