@@ -225,6 +225,7 @@ def test_what_is_printed_of_a_url_has_no_password() -> None:
     for root in (
         f"s3://AKIA:{SECRET}@bucket/run",
         f"sftp://me:{TOKEN}@127.0.0.1:1/run",
+        f"sftp://me:{SECRET}@127.0.0.1:1/run",
         f"https://me:{TOKEN}@127.0.0.1/run",
         f"nonsense://me:{TOKEN}@host/run",
         f"s3:/me:{TOKEN}@bucket/run",
