@@ -37,7 +37,7 @@ from cloudckpt.testing import Crash, Fault, ScriptedStorage, check_store
 from cloudckpt.testing.scripted import Call
 from cloudckpt.verifying import verify_run
 
-__all__ = ["FAST", "STORIES", "Story", "Told", "check", "go_on", "live", "state_of", "survive"]
+__all__ = ["FAST", "STORIES", "Story", "Told", "check", "count_calls", "go_on", "live", "sample", "state_of", "survive"]
 
 FAST = Settings(retry_base_s=1e-5, retry_cap_s=1e-4, manifest_deadline_s=0.05, storage_deadline_s=0.05)
 
@@ -424,10 +424,16 @@ def count_calls(story: Story, storage: Storage) -> int:
     return len(scripted.calls)
 
 
-def survive(story: Story, make: Callable[[], Storage], fault: Fault, stride: int) -> int:
-    """Fault every ``stride``-th call of a story in turn, and check what is left after each; how many were hit."""
-    total = count_calls(story, make())
-    points = range(list(Fault).index(fault) % stride, total, stride)
+def sample(total: int, faults: int, stride: int, offset: int) -> dict[int, list[int]]:
+    """Every ``stride``-th of all pairs of a fault and a call: the calls by the number of the fault."""
+    found: dict[int, list[int]] = {}
+    for number in range(offset % stride, faults * total, stride):
+        found.setdefault(number // total, []).append(number % total)
+    return found
+
+
+def survive(story: Story, make: Callable[[], Storage], fault: Fault, points: Sequence[int]) -> int:
+    """Fault these calls of a story in turn, and check what is left after each; how many were hit."""
     failures, hit = [], 0
     for number in points:
         inner = make()
@@ -442,7 +448,7 @@ def survive(story: Story, make: Callable[[], Storage], fault: Fault, stride: int
         except (AssertionError, CloudCkptError) as exc:
             failures.append(f"call {number} ({where}): {type(exc).__name__}: {exc}")
         inner.close()
-    assert not failures, f"{story.name}, {fault}: {len(failures)} of {total}:\n" + "\n".join(failures)
+    assert not failures, f"{story.name}, {fault}: {len(failures)} of {len(points)}:\n" + "\n".join(failures)
     # Requests of threads that run side by side may be fewer once one of them has failed, and no more than that.
     assert hit >= len(points) - 2
     return hit

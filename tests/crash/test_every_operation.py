@@ -8,7 +8,7 @@ import pytest
 
 from cloudckpt.storage import Storage
 from cloudckpt.testing import Fault
-from tests.crash.stories import STORIES, Story, survive
+from tests.crash.stories import STORIES, Story, count_calls, survive
 from tests.records import Recording
 
 
@@ -19,4 +19,5 @@ def test_every_operation_survives_every_fault_at_every_call(
 ) -> None:
     """Whatever call fails, and however: what was told is so, nothing good is lost, and the next job goes on."""
     with record(story.name, fault, "memory") as case:
-        case.points = survive(story, lambda: new_storage("memory"), fault, 1)
+        total = count_calls(story, new_storage("memory"))
+        case.points = survive(story, lambda: new_storage("memory"), fault, range(total))

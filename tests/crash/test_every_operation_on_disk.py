@@ -8,7 +8,7 @@ import pytest
 
 from cloudckpt.storage import Storage
 from cloudckpt.testing import Fault
-from tests.crash.stories import STORIES, Story, survive
+from tests.crash.stories import STORIES, Story, count_calls, survive
 from tests.records import Recording
 
 
@@ -19,4 +19,5 @@ def test_every_operation_survives_every_fault_on_a_disk(
 ) -> None:
     """Whatever call fails, and however: what was told is so, nothing good is lost, and the next job goes on."""
     with record(story.name, fault, "local") as case:
-        case.points = survive(story, lambda: new_storage("local"), fault, 1)
+        total = count_calls(story, new_storage("local"))
+        case.points = survive(story, lambda: new_storage("local"), fault, range(total))
