@@ -60,6 +60,7 @@ def repair_run(store: ManifestStore, *, dry_run: bool = True) -> RepairPlan:
     current = _current(storage)
     basis, basis_name = _basis(storage, listing, current)
     whole, refused, sealed = _judge_folders(storage, listing)
+    whole = _one_of_each(whole, refused, basis)
     _refuse_unknown(storage, basis, whole)
     if basis is None and not whole:
         raise CheckpointNotFoundError(f"{storage.url} holds no manifest, no copy of one and no whole checkpoint")
@@ -110,11 +111,15 @@ def _basis(storage: Storage, listing: Mapping[str, int], current: Versioned | No
 
 def _decoded(body: bytes, name: str) -> list[tuple[Manifest, str]]:
     try:
-        return [(decode_manifest(body, what=name), name)]
+        manifest = decode_manifest(body, what=name)
     except FormatError as exc:
         if "upgrade cloudckpt" in str(exc):
             raise
         return []
+    epochs = [manifest.writer_epoch, *(entry.writer_epoch for entry in manifest.entries)]
+    if max(manifest.revision, manifest.next_seq, manifest.commits, *epochs) > keys.COUNT_LIMIT:
+        return []  # edited by hand: there would soon be no next number
+    return [(manifest, name)]
 
 
 def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[Whole], dict[str, str], list[Index]]:
@@ -152,6 +157,19 @@ def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[W
     return whole, refused, sealed
 
 
+def _one_of_each(whole: Sequence[Whole], refused: dict[str, str], basis: Manifest | None) -> list[Whole]:
+    """Of two folders with one save id, which is no accident: that of the basis, or that of the earlier save."""
+    steps = {entry.id: entry.step for entry in (basis.entries if basis else ())}
+    kept = []
+    for found in sorted(whole, key=lambda w: w.index.seq):
+        save_id, step = found.index.id, found.index.step
+        if steps.setdefault(save_id, step) == step:
+            kept.append(found)
+        else:
+            refused[keys.checkpoint_prefix(step, save_id)] = f"{save_id} is the save of step {steps[save_id]}"
+    return kept
+
+
 def _highest_revision(listing: Mapping[str, int], basis: Manifest | None) -> int:
     copies = [key.revision for key in map(keys.parse, listing) if key.revision is not None]
     return max([*copies, basis.revision if basis else 0], default=0)
@@ -169,7 +187,8 @@ def _proposal(
     entries = _distinct([_still_retired(e, known.get(e.id)) for e in entries])
     # Above everything found, what was refused included: gc takes a sealed save that is newer than the manifest for
     # the sign of a manifest that was rolled back.
-    found: list[Checkpoint | Index] = [*entries, *sealed]
+    counted = (index for index in sealed if max(index.seq, index.writer_epoch) <= keys.COUNT_LIMIT)
+    found: list[Checkpoint | Index] = [*entries, *counted]
     epochs = [e.writer_epoch for e in found] + ([basis.writer_epoch] if basis else [])
     seqs = [e.seq for e in found] + ([basis.next_seq - 1] if basis else [])
     manifest = Manifest(

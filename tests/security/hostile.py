@@ -17,7 +17,7 @@ from cloudckpt import CheckpointManager, CloudCkptError, Settings
 from cloudckpt.core.index_json import index_digest
 from cloudckpt.storage import Storage
 
-__all__ = ["READINGS", "WRITINGS", "Hostile", "looked_at", "resealed", "state_of"]
+__all__ = ["QUICK", "READINGS", "WRITINGS", "Hostile", "looked_at", "resealed", "state_of"]
 
 QUICK = Settings(retry_base_s=1e-4, retry_cap_s=1e-3, manifest_deadline_s=0.2, storage_deadline_s=0.2)
 

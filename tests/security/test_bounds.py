@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cloudckpt
-from cloudckpt import CloudCkptError, CorruptCheckpointError, FormatError, StorageError
+from cloudckpt import CheckpointManager, CloudCkptError, CorruptCheckpointError, FormatError, StorageError
 from cloudckpt.core import index_json, manifest_json
 from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, decode_index
 from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest, entry_from_bytes
 from cloudckpt.core.values import Codec
 from cloudckpt.storage import MemoryStorage
 from cloudckpt.testing import FaultProxy
-from tests.security.hostile import Hostile, looked_at
+from tests.security.hostile import QUICK, Hostile, looked_at, resealed, state_of
 
 #: JSON that costs more than it looks.
 BOMBS: dict[str, bytes] = {
@@ -228,3 +230,74 @@ def test_a_hostile_document_makes_no_endless_message(tmp_path: Path) -> None:
         if isinstance(given, CloudCkptError):
             assert len(str(given)) < 10_000, name
     json.loads((run.root / "manifest.json").read_bytes())
+
+
+# -- numbers that no run counts to ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["revision", "writer_epoch", "next_seq", "commits"])
+def test_a_counter_at_its_end_is_not_counted_past(tmp_path: Path, name: str) -> None:
+    """Whoever writes is refused before the manifest becomes one that nobody can read; a repair counts anew."""
+    run = Hostile(tmp_path / "run")
+    run.put_manifest(run.manifest | {name: 2**63 - 1})
+    with pytest.raises(CloudCkptError), CheckpointManager(run.root, settings=QUICK) as ckpts:
+        ckpts.restore(state_of(0))
+        ckpts.save(3, state_of(3), block=True)
+    decode_manifest((run.root / "manifest.json").read_bytes())
+    plan = cloudckpt.repair(run.root, dry_run=False)
+    assert plan.basis != "manifest.json"
+    assert {1, 2} <= {c.step for c in plan.admitted}
+    with CheckpointManager(run.root, settings=QUICK) as ckpts:
+        ckpts.restore(state_of(0))
+        ckpts.save(4, state_of(4), block=True)
+    assert {1, 2, 4} <= {c.step for c in cloudckpt.open(run.root).checkpoints()}
+    assert cloudckpt.gc(run.root, dry_run=False).failed == {}
+
+
+@pytest.mark.parametrize("name", ["seq", "writer_epoch"])
+def test_an_index_that_no_run_counts_to_stops_neither_repair_nor_gc(tmp_path: Path, name: str) -> None:
+    """That folder is refused by name, the others are admitted, and gc leaves it to a person."""
+    run = Hostile(tmp_path / "run")
+    run.put_index(run.index | {name: 2**63 - 1})
+    for path in run.root.glob("manifest*.json"):
+        path.unlink()
+    plan = cloudckpt.repair(run.root, dry_run=False)
+    assert {c.step for c in plan.admitted} == {1}
+    assert "numbers that no run counts to" in plan.refused[run.folder.name]
+    with CheckpointManager(run.root, settings=QUICK) as ckpts:
+        ckpts.save(3, state_of(3), block=True)
+    assert [*cloudckpt.gc(run.root, dry_run=False).failed] == [f"{run.folder.name}/checkpoint.json"]
+    assert (run.folder / "checkpoint.json").exists()
+
+
+def test_a_copy_of_a_number_that_no_run_counts_to_is_not_ours(tmp_path: Path) -> None:
+    """It is no basis, the new manifest does not count from it, and gc does not take the real copies for older ones."""
+    run = Hostile(tmp_path / "run")
+    copies = {path.name for path in run.root.glob("manifest-*.json")}
+    assert copies
+    strange = {f"manifest-{number}.json" for number in (2**62 + 1, 2**63, 10**19)}
+    for name in strange:
+        (run.root / name).write_bytes((run.root / "manifest.json").read_bytes())
+    report = cloudckpt.gc(run.root, dry_run=False)
+    assert report.garbage is not None
+    assert strange <= {*report.garbage.foreign}
+    assert copies <= {path.name for path in run.root.glob("manifest-*.json")}
+    assert cloudckpt.repair(run.root, dry_run=False).manifest.revision < 1000
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["with copies", "without copies"])
+def test_two_folders_with_one_save_id_do_not_stop_a_repair(tmp_path: Path, copies: bool) -> None:
+    """The real one is admitted with its bits, the other one is refused by name, and gc takes it away."""
+    run = Hostile(tmp_path / "run")
+    twin = run.root / f"checkpoint-10.{run.index['id']}"
+    shutil.copytree(run.folder, twin)
+    (twin / "checkpoint.json").write_bytes(resealed(run.index | {"step": 10, "seq": 77}))
+    for path in run.root.glob("manifest*.json" if not copies else "manifest.json"):
+        path.unlink()
+    plan = cloudckpt.repair(run.root, dry_run=False)
+    assert {c.step for c in plan.admitted} == {1, 2}
+    assert twin.name in plan.refused
+    assert torch.equal(cloudckpt.open(run.root).load(2)["model"]["w"], state_of(2)["model"]["w"])
+    assert cloudckpt.gc(run.root, dry_run=False).failed == {}
+    assert not (twin / "checkpoint.json").exists()
+    assert (run.folder / "checkpoint.json").exists()
