@@ -148,13 +148,26 @@ def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[W
             continue
         judged = judge_folder(body, save_id=save_id, step=step, sizes=sizes, what=f"{storage.url}/{key}")
         if isinstance(judged, Whole):
-            whole.append(judged)
             sealed.append(judged.index)
+            if (uncounted := _uncounted(judged.index)) is None:
+                whole.append(judged)
+            else:
+                refused[folder] = uncounted
         else:
             refused[folder] = judged
             with contextlib.suppress(FormatError):
                 sealed.append(decode_index(body, what=key))
     return whole, refused, sealed
+
+
+def _uncounted(index: Index) -> str | None:
+    """Why no entry can be made of an index whose whole save may be there; None if nothing speaks against it.
+
+    Only here: a claim has the entry already, and loses no save for what its index counts.
+    """
+    if max(index.seq, index.writer_epoch) <= keys.COUNT_LIMIT:
+        return None
+    return f"its index has numbers that no run counts to (seq {index.seq}, writer {index.writer_epoch})"
 
 
 def _one_of_each(whole: Sequence[Whole], refused: dict[str, str], basis: Manifest | None) -> list[Whole]:

@@ -52,8 +52,6 @@ def judge_folder(body: bytes, *, save_id: str, step: int, sizes: Mapping[str, in
         return str(exc)
     if (index.id, index.step) != (save_id, step):
         return f"{what} describes checkpoint-{index.step}.{index.id}"
-    if max(index.seq, index.writer_epoch) > keys.COUNT_LIMIT:
-        return f"{what} has numbers that no run counts to (seq {index.seq}, writer {index.writer_epoch})"
     for item in index.objects:
         size = sizes.get(item.name)
         if size is None:

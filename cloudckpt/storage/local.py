@@ -83,7 +83,7 @@ class LocalStorage:
     def read(self, key: str, *, limit_bytes: int) -> Versioned:
         """See ``Storage.read``; the version is the content's SHA-256, since every manifest differs."""
         path = self._path(key)
-        with reading(path), open(path, "rb", opener=_open_regular) as file:  # noqa: PTH123 - with an opener
+        with reading(path), open(path, "rb", opener=_open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit_bytes:
                 raise StorageError(f"{path} has {size} bytes, more than the {limit_bytes} expected")
@@ -144,7 +144,7 @@ class LocalStorage:
         """See ``Storage.read_into``."""
         path = self._path(key)
         end = start + sum(target.nbytes for target in targets)
-        with reading(path), open(path, "rb", buffering=0, opener=_open_regular) as file:  # noqa: PTH123 - the same
+        with reading(path), open(path, "rb", buffering=0, opener=_open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             if size >= end:
                 # Cut short since its size was asked, it has what came.

@@ -51,8 +51,14 @@ def mount_of(path: Path, table: str | None = None) -> Mount | None:
         place = _ESCAPED.sub(lambda match: chr(int(match[1], 8)), fields[4])
         # The later of two mounts of one place is on top of the other.
         if path.is_relative_to(place) and (found is None or len(place) >= len(found.place)):
-            found = Mount(back.split(" ")[0], place)
+            found = Mount(_kind(back), place)
     return found
+
+
+def _kind(back: str) -> str:
+    """The kind, from what stands after the dash: kind, source, options. Some of FUSE leave theirs to the source."""
+    kind, _, rest = back.partition(" ")
+    return f"fuse.{rest.partition(' ')[0]}" if kind == "fuse" else kind
 
 
 def promises(kind: str) -> tuple[bool, str]:

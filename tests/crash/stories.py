@@ -341,9 +341,7 @@ STORIES = (
         keeps=(1, 2),
         harmed=True,
     ),
-    Story(
-        name="restore of an older one", prepare=three_saves, act=_restores(1), holds=_resumed_holds, keeps=(1, 2, 3)
-    ),
+    Story(name="restore of an older one", prepare=three_saves, act=_restores(1), holds=_resumed_holds, keeps=(1, 2, 3)),
     Story(name="claim of a sealed save", prepare=sealed_and_not_committed, act=_claims, keeps=(3,)),
     Story(name="claim of half an upload", prepare=half_uploaded, act=_claims, keeps=(2,)),
     Story(name="claim of retired bytes", prepare=retired_and_not_deleted, act=_claims, keeps=(3,)),

@@ -76,7 +76,9 @@ def test_a_bad_day_costs_the_saves_made_in_it_and_nothing_else(wire: Wire, day: 
             for step in (3, 4):
                 # An answer to a write need not have a body that could be cut.
                 fails: AbstractContextManager[Any] = (
-                    pytest.raises((SaveError, StorageError)) if day != "answers cut" else suppress(SaveError, StorageError)
+                    pytest.raises((SaveError, StorageError))
+                    if day != "answers cut"
+                    else suppress(SaveError, StorageError)
                 )
                 with fails:
                     ckpts.save(step, state_of(step), metrics={"loss": 0.1}, block=True)

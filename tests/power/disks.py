@@ -46,9 +46,7 @@ def run(*command: str, must: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def mounted(
-    image: Path, place: Path, options: str, *, kind: str | None = None, must: bool = False
-) -> Iterator[Path]:
+def mounted(image: Path, place: Path, options: str, *, kind: str | None = None, must: bool = False) -> Iterator[Path]:
     """A file system in an image (or, by its kind, without one), mounted while the block runs."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         pytest.skip("mounting a file system needs root")

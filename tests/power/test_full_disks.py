@@ -83,7 +83,7 @@ class Tired:
 
     def open_file(self, file: Any, *words: Any, **named: Any) -> Any:
         """``open`` as the module calls it: what comes back counts its writes."""
-        found = builtins.open(file, *words, **named)  # noqa: SIM115 - handed on
+        found = builtins.open(file, *words, **named)  # noqa: PTH123, SIM115 - handed on
         real = found.write
 
         class Counted:

@@ -16,6 +16,7 @@ TABLE = """\
 28 1 8:2 / / rw,relatime shared:1 - ext4 /dev/sda2 rw
 30 28 0:40 / /mnt/team rw,relatime - nfs4 server:/team rw,vers=4.2
 31 28 0:41 / /mnt/team/bucket rw - fuse.gcsfuse gcsfuse rw
+35 28 0:45 / /mnt/team/mountpoint rw - fuse mountpoint-s3 rw
 32 28 0:42 / /mnt/with\\040a\\040blank rw - cifs //host/share rw
 33 28 0:43 / /mnt/twice rw - xfs /dev/sdb rw
 34 33 0:44 / /mnt/twice rw - tmpfs tmpfs rw
@@ -30,6 +31,7 @@ a line that is none
         ("/mnt/team/runs/demo", Mount("nfs4", "/mnt/team")),
         ("/mnt/team2", Mount("ext4", "/")),
         ("/mnt/team/bucket/run", Mount("fuse.gcsfuse", "/mnt/team/bucket")),
+        ("/mnt/team/mountpoint/run", Mount("fuse.mountpoint-s3", "/mnt/team/mountpoint")),
         ("/mnt/with a blank/run", Mount("cifs", "/mnt/with a blank")),
         ("/mnt/twice/run", Mount("tmpfs", "/mnt/twice")),
     ],

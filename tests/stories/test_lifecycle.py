@@ -70,9 +70,7 @@ def test_a_rule_that_would_delete_checkpoints_is_found(s3_root: str, s3_server: 
     assert "none that would delete a live checkpoint" in before.stdout
     client = s3_server.client()
     rules = [{"ID": "after-a-month", "Status": "Enabled", "Filter": {"Prefix": ""}, "Expiration": {"Days": 30}}]
-    client.put_bucket_lifecycle_configuration(
-        Bucket=s3_root.split("/")[2], LifecycleConfiguration={"Rules": rules}
-    )
+    client.put_bucket_lifecycle_configuration(Bucket=s3_root.split("/")[2], LifecycleConfiguration={"Rules": rules})
     client.close()
     after = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert after.returncode == 1
