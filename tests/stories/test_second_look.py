@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections import Counter
@@ -37,16 +38,20 @@ class OnTheWay(MemoryStorage):
         self.steady = False
         self.only = ""
         self.asked: Counter[tuple[str, int]] = Counter()
+        self.turned = 0
         self._count = threading.Lock()
 
     def _turns(self, key: str, start: int) -> int | None:
-        """Which of the asks this is, if a bit of its answer turns."""
+        """A number of its own for this answer, if a bit of it turns."""
         with self._count:
             if not self.times or self.only not in key or key == "manifest.json":
                 return None
             self.asked[key, start] += 1
             number = self.asked[key, start]
-        return number if number <= self.times else None
+            if number > self.times:
+                return None
+            self.turned += 1
+            return self.turned
 
     def _place(self, size: int, number: int) -> int:
         return (size // 2 + (0 if self.steady else number)) % size
@@ -160,3 +165,41 @@ def test_verify_looks_twice_as_well(line: OnTheWay) -> None:
     findings = cloudckpt.verify(line, deep=True).findings
     assert {f.checkpoint.step for f in findings} == {2}
     assert all("checksum" in f.problem for f in findings)
+
+
+class Misread(MemoryStorage):
+    """Memory behind a line that changes a digit of the newest checkpoint's digest, where the manifest has it.
+
+    Attributes:
+        times: how many more manifests come like that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        """See ``Storage.read``."""
+        found = super().read(key, limit_bytes=limit_bytes)
+        if key != "manifest.json" or not self.times:
+            return found
+        self.times -= 1
+        digest = json.loads(found.body)["entries"][-1]["index_digest"]
+        other = digest[:-1] + ("1" if digest[-1] == "0" else "0")
+        return Versioned(found.body.replace(digest.encode(), other.encode()), found.version)
+
+
+@pytest.mark.parametrize("select", ["latest", 2])
+def test_a_digest_that_came_wrong_with_the_manifest_damages_nothing(
+    select: str | int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a store that tells no checksum of the manifest: it is read again, has another digest, and that one fits."""
+    storage = Misread()
+    with CheckpointManager(storage, settings=QUICK, keep_last=None) as ckpts:
+        for step in (1, 2):
+            ckpts.save(step, state_of(step), block=True)
+    storage.times = 1
+    assert is_step(cloudckpt.open(storage, settings=QUICK).load(select), 2)
+    assert storage.times == 0
+    assert [c.damaged for c in cloudckpt.open(storage).checkpoints()] == [None, None]
+    assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
