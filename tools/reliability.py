@@ -19,7 +19,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def merged(before: Iterable[Case], new: Iterable[Case]) -> list[Case]:
 
 def write(cases: Sequence[Case], path: Path) -> None:
     """Put the cases into a file, a line each."""
-    lines = [json.dumps({s: getattr(case, s) for s in Case.__slots__}, sort_keys=True) for case in cases]
+    lines = [json.dumps(asdict(case), sort_keys=True) for case in cases]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 

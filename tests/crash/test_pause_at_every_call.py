@@ -24,7 +24,8 @@ from cloudckpt.testing import Crash, Fault, History, ScriptedStorage, check_reco
 from cloudckpt.verifying import verify_run
 from tests.records import Recording
 
-FAST = Settings(retry_base_s=1e-5, retry_cap_s=1e-4, manifest_deadline_s=0.05, storage_deadline_s=0.05)
+#: Nothing is refused here, so nobody waits; and however long the others take, no writer gives up for it.
+FAST = Settings(retry_base_s=1e-5, retry_cap_s=1e-4, manifest_deadline_s=60, storage_deadline_s=60)
 
 #: Steps of whoever takes over, which the history does not reach.
 OTHERS = 100
@@ -89,12 +90,12 @@ def test_at_every_moment_the_run_is_whole(record: Recording) -> None:
     with record("a history of two jobs", "looked at before every call", "memory") as case:
         storage = MemoryStorage()
         pausing = Pausing(storage, functools.partial(look, storage))
-        history = History(pausing)
+        history = History(pausing, FAST)
         history.run()
         assert not pausing.failures, pausing.failures[0]
         assert [c.step for c in history.acknowledged] == [1, 2, 3, 4, 5]
         assert pausing.pauses == len(pausing.calls) > 50
-        check_recovery(storage, history)
+        check_recovery(storage, history, FAST)
         case.points = pausing.pauses
 
 
@@ -176,7 +177,7 @@ def disturb(name: str, stride: int) -> int:
     for at in moments:
         storage = MemoryStorage()
         pausing = Pausing(storage, functools.partial(act, storage), at)
-        history = History(pausing)
+        history = History(pausing, FAST)
         try:
             history.run()
             assert pausing.pauses == 1
@@ -184,7 +185,7 @@ def disturb(name: str, stride: int) -> int:
             if not fences:
                 assert [c.step for c in history.acknowledged] == [1, 2, 3, 4, 5], "a save failed"
             # A replaced writer's bytes may land in a folder that nobody names any more; gc finds them.
-            check_recovery(storage, history, late=fences)
+            check_recovery(storage, history, FAST, late=fences)
         except (AssertionError, CloudCkptError) as exc:
             failures.append(f"before call {at} ({plain.calls[at]}): {type(exc).__name__}: {exc}")
     assert not failures, f"{name}: {len(failures)} of {len(moments)}:\n" + "\n".join(failures)

@@ -43,9 +43,12 @@ def nursery() -> Iterator[Nursery]:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether the process stands still (Linux)."""
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return stat[stat.rfind(")") + 2] in "Tt"
+    """Whether every thread of the process stands still (Linux)."""
+    try:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # one of them has ended meanwhile
+    return all(stat[stat.rfind(")") + 2] in "Tt" for stat in stats)
 
 
 def until(pid: int, note: mmap.mmap, phase: str) -> None:

@@ -16,8 +16,8 @@ from cloudckpt.core import index_json, manifest_json
 from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, decode_index
 from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest, entry_from_bytes
 from cloudckpt.core.values import Codec
-from cloudckpt.storage import MemoryStorage
-from cloudckpt.testing import FaultProxy
+from cloudckpt.storage import MemoryStorage, Storage
+from cloudckpt.testing import Crash, Fault, FaultProxy, ScriptedStorage
 from tests.security.hostile import QUICK, Hostile, looked_at, resealed, state_of
 
 #: JSON that costs more than it looks.
@@ -268,6 +268,41 @@ def test_an_index_that_no_run_counts_to_stops_neither_repair_nor_gc(tmp_path: Pa
         ckpts.save(3, state_of(3), block=True)
     assert [*cloudckpt.gc(run.root, dry_run=False).failed] == [f"{run.folder.name}/checkpoint.json"]
     assert (run.folder / "checkpoint.json").exists()
+
+
+def _counting_from_far_away() -> MemoryStorage:
+    """A run of one save whose next one gets a number that no run counts to."""
+    storage = MemoryStorage()
+    with CheckpointManager(storage, settings=QUICK, keep_last=None) as ckpts:
+        ckpts.save(1, state_of(1), block=True)
+    held = storage.read("manifest.json", limit_bytes=MANIFEST_LIMIT_BYTES)
+    document = json.loads(held.body) | {"next_seq": 2**62 + 5}
+    storage.replace("manifest.json", json.dumps(document).encode(), expecting=held.version)
+    return storage
+
+
+def _save_another(storage: Storage) -> None:
+    ckpts = CheckpointManager(storage, settings=QUICK)
+    try:
+        ckpts.save(2, state_of(2), block=True)
+    finally:
+        ckpts.close()
+
+
+def test_a_claim_loses_no_sealed_save_for_its_number() -> None:
+    """Only a repair makes entries of what indexes count: a save killed between seal and commit is rolled forward."""
+    rehearsal = ScriptedStorage(_counting_from_far_away())
+    _save_another(rehearsal)
+    sealing = next(n for n, c in enumerate(rehearsal.calls) if c.verb == "put" and c.keys[0].endswith(".json"))
+    storage = _counting_from_far_away()
+    with pytest.raises(Crash):
+        _save_another(ScriptedStorage(storage, sealing, Fault.CRASH_AFTER))
+    fresh = state_of(0)
+    with CheckpointManager(storage, settings=QUICK) as ckpts:
+        resumed = ckpts.restore(fresh)
+    assert resumed is not None
+    assert (resumed.step, resumed.seq > 2**62) == (2, True)
+    assert torch.equal(fresh["model"]["w"], state_of(2)["model"]["w"])
 
 
 def test_a_copy_of_a_number_that_no_run_counts_to_is_not_ours(tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ class Flaky:
 
 
 def state_of(step: int) -> dict[str, Any]:
-    """64 KiB of bits that follow from the step."""
-    return {"model": {"w": torch.full((16_384,), float(step))}, "extra": {"step": step}}
+    """256 KiB of bits that follow from the step."""
+    return {"model": {"w": torch.full((65_536,), float(step))}, "extra": {"step": step}}
 
 
 def loss_of(step: int) -> float:
