@@ -259,7 +259,7 @@ class Codec:
         _check_fields(payload, {"items", "maxlen"})
         items, longest = self._decode_list(payload["items"], path), payload["maxlen"]
         if longest is not None and (type(longest) is not int or len(items) > longest):
-            raise FormatError(f"{render_path(path)}: {len(items)} items do not fit maxlen {longest!r}")
+            raise FormatError(f"{render_path(path)}: {len(items)} items do not fit maxlen {longest!r:.{_SHOWN}}")
         return deque(items, longest)
 
     def _decode_slice(self, payload: Json, path: Path) -> slice:

@@ -126,7 +126,7 @@ class TorchLeaf:
                 return _device(value, path)
             case "constant" if isinstance(getattr(torch, value, None), torch.memory_format | torch.layout):
                 return getattr(torch, value)
-        raise FormatError(f"{render_path(path)}: torch has no {kind} {value!r}")
+        raise FormatError(f"{render_path(path)}: torch has no {kind!s:.60} {value!r:.60}")
 
 
 def _device(name: str, path: Path) -> torch.device:

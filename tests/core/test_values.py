@@ -325,7 +325,9 @@ def test_a_malformed_node_is_refused_by_path(node: object) -> None:
 @pytest.mark.parametrize("key", ["x" * 10**6, "not an identifier " * 10**5])
 def test_an_error_shows_the_beginning_of_what_is_long(key: str) -> None:
     """Neither a name nor a value of a megabyte makes a message of a megabyte."""
-    for node in ({"$bytes": "!" * 10**6}, {"$float": "y" * 10**6}, {"$unknown": 1}):
+    long = ("$bytes", "$float", "$uuid", "$decimal", "$deque")
+    payloads: list[Any] = ["!" * 10**6, "y" * 10**6, "0" * 10**6, "z" * 10**6, {"items": [], "maxlen": "x" * 10**6}]
+    for node in (*({tag: payload} for tag, payload in zip(long, payloads, strict=True)), {"$unknown": 1}):
         with pytest.raises(FormatError) as refused:
             Codec().decode({key: node})
         assert len(str(refused.value)) < 1000

@@ -28,8 +28,8 @@ from tests.records import Recording
 
 WORKER = Path(__file__).with_name("worker.py")
 
-#: What a warm process may still grow by, from one quarter of a run to another: an allocator's slack and a thread or two,
-#: and not a state (256 KiB), a file or a thread for every save.
+#: What a warm process may still grow by from one quarter of a run to another: an allocator's slack and a few threads,
+#: not a state (256 KiB), a file or a thread for every save.
 SLACK = {"rss_kib": 16 * 1024, "files": 2, "threads": 2}
 
 pytestmark = [
