@@ -16,11 +16,18 @@ __all__ = ["google_dangers", "s3_dangers"]
 _COLD = {"GLACIER", "DEEP_ARCHIVE"}
 #: Conditions of Google's that only old versions meet.
 _NONCURRENT = {"daysSinceNoncurrentTime", "noncurrentTimeBefore", "numNewerVersions"}
+#: How keys of ours end.
+_ENDS = (".json", ".safetensors")
 
 
 def _meet(rule: str, prefix: str) -> bool:
     """Whether a rule for keys that begin like this can meet a key below our prefix."""
     return rule.startswith(prefix) or prefix.startswith(rule)
+
+
+def _ends(suffix: str) -> bool:
+    """Whether a rule for keys that end like this can meet one of ours."""
+    return any(end.endswith(suffix) or suffix.endswith(end) for end in _ENDS)
 
 
 def s3_dangers(rules: Iterable[Mapping[str, Any]], prefix: str) -> list[str]:
@@ -68,6 +75,8 @@ def google_dangers(rules: Iterable[Mapping[str, Any]], prefix: str) -> list[str]
         if not deletes or condition.get("isLive") is False or _NONCURRENT & condition.keys():
             continue
         if not any(_meet(str(begin), prefix) for begin in condition.get("matchesPrefix") or [""]):
+            continue
+        if not any(_ends(str(end)) for end in condition.get("matchesSuffix") or [""]):
             continue
         said = ", ".join(f"{name}={value}" for name, value in sorted(condition.items())) or "no condition"
         found.append(

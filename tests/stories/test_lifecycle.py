@@ -51,6 +51,8 @@ def test_which_rules_of_s3_would_take_a_live_checkpoint(rule: dict[str, Any], pr
         ({"action": {"type": "Delete"}, "condition": {"age": 30, "matchesPrefix": ["runs/"]}}, "runs/demo/", 1),
         ({"action": {"type": "Delete"}, "condition": {"age": 30, "matchesPrefix": ["logs/"]}}, "runs/demo/", 0),
         ({"action": {"type": "Delete"}, "condition": {"age": 30, "isLive": False}}, "run/", 0),
+        ({"action": {"type": "Delete"}, "condition": {"age": 30, "matchesSuffix": [".log", ".tmp"]}}, "run/", 0),
+        ({"action": {"type": "Delete"}, "condition": {"age": 30, "matchesSuffix": ["manifest.json"]}}, "run/", 1),
         ({"action": {"type": "Delete"}, "condition": {"numNewerVersions": 3}}, "run/", 0),
         ({"action": {"type": "Delete"}, "condition": {"daysSinceNoncurrentTime": 3}}, "run/", 0),
         ({"action": {"type": "SetStorageClass", "storageClass": "ARCHIVE"}, "condition": {"age": 3}}, "run/", 0),
