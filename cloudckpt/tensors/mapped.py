@@ -65,6 +65,8 @@ def _mappable(entry: TensorEntry) -> Chunk | None:
 
 def _map(root: Path, outline: Outline, name: str) -> HostMemory:
     path = root / keys.payload_key(outline.checkpoint.step, outline.checkpoint.id, name)
+    if path.exists() and not path.is_file():  # opened, a pipe would wait for whoever writes into it
+        raise StorageError(f"{path} is a pipe, a device or a folder, and no object of a run")
     try:
         return np.asarray(np.memmap(path, dtype=np.uint8, mode="c"))
     except FileNotFoundError as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,20 @@ def test_a_copy_that_is_too_large_does_not_hide_the_others(tmp_path: Path, monke
     assert plan.basis.startswith("manifest-")
     assert {c.step for c in plan.admitted} == {1, 2}
     assert plan.manifest.revision > 900
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("mmap", [False, True], ids=["read", "mapped"])
+def test_a_pipe_in_place_of_a_payload_object_is_not_waited_for(tmp_path: Path, mmap: bool) -> None:
+    """Whether it is read or mapped: an error at once, which says what lies there."""
+    run = Hostile(tmp_path / "run")
+    payload = run.folder / "model-00000-of-00001.safetensors"
+    payload.unlink()
+    os.mkfifo(payload)
+    with pytest.raises(StorageError, match="is a pipe"):
+        cloudckpt.open(run.root).load(2, mmap=mmap)
+    assert [c.damaged for c in cloudckpt.open(run.root).checkpoints()] == [None, None]
 
 
 def test_an_object_that_is_too_large_is_not_downloaded(faulty_s3_root: str, s3_faults: FaultProxy) -> None:
