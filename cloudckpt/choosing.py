@@ -84,6 +84,9 @@ class Chooser:
                     f"{placed(chosen, self._store.storage.url).url} was retired while it was being read"
                 ) from error
             return [AGAIN] * len(words)
+        if now.index_digest != chosen.index_digest:
+            # The manifest came otherwise before than it is: what was read was held against a digest that nobody sealed.
+            return [AGAIN] * len(words)
         self._on_damage(placed(now, self._store.storage.url), error)
         if self._selector.named or len(self._damaged) + 1 >= self._store.settings.max_fallbacks:
             raise error

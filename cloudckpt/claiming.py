@@ -99,10 +99,15 @@ def _abort_uploads(store: ManifestStore, before: Manifest, after: Manifest, list
         if settled is None or settled.state is not State.RETIRED:
             continue
         try:
-            store.storage.abort_uploads(f"{keys.checkpoint_prefix(entry.step, entry.id)}/")
+            store.storage.abort_uploads(f"{keys.checkpoint_prefix(entry.step, entry.id)}/", spare=_is_foreign)
         except StorageError as exc:
             # Unfinished uploads are invisible; they cost money, and `gc` aborts them too.
             listener(Warned(message=f"{entry.name}: its unfinished uploads could not be aborted: {exc}"))
+
+
+def _is_foreign(key: str) -> bool:
+    """What somebody else is uploading into a folder of ours is not ours to abort (I12)."""
+    return keys.parse(key).kind is keys.Kind.FOREIGN
 
 
 def _tell(before: Manifest, after: Manifest, url: str, owner: Owner, listener: Listener) -> None:

@@ -60,6 +60,7 @@ def repair_run(store: ManifestStore, *, dry_run: bool = True) -> RepairPlan:
     current = _current(storage)
     basis, basis_name = _basis(storage, listing, current)
     whole, refused, sealed = _judge_folders(storage, listing)
+    whole = _one_of_each(whole, refused, basis)
     _refuse_unknown(storage, basis, whole)
     if basis is None and not whole:
         raise CheckpointNotFoundError(f"{storage.url} holds no manifest, no copy of one and no whole checkpoint")
@@ -98,8 +99,11 @@ def _basis(storage: Storage, listing: Mapping[str, int], current: Versioned | No
     found: list[tuple[Manifest, str]] = []
     if current is not None:
         found += _decoded(current.body, keys.MANIFEST)
-    for key in sorted((key for key in listing if keys.parse(key).kind is keys.Kind.COPY), reverse=True):
-        found += _decoded(storage.read(key, limit_bytes=MANIFEST_LIMIT_BYTES).body, key)
+    # A copy that nobody could have written does not keep the others from being read.
+    copies = (key for key, size in listing.items() if size <= MANIFEST_LIMIT_BYTES)
+    for key in sorted((key for key in copies if keys.parse(key).kind is keys.Kind.COPY), reverse=True):
+        with contextlib.suppress(ObjectNotFoundError):  # a writer that is still there has dropped it
+            found += _decoded(storage.read(key, limit_bytes=MANIFEST_LIMIT_BYTES).body, key)
     if not found:
         return None, "the indexes alone"
     return max(found, key=lambda pair: pair[0].revision)
@@ -107,11 +111,15 @@ def _basis(storage: Storage, listing: Mapping[str, int], current: Versioned | No
 
 def _decoded(body: bytes, name: str) -> list[tuple[Manifest, str]]:
     try:
-        return [(decode_manifest(body, what=name), name)]
+        manifest = decode_manifest(body, what=name)
     except FormatError as exc:
         if "upgrade cloudckpt" in str(exc):
             raise
         return []
+    epochs = [manifest.writer_epoch, *(entry.writer_epoch for entry in manifest.entries)]
+    if max(manifest.revision, manifest.next_seq, manifest.commits, *epochs) > keys.COUNT_LIMIT:
+        return []  # edited by hand: there would soon be no next number
+    return [(manifest, name)]
 
 
 def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[Whole], dict[str, str], list[Index]]:
@@ -129,17 +137,50 @@ def _judge_folders(storage: Storage, listing: Mapping[str, int]) -> tuple[list[W
         if keys.INDEX_NAME not in sizes:
             refused[folder] = "it was never sealed: no index"
             continue
+        if (index_bytes := sizes[keys.INDEX_NAME]) > INDEX_LIMIT_BYTES:
+            refused[folder] = f"its index has {index_bytes} bytes, more than the {INDEX_LIMIT_BYTES} that are read"
+            continue
         key = f"{folder}/{keys.INDEX_NAME}"
-        body = storage.read(key, limit_bytes=INDEX_LIMIT_BYTES).body
+        try:
+            body = storage.read(key, limit_bytes=INDEX_LIMIT_BYTES).body
+        except ObjectNotFoundError:
+            refused[folder] = "its index went away while it was being looked at"
+            continue
         judged = judge_folder(body, save_id=save_id, step=step, sizes=sizes, what=f"{storage.url}/{key}")
         if isinstance(judged, Whole):
-            whole.append(judged)
             sealed.append(judged.index)
+            if (uncounted := _uncounted(judged.index)) is None:
+                whole.append(judged)
+            else:
+                refused[folder] = uncounted
         else:
             refused[folder] = judged
             with contextlib.suppress(FormatError):
                 sealed.append(decode_index(body, what=key))
     return whole, refused, sealed
+
+
+def _uncounted(index: Index) -> str | None:
+    """Why no entry can be made of an index whose whole save may be there; None if nothing speaks against it.
+
+    Only here: a claim has the entry already, and loses no save for what its index counts.
+    """
+    if max(index.seq, index.writer_epoch) <= keys.COUNT_LIMIT:
+        return None
+    return f"its index has numbers that no run counts to (seq {index.seq}, writer {index.writer_epoch})"
+
+
+def _one_of_each(whole: Sequence[Whole], refused: dict[str, str], basis: Manifest | None) -> list[Whole]:
+    """Of two folders with one save id, which is no accident: that of the basis, or that of the earlier save."""
+    steps = {entry.id: entry.step for entry in (basis.entries if basis else ())}
+    kept = []
+    for found in sorted(whole, key=lambda w: w.index.seq):
+        save_id, step = found.index.id, found.index.step
+        if steps.setdefault(save_id, step) == step:
+            kept.append(found)
+        else:
+            refused[keys.checkpoint_prefix(step, save_id)] = f"{save_id} is the save of step {steps[save_id]}"
+    return kept
 
 
 def _highest_revision(listing: Mapping[str, int], basis: Manifest | None) -> int:
@@ -159,7 +200,8 @@ def _proposal(
     entries = _distinct([_still_retired(e, known.get(e.id)) for e in entries])
     # Above everything found, what was refused included: gc takes a sealed save that is newer than the manifest for
     # the sign of a manifest that was rolled back.
-    found: list[Checkpoint | Index] = [*entries, *sealed]
+    counted = (index for index in sealed if max(index.seq, index.writer_epoch) <= keys.COUNT_LIMIT)
+    found: list[Checkpoint | Index] = [*entries, *counted]
     epochs = [e.writer_epoch for e in found] + ([basis.writer_epoch] if basis else [])
     seqs = [e.seq for e in found] + ([basis.next_seq - 1] if basis else [])
     manifest = Manifest(

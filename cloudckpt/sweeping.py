@@ -176,6 +176,10 @@ def _look_into_indexes(storage: Storage, manifest: Manifest, plan: GarbagePlan) 
         key = keys.parse(orphan.key)
         if key.kind is not keys.Kind.INDEX:
             continue
+        if orphan.size_bytes > INDEX_LIMIT_BYTES:
+            # Nobody can have written it, and nobody can look into it: a person has to.
+            unknown[key.text] = f"it has {orphan.size_bytes} bytes, more than the {INDEX_LIMIT_BYTES} that are read"
+            continue
         try:
             index = decode_index(storage.read(key.text, limit_bytes=INDEX_LIMIT_BYTES).body)
         except ObjectNotFoundError:
@@ -187,7 +191,11 @@ def _look_into_indexes(storage: Storage, manifest: Manifest, plan: GarbagePlan) 
         if index.requires:
             unknown[key.text] = f"it needs {', '.join(index.requires)}, which this version does not know"
         known = key.id is not None and manifest.find(key.id) is not None
-        if not known and (index.seq >= manifest.next_seq or index.writer_epoch > manifest.writer_epoch):
+        newer = index.seq >= manifest.next_seq or index.writer_epoch > manifest.writer_epoch
+        if max(index.seq, index.writer_epoch) > keys.COUNT_LIMIT:
+            # No sign of a manifest that was rolled back: a repair would refuse it as well.
+            unknown[key.text] = f"it has numbers that no run counts to (seq {index.seq}, writer {index.writer_epoch})"
+        elif newer and not known:
             raise ConflictError(
                 f"{storage.url}/{key.text} is a sealed checkpoint that is newer than the manifest (seq "
                 f"{index.seq}, writer {index.writer_epoch}): an older manifest was put back. Nothing was deleted. "

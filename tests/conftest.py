@@ -16,6 +16,7 @@ import pytest
 from cloudckpt.config import Settings
 from cloudckpt.storage import Conditions, GCSStorage, LocalStorage, MemoryStorage, S3Storage, Storage
 from cloudckpt.testing.servers import FakeGcsServer, RcloneS3, SeaweedFS, ServerMissing
+from tests.records import Recording
 
 _T = TypeVar("_T")
 
@@ -38,6 +39,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=24, help="at how many moments the kill suite kills a trainer")
     parser.addoption("--on", default="memory", choices=BACKENDS, help="which storage the stories run on")
     parser.addoption("--stride", type=int, default=1, help="break every n-th call only, in the slow crash suites")
+    parser.addoption("--cuts", type=int, default=6, help="how often the power is cut on each file system")
+    parser.addoption("--soak", type=int, default=1000, help="how many saves the long runs make")
+    parser.addoption("--fuzz-seconds", type=float, default=2.0, help="for how long each parser is fuzzed")
+    parser.addoption("--record", type=Path, default=None, help="append what was run to this file, a line of JSON each")
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Recording:
+    """Writes down what a test runs: ``with record(story, fault, backend) as case``."""
+    return Recording(pytestconfig.getoption("--record"), str(request.node.nodeid))
 
 
 def _started(make: Callable[[], AbstractContextManager[_T]]) -> Iterator[_T]:

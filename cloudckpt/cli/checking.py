@@ -13,7 +13,7 @@ from cloudckpt.cli.doctor import examine
 from cloudckpt.cli.render import as_json, checkpoints_table, output, print_json
 from cloudckpt.core.text import format_bytes
 from cloudckpt.tools import repair, verify
-from cloudckpt.verifying import Finding
+from cloudckpt.verifying import Finding, VerifyReport
 
 __all__ = ["doctor", "repair_command", "verify_command"]
 
@@ -41,10 +41,19 @@ def verify_command(
         console = output()
         for finding in report.findings:
             console.print(_damage(finding), markup=False)
-        how = f"{format_bytes(report.bytes_read)} read" if deep else "sizes only; --deep reads every byte"
-        console.print(f"{len(report.checkpoints)} checkpoints checked ({how}), {len(report.findings)} findings")
+        found = f"{len(report.findings)} findings"
+        console.print(f"{len(report.checkpoints)} checkpoints checked ({_how(report)}), {found}")
     if not report.ok:
         raise typer.Exit(FINDINGS)
+
+
+def _how(report: VerifyReport) -> str:
+    if report.deep:
+        return f"{format_bytes(report.bytes_read)} read"
+    if not report.attested:
+        return "sizes only; --deep reads every byte"
+    compared = f"{report.attested} of {report.objects}"
+    return f"sizes, and the checksums that the store keeps of {compared} objects; --deep reads every byte"
 
 
 def _damage(finding: Finding) -> str:

@@ -7,12 +7,23 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from cloudckpt.core import keys
 from cloudckpt.core.model import State
 from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import CloudCkptError, StorageError
-from cloudckpt.storage import Conditions, Described, LocalStorage, ManifestStore, PulledFolder, RetryingStorage, Storage
+from cloudckpt.storage import (
+    Conditions,
+    Described,
+    Governed,
+    LocalStorage,
+    ManifestStore,
+    PulledFolder,
+    RetryingStorage,
+    Storage,
+)
+from cloudckpt.storage.mounts import mount_of, promises
 from cloudckpt.storage.probe import probe
 from cloudckpt.tools import open_store
 
@@ -56,6 +67,10 @@ def _place(storage: Storage) -> Iterator[Check]:
         except CloudCkptError as exc:
             yield Check(name="writable", ok=False, detail=str(exc))
             return
+        mount = mount_of(Path(inner.url))
+        if mount is not None:
+            usable, detail = promises(mount.kind)
+            yield Check(name="file system", ok=usable, detail=detail)
         if not inner.exists:
             yield Check(name="writable", ok=True, detail="the folder does not exist yet and can be made")
             return
@@ -71,6 +86,7 @@ def _place(storage: Storage) -> Iterator[Check]:
         for name, detail in facts.items():
             yield Check(name=name, ok=True, detail=detail)
     yield from _rights(inner)
+    yield from _rules(inner)
 
 
 def _rights(storage: Storage) -> Iterator[Check]:
@@ -130,6 +146,22 @@ def _payload_rights(storage: Storage) -> Iterator[Check]:
             yield Check(name=name, ok=False, detail=str(exc))
         else:
             yield Check(name=name, ok=True, detail=_milliseconds(time.monotonic() - began))
+
+
+def _rules(storage: Storage) -> Iterator[Check]:
+    if not isinstance(storage, Governed):
+        return
+    name = "lifecycle rules"
+    try:
+        dangers = storage.lifecycle_dangers()
+    except CloudCkptError as exc:
+        # Whoever trains needs no right to look at them.
+        yield Check(name=name, ok=True, detail=f"could not be looked at: {exc}")
+        return
+    for danger in dangers:
+        yield Check(name=name, ok=False, detail=danger)
+    if not dangers:
+        yield Check(name=name, ok=True, detail="none that would delete a live checkpoint")
 
 
 class _BrokenOff(Exception):  # noqa: N818 - nothing is wrong

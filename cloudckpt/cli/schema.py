@@ -113,6 +113,8 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
         "findings": "array of objects: checkpoint, key, problem, start?, length?",
         "deep": "boolean",
         "bytes_read": "integer",
+        "objects": "integer; payload objects that were asked for",
+        "attested": "integer; those whose right checksum the store itself tells",
     },
     "doctor": {"root": "string", "ok": "boolean", "checks": "array of objects: name, ok, detail"},
     "repair": {

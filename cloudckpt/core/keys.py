@@ -3,7 +3,7 @@
 Grammar (ABNF-like; every key is relative to the root, parts joined with ``/``)::
 
     manifest    = "manifest.json"
-    copy        = "manifest-" 6*DIGIT ".json"
+    copy        = "manifest-" 6*19DIGIT ".json"              up to 2^62
     replaced    = "manifest-replaced-" 8HEXDIG ".json"     what repair found in place of a manifest
     prefix      = "checkpoint-" step "." save-id
     index       = prefix "/checkpoint.json"
@@ -30,6 +30,7 @@ from urllib.parse import quote, unquote
 from cloudckpt.errors import FormatError
 
 __all__ = [
+    "COUNT_LIMIT",
     "INDEX_NAME",
     "LOCK",
     "MANIFEST",
@@ -61,9 +62,12 @@ PROBE_PREFIX = ".cloudckpt-probe-"
 #: The highest step: what a folder's name can spell.
 STEP_LIMIT = 10**18
 
+#: No run counts its revisions, saves or writers this far: a higher number was put there by hand.
+COUNT_LIMIT = 2**62
+
 _ID = re.compile(r"[0-9a-f]{8}")
 _PREFIX = re.compile(r"checkpoint-(0|[1-9][0-9]{0,18})\.([0-9a-f]{8})")
-_COPY = re.compile(r"manifest-([0-9]{6,})\.json")
+_COPY = re.compile(r"manifest-([0-9]{6,19})\.json")
 _REPLACED = re.compile(r"manifest-replaced-[0-9a-f]{8}\.json")
 _REPLACED_TEMPORARY = re.compile(r"\.manifest-replaced-[0-9a-f]{8}\.json\.tmp")
 _PROBE = re.compile(r"\.cloudckpt-probe-[0-9a-f]{8}")
@@ -198,7 +202,7 @@ def parse(text: str) -> Key:
 def _parse_root(name: str) -> Key:
     if kind := _ROOT_KINDS.get(name):
         return Key(text=name, kind=kind)
-    if match := _COPY.fullmatch(name):
+    if (match := _COPY.fullmatch(name)) and int(match[1]) <= COUNT_LIMIT:
         return Key(text=name, kind=Kind.COPY, revision=int(match[1]))
     patterns = ((_REPLACED, Kind.REPLACED), (_PROBE, Kind.PROBE), (_REPLACED_TEMPORARY, Kind.TEMPORARY))
     kind = next((kind for pattern, kind in patterns if pattern.fullmatch(name)), Kind.FOREIGN)

@@ -40,6 +40,9 @@ SKIP: Final = object()
 #: Deeper nesting than this is a mistake, or an attack; Python's own recursion ends soon after.
 _DEPTH_LIMIT = 100
 
+#: How much of a name or a value an error shows: a hostile document must not make an endless message.
+_SHOWN = 200
+
 _FACTORIES: dict[str, Callable[[], Any]] = {
     kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)
 }
@@ -81,10 +84,10 @@ def render_path(path: Path) -> str:
     """``optimizer.param_groups[0].lr``: identifiers with dots, everything else in brackets."""
     text = ""
     for segment in path:
-        if isinstance(segment, str) and segment.isidentifier():
+        if isinstance(segment, str) and segment.isidentifier() and len(segment) <= _SHOWN:
             text += f".{segment}" if text else segment
         else:
-            text += f"[{segment!r}]"
+            text += f"[{segment!r:.{_SHOWN}}]"
     return text or "the state"
 
 
@@ -195,7 +198,7 @@ class Codec:
         if not tags:
             return {key: self.decode(item, (*path, key)) for key, item in node.items()}
         if len(node) != 1:
-            raise FormatError(f"{render_path(path)}: {tags[0]} stands beside other keys")
+            raise FormatError(f"{render_path(path)}: {tags[0][:_SHOWN]} stands beside other keys")
         return self._decode_tagged(tags[0], node, path)
 
     def _decode_tagged(self, tag: str, node: dict[str, Json], path: Path) -> Any:
@@ -205,7 +208,7 @@ class Codec:
             if handler is not None:
                 return handler.decode(node[tag], path, self)
             if decode is None:
-                raise FormatError(f"{render_path(path)}: {tag} is unknown to this version of cloudckpt")
+                raise FormatError(f"{render_path(path)}: {tag[:_SHOWN]} is unknown to this version of cloudckpt")
             value = decode(self, node[tag], path)
             if tag in _ONE_SPELLING and not _identical(_ENCODERS[type(value)](self, value, path), node):
                 raise ValueError(node[tag])
@@ -213,7 +216,7 @@ class Codec:
         except CloudCkptError:
             raise
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as exc:
-            raise FormatError(f"{render_path(path)}: {tag} is malformed: {exc!r}") from exc
+            raise FormatError(f"{render_path(path)}: {tag[:_SHOWN]} is malformed: {exc!r:.{_SHOWN}}") from exc
 
     def _decode_list(self, payload: Json, path: Path) -> list[Any]:
         if not isinstance(payload, list):
@@ -256,7 +259,7 @@ class Codec:
         _check_fields(payload, {"items", "maxlen"})
         items, longest = self._decode_list(payload["items"], path), payload["maxlen"]
         if longest is not None and (type(longest) is not int or len(items) > longest):
-            raise FormatError(f"{render_path(path)}: {len(items)} items do not fit maxlen {longest!r}")
+            raise FormatError(f"{render_path(path)}: {len(items)} items do not fit maxlen {longest!r:.{_SHOWN}}")
         return deque(items, longest)
 
     def _decode_slice(self, payload: Json, path: Path) -> slice:
@@ -323,6 +326,14 @@ def _unclock(kind: Any, payload: Json, codec: Codec, path: Path) -> Any:
     if not named:
         return value
     return value.replace(tzinfo=timezone(value.tzinfo.utcoffset(None), codec.decode(named[0], path)))
+
+
+def _fraction(numbers: list[Any]) -> Fraction:
+    numerator, denominator = numbers
+    if type(numerator) is not int or type(denominator) is not int:
+        # Of text, Fraction computes the power of ten that it names: twelve bytes would take all of the memory.
+        raise TypeError("a fraction is two integers")
+    return Fraction(numerator, denominator)
 
 
 def _decimal(payload: Json) -> Decimal:
@@ -411,7 +422,7 @@ _DECODERS: dict[str, Callable[[Codec, Json, Path], Any]] = {
     "$time": lambda codec, p, path: _unclock(time, p, codec, path),
     "$timedelta": lambda _, p, __: timedelta(*p),
     "$decimal": lambda _, p, __: _decimal(p),
-    "$fraction": lambda codec, p, path: Fraction(*codec._decode_list(p, path)),
+    "$fraction": lambda codec, p, path: _fraction(codec._decode_list(p, path)),
     "$uuid": lambda _, p, __: uuid.UUID(p),
 }
 

@@ -37,6 +37,9 @@ _DEPTH_LIMIT = 100
 #: More problems than this say nothing new; a hostile document must not make an endless message.
 _PROBLEMS_SHOWN = 20
 
+#: Nor are more than these kept: of a document of small wrong things they would take many times its size.
+_PROBLEMS_KEPT = 1000
+
 
 def canonical(document: Mapping[str, Any], *, readable: bool) -> bytes:
     """A document as UTF-8 JSON ending in a newline; NaN is refused.
@@ -155,11 +158,12 @@ class Reader:
 
     def problem(self, expected: str) -> None:
         """Note that this value is not what was expected."""
-        self._problems.append(f"{self.place or 'document'}: expected {expected}, got {_shown(self.value)}")
+        self.complain(f"expected {expected}, got {_shown(self.value)}")
 
     def complain(self, sentence: str) -> None:
         """Note a problem that is not about this value's own type."""
-        self._problems.append(f"{self.place or 'document'}: {sentence}")
+        if len(self._problems) < _PROBLEMS_KEPT:
+            self._problems.append(f"{self.place or 'document'}: {sentence}")
 
     def finish(self, what: str) -> None:
         """Raise if anything was wrong anywhere in the document.
@@ -170,7 +174,8 @@ class Reader:
         if self._problems:
             shown = "".join(f"\n  {problem}" for problem in self._problems[:_PROBLEMS_SHOWN])
             more = len(self._problems) - _PROBLEMS_SHOWN
-            raise FormatError(f"{what} is malformed:{shown}" + (f"\n  and {more} more" if more > 0 else ""))
+            least = "at least " if len(self._problems) == _PROBLEMS_KEPT else ""
+            raise FormatError(f"{what} is malformed:{shown}" + (f"\n  and {least}{more} more" if more > 0 else ""))
 
     # -- containers ------------------------------------------------------------------------------------------
 

@@ -1,11 +1,14 @@
 """The thin shell: the verbs of a store, and the one loop that writes the manifest. fsspec is imported here only."""
 
 from cloudckpt.storage.base import (
+    Attested,
+    Attesting,
     Buffer,
     Conditions,
     Connecting,
     Copying,
     Described,
+    Governed,
     Landed,
     Listed,
     Lost,
@@ -29,6 +32,8 @@ from cloudckpt.storage.s3 import S3Storage
 from cloudckpt.storage.urls import open_storage
 
 __all__ = [
+    "Attested",
+    "Attesting",
     "Body",
     "Buffer",
     "Conditions",
@@ -37,6 +42,7 @@ __all__ = [
     "Described",
     "GCSStorage",
     "GenericFsspecStorage",
+    "Governed",
     "Held",
     "Landed",
     "Listed",

@@ -11,11 +11,14 @@ from typing import Protocol, runtime_checkable
 from cloudckpt.errors import StorageError
 
 __all__ = [
+    "Attested",
+    "Attesting",
     "Buffer",
     "Conditions",
     "Connecting",
     "Copying",
     "Described",
+    "Governed",
     "Landed",
     "Listed",
     "Lost",
@@ -84,6 +87,14 @@ class Listed:
 
     key: str
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attested:
+    """What a store says of an object: its size in bytes and, where it keeps one, the CRC-32C of all of it."""
+
+    size_bytes: int
+    crc32c: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +253,19 @@ class Storage(Protocol):
 
 
 @runtime_checkable
+class Attesting(Protocol):
+    """A storage whose store keeps checksums of objects, and tells them without the objects' bytes."""
+
+    def attest(self, key: str) -> Attested:
+        """An object's size and checksum, in one request, without reading it.
+
+        Raises:
+            ObjectNotFoundError: there is no such object.
+        """
+        ...
+
+
+@runtime_checkable
 class Paced(Protocol):
     """A storage that knows how many reads are worth having at once."""
 
@@ -293,6 +317,19 @@ class Copying(Protocol):
 
         Raises:
             StorageError: the store failed on the way, or other bytes arrived (and were taken away again).
+        """
+        ...
+
+
+@runtime_checkable
+class Governed(Protocol):
+    """A storage whose store may delete objects by rules of its own."""
+
+    def lifecycle_dangers(self) -> Sequence[str]:
+        """What its rules would do to live objects of this root, a sentence each; empty if nothing.
+
+        Raises:
+            StorageError: the rules may not be looked at.
         """
         ...
 

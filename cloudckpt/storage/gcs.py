@@ -24,16 +24,17 @@ from urllib.parse import quote
 import crc32c
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Outcome, Storage, Unknown, Versioned, scatter
+from cloudckpt.storage.base import Attested, Buffer, Landed, Listed, Lost, Outcome, Storage, Unknown, Versioned, scatter
 from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.gcs_errors import Answer
 from cloudckpt.storage.gcs_session import GCSSession
 from cloudckpt.storage.gcs_upload import ResumableUpload
 from cloudckpt.storage.gcs_upload import Session as ResumableSession
 from cloudckpt.storage.gcs_xml import Session, XmlUploads
+from cloudckpt.storage.lifecycle import google_dangers
 from cloudckpt.storage.loop import Running
 from cloudckpt.storage.multipart import Carried
-from cloudckpt.storage.remote import crc32c_b64, each
+from cloudckpt.storage.remote import crc32c_b64, crc32c_of, each
 
 __all__ = ["GCSStorage"]
 
@@ -266,8 +267,12 @@ class GCSStorage(GCSSession):
 
     def size(self, key: str) -> int:
         """See ``Storage.size``: the object's metadata."""
-        answer = self._run(self._ask(self._named("looking at", key), "GET", self._object(key)))
-        return int(str(answer.json["size"]))
+        return self.attest(key).size_bytes
+
+    def attest(self, key: str) -> Attested:
+        """See ``Attesting.attest``: the object's metadata."""
+        found = self._run(self._ask(self._named("looking at", key), "GET", self._object(key))).json
+        return Attested(int(str(found["size"])), crc32c_of(str(found.get("crc32c", ""))))
 
     # -- list and delete -------------------------------------------------------------------------------------
 
@@ -305,6 +310,13 @@ class GCSStorage(GCSSession):
                 lambda key: self._ask(self._named("deleting", key), "DELETE", self._object(key)),
             )
         )
+
+    def lifecycle_dangers(self) -> Sequence[str]:
+        """See ``Governed.lifecycle_dangers``: the bucket's own metadata."""
+        what = f"reading the lifecycle rules of gs://{self._bucket}"
+        url = f"/storage/v1/b/{quote(self._bucket, safe='')}"
+        found: Any = self._run(self._ask(what, "GET", url, params={"fields": "lifecycle"})).json
+        return google_dangers((found.get("lifecycle") or {}).get("rule") or (), self._prefix)
 
     def abort_uploads(self, prefix: str, *, spare: Callable[[str], bool] = lambda _: False) -> int:
         """See ``Storage.abort_uploads``: those in parts. Resumable ones cannot be listed; they cost nothing."""

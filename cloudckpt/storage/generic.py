@@ -62,7 +62,15 @@ class GenericFsspecStorage:
             raise ConfigError(
                 f"{self._url!r}: {self._class.__name__} can only be read; a run needs a filesystem that can be written"
             )
-        self._options = {**self._class._get_kwargs_from_urls(url), **options}  # noqa: SLF001 - fsspec's way to read a URL
+        try:
+            given = self._class._get_kwargs_from_urls(url)  # noqa: SLF001 - fsspec's way to read a URL
+        except ValueError:
+            # Neither the URL nor what is said about it: where the host cannot be found, it may be in the password.
+            raise ConfigError(
+                f"a {scheme}:// URL whose host and port cannot be told: write {scheme}://user@host:port/folder. Signs "
+                "such as / and @ in a password are percent-encoded; or pass it in storage_options"
+            ) from None
+        self._options = {**given, **options}
         self._root = str(self._class._strip_protocol(url)).rstrip("/")  # noqa: SLF001 - the same
         self._renames = _renames(self._class)
         self._mutex = threading.RLock()

@@ -83,11 +83,11 @@ class LocalStorage:
     def read(self, key: str, *, limit_bytes: int) -> Versioned:
         """See ``Storage.read``; the version is the content's SHA-256, since every manifest differs."""
         path = self._path(key)
-        with reading(path), path.open("rb") as file:
+        with reading(path), open(path, "rb", opener=_open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit_bytes:
                 raise StorageError(f"{path} has {size} bytes, more than the {limit_bytes} expected")
-            body = file.read()
+            body = file.read(size)  # no more, whatever becomes of the file meanwhile
         return Versioned(body, _version(body))
 
     def create(self, key: str, body: bytes) -> Outcome:
@@ -144,7 +144,7 @@ class LocalStorage:
         """See ``Storage.read_into``."""
         path = self._path(key)
         end = start + sum(target.nbytes for target in targets)
-        with reading(path), path.open("rb", buffering=0) as file:
+        with reading(path), open(path, "rb", buffering=0, opener=_open_regular) as file:
             size = os.fstat(file.fileno()).st_size
             if size >= end:
                 # Cut short since its size was asked, it has what came.
@@ -229,6 +229,16 @@ class LocalStorage:
 
     def close(self) -> None:
         """See ``Storage.close``."""
+
+
+def _open_regular(path: str, flags: int) -> int:
+    # A pipe of this name would wait for whoever writes into it, and a device never ends.
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # a folder is refused by whoever opens it, in its own words
+        return descriptor
+    os.close(descriptor)
+    raise StorageError(f"{path} is a pipe or a device, and no object of a run")
 
 
 def _ignore(_: int) -> None:

@@ -27,6 +27,7 @@ from cloudckpt.core.garbage import COPIES_KEPT
 from cloudckpt.core.manifest import stamped
 from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest, encode_manifest
 from cloudckpt.core.model import HISTORY_LENGTH, Manifest
+from cloudckpt.core.wire import LARGEST_INTEGER
 from cloudckpt.errors import (
     CloudCkptError,
     CommitUnknownError,
@@ -320,6 +321,12 @@ class ManifestStore:
             ) from doubt
 
     def _encoded(self, proposal: Manifest) -> bytes:
+        highest = max(proposal.revision, proposal.writer_epoch, proposal.next_seq, proposal.commits)
+        if highest > LARGEST_INTEGER:
+            raise FormatError(
+                f"{self.storage.url}/{keys.MANIFEST} counts to {highest}: no run does, and no reader takes that. It "
+                f"was edited by hand; nothing was written. Run: cloudckpt repair {self.storage.url}"
+            )
         body = encode_manifest(proposal)
         if len(body) > MANIFEST_LIMIT_BYTES:
             raise FormatError(

@@ -22,7 +22,7 @@ from cloudckpt.storage.base import Buffer, Versioned
 from cloudckpt.storage.loop import Loop, LoopClosed, Running
 from cloudckpt.storage.retry import Backoff
 
-__all__ = ["RemoteStorage", "crc32c_b64", "each", "parts_of"]
+__all__ = ["RemoteStorage", "crc32c_b64", "crc32c_of", "each", "parts_of"]
 
 _T = TypeVar("_T")
 
@@ -290,6 +290,15 @@ async def each(
 def crc32c_b64(value: int) -> str:
     """A CRC-32C as both stores write it: base64 of its four bytes, big-endian."""
     return base64.b64encode(value.to_bytes(4, "big")).decode()
+
+
+def crc32c_of(text: str) -> int | None:
+    """The other way round; None for anything else, such as the sum of parts' sums that S3 keeps of some objects."""
+    try:
+        found = base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return int.from_bytes(found, "big") if len(found) == 4 else None
 
 
 def parts_of(buffers: Iterable[Buffer], part_bytes: int) -> Iterator[bytearray]:

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cloudckpt.errors import StorageError
-from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Paced, Storage, Versioned
+from cloudckpt.storage.base import (
+    Attested,
+    Attesting,
+    Buffer,
+    Conditions,
+    Listed,
+    Outcome,
+    Paced,
+    Storage,
+    Versioned,
+)
 
 __all__ = ["Backoff", "RetryingStorage"]
 
@@ -126,6 +136,13 @@ class RetryingStorage:
     def size(self, key: str) -> int:
         """See ``Storage.size``."""
         return self._again(lambda: self._inner.size(key))
+
+    def attest(self, key: str) -> Attested:
+        """See ``Attesting.attest``; of a storage that knows no checksums, the size."""
+        inner = self._inner
+        if isinstance(inner, Attesting):
+            return self._again(lambda: inner.attest(key))
+        return Attested(self.size(key), None)
 
     def list(self, prefix: str = "", *, limit: int | None = None) -> Iterator[Listed]:
         """See ``Storage.list``; a listing is read to its end before the first key is given."""

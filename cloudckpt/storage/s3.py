@@ -17,10 +17,11 @@ from typing import Any
 import crc32c
 
 from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Landed, Listed, Lost, Outcome, Storage, Unknown, Versioned
+from cloudckpt.storage.base import Attested, Landed, Listed, Lost, Outcome, Storage, Unknown, Versioned
+from cloudckpt.storage.lifecycle import s3_dangers
 from cloudckpt.storage.loop import Running
 from cloudckpt.storage.multipart import Carried, UploadInParts
-from cloudckpt.storage.remote import crc32c_b64, each
+from cloudckpt.storage.remote import crc32c_b64, crc32c_of, each
 from cloudckpt.storage.s3_copy import StoreCopies
 from cloudckpt.storage.s3_errors import (
     AnsweredError,
@@ -238,16 +239,25 @@ class S3Storage(S3Session):
 
     def size(self, key: str) -> int:
         """See ``Storage.size``: HeadObject."""
+        return int(self._head(key)["ContentLength"])
+
+    def attest(self, key: str) -> Attested:
+        """See ``Attesting.attest``: HeadObject, which tells the checksum that came with the object."""
+        found = self._head(key, ChecksumMode="ENABLED")
+        return Attested(int(found["ContentLength"]), crc32c_of(str(found.get("ChecksumCRC32C", ""))))
+
+    def _head(self, key: str, **arguments: str) -> Mapping[str, Any]:
         what = self._named("looking at", key)
 
-        async def ask() -> int:
+        async def ask() -> Mapping[str, Any]:
+            found: Mapping[str, Any]
             try:
-                answer = await self._ask("head_object", what, Key=self._key(key))
+                found = await self._ask("head_object", what, Key=self._key(key), **arguments)
             except ObjectNotFoundError:
                 # An answer to HEAD has no body, so a missing bucket looks like a missing object; a GET tells.
-                answer = await self._ask("get_object", what, Key=self._key(key))
-                answer["Body"].close()
-            return int(answer["ContentLength"])
+                found = await self._ask("get_object", what, Key=self._key(key))
+                found["Body"].close()
+            return found
 
         return self._run(ask())
 
@@ -311,6 +321,15 @@ class S3Storage(S3Session):
         found = self._run(self._list_uploads(self._prefix + prefix))
         going = [upload for upload in found if not spare(upload["Key"][len(self._prefix) :])]
         return self._run(self._abort_each(going))
+
+    def lifecycle_dangers(self) -> Sequence[str]:
+        """See ``Governed.lifecycle_dangers``: GetBucketLifecycleConfiguration."""
+        try:
+            what = f"reading the lifecycle rules of s3://{self._bucket}"
+            found = self._run(self._ask("get_bucket_lifecycle_configuration", what))
+        except ObjectNotFoundError:
+            return []  # the bucket has none
+        return s3_dangers(found.get("Rules", ()), self._prefix)
 
     async def _list_uploads(self, prefix: str) -> Sequence[dict[str, str]]:
         what = f"listing unfinished uploads in {self.url}"

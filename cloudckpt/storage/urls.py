@@ -63,6 +63,8 @@ def open_storage(
     text = os.fspath(root)
     if not isinstance(text, str) or not text:
         raise ConfigError(f"{root!r} is no root: write a folder such as ./runs/demo or a URL such as s3://bucket/run")
+    if "\0" in text:
+        raise ConfigError(f"{_shown(text)!r}: neither a path nor a URL has a NUL in it")
     if "::" in text:
         raise ConfigError(f"{_shown(text)!r}: chained URLs cannot be written atomically: give the plain URL")
     match = _SCHEME.match(text)
@@ -112,8 +114,8 @@ def _checked_path(text: str) -> str:
     if match := _MANGLED.match(text):
         fixed = f"{match[1]}://{text[match.end() :]}"
         raise ConfigError(
-            f"{text!r} looks like a URL that went through pathlib or os.path, which ate a slash: pass the string "
-            f"{fixed!r}. (For a folder of that name, write {'./' + text!r})"
+            f"{_shown(text)!r} looks like a URL that went through pathlib or os.path, which ate a slash: pass the "
+            f"string {_shown(fixed)!r}. (For a folder of that name, put ./ before it)"
         )
     return text
 

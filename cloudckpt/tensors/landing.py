@@ -36,7 +36,10 @@ def fresh_tensors(wanted: Sequence[tuple[torch.dtype, Sequence[int]]]) -> list[t
         starts.append(end)
         size = math.prod(shape) * dtype.itemsize
         end += size + -size % ALIGNMENT
-    arena = np.empty(end + ALIGNMENT, dtype=np.uint8)
+    try:
+        arena = np.empty(end + ALIGNMENT, dtype=np.uint8)
+    except ValueError as exc:  # more than an array can have at all
+        raise MemoryError(f"tensors of {end} bytes are asked for, and no host has that much") from exc
     first = -arena.ctypes.data % ALIGNMENT
     return [over(arena, first + start, dtype, shape) for start, (dtype, shape) in zip(starts, wanted, strict=True)]
 

@@ -123,10 +123,18 @@ class TorchLeaf:
             case "dtype":
                 return dtype_named(value)
             case "device":
-                return torch.device(value)
+                return _device(value, path)
             case "constant" if isinstance(getattr(torch, value, None), torch.memory_format | torch.layout):
                 return getattr(torch, value)
-        raise FormatError(f"{render_path(path)}: torch has no {kind} {value!r}")
+        raise FormatError(f"{render_path(path)}: torch has no {kind!s:.60} {value!r:.60}")
+
+
+def _device(name: str, path: Path) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as exc:
+        # Torch answers with all the names there are.
+        raise FormatError(f"{render_path(path)}: torch has no device {name!r:.60}") from exc
 
 
 @dataclass(frozen=True, slots=True)

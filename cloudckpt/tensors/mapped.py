@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def _mappable(entry: TensorEntry) -> Chunk | None:
 def _map(root: Path, outline: Outline, name: str) -> HostMemory:
     path = root / keys.payload_key(outline.checkpoint.step, outline.checkpoint.id, name)
     try:
+        if path.exists() and not path.is_file():  # opened, a pipe would wait for whoever writes into it
+            raise OSError(errno.EINVAL, "a pipe or a device (or a folder), and no object of a run")
         return np.asarray(np.memmap(path, dtype=np.uint8, mode="c"))
     except FileNotFoundError as exc:
         raise CorruptCheckpointError(f"{path} does not exist", checkpoint_id=outline.checkpoint.id) from exc

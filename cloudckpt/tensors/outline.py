@@ -69,7 +69,13 @@ class Outline:
         place = self._place(component, name)
         found = self._tensors.get(place)
         if found is None:
-            found = self._tensors[place] = self._outlined(self.entries[place])
+            entry = self.entries[place]
+            try:
+                found = self._tensors[place] = self._outlined(entry)
+            except (RuntimeError, OverflowError) as exc:
+                # Sizes whose product is small, or zero, and that no tensor can have all the same.
+                said = str(exc).partition("\n")[0]
+                raise self._corrupt(f"{component}.{name}: no tensor has the shape {entry.shape}: {said}") from exc
             self._places[id(found)] = place
         return found
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 import numpy as np
+import torch
 from crc32c import crc32c
 
 from cloudckpt.config import Settings
@@ -19,7 +20,7 @@ from cloudckpt.core import keys
 from cloudckpt.core.checksum import combine_all, format_crc32c
 from cloudckpt.core.model import Checkpoint
 from cloudckpt.core.ranges import Read, Span, Wanted, plan_reads
-from cloudckpt.errors import CorruptCheckpointError, ObjectNotFoundError
+from cloudckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StorageError
 from cloudckpt.progress import Meter
 from cloudckpt.storage import Paced, Storage
 from cloudckpt.tensors.extents import Extent, Piece
@@ -73,6 +74,8 @@ class Reading:
         self._waste = memoryview(bytearray(min(settings.read_gap_bytes, settings.max_read_bytes)))
         self._scratch = _Scratch(0)
         self._ferry: Ferry | None = None
+        # Extents that came with one sum and then with another: read once more when all else is done.
+        self._doubted: list[Extent] = []
         # No thread reads before all are there: beside one that reads, starting the next takes 10 ms.
         self._begun = threading.Event()
 
@@ -80,7 +83,7 @@ class Reading:
         """Read everything. When it returns or raises, nothing is written any more.
 
         Raises:
-            CorruptCheckpointError: an object is missing, too short, or a checksum differs; names object and range.
+            CorruptCheckpointError: an object is missing, too short, or a checksum differs twice; names object, range.
             StorageError: the store refused.
         """
         for extent in self._extents:
@@ -114,17 +117,21 @@ class Reading:
             if self._ferry is not None:
                 self._ferry.finish()
         _raise_first(running)
+        for extent in self._doubted:
+            self._bring_again(extent)
 
     def _read(self, read: Read) -> None:
         self._begun.wait()
         placed = self._placed(read)
         if placed is not None:
-            self._ask(read, [view for _, views in placed for view in views])
+            self._ask(read.object, read.start, [view for _, views in placed for view in views])
+            self._count(read)
             self._sum(placed)
         elif self._ferry is not None:
             with self._ferry.buffer() as buffer:
                 whole = byte_view(buffer.memory)[: read.length]
-                self._ask(read, [whole])
+                self._ask(read.object, read.start, [whole])
+                self._count(read)
                 placed = _cut(whole, read)
                 self._to_host(placed)
                 # Summed before it leaves the host, and on its way while the next range is read.
@@ -145,15 +152,18 @@ class Reading:
             found.append((span, views))
         return found
 
-    def _ask(self, read: Read, targets: Sequence[memoryview]) -> None:
-        key, meter = self._key(read.object), self._meter
+    def _ask(self, name: str, start: int, targets: Sequence[memoryview]) -> None:
+        key, meter = self._key(name), self._meter
         try:
-            with meter.carrying(read.object) if meter is not None else contextlib.nullcontext():
-                self._storage.read_into(key, read.start, *targets)
+            with meter.carrying(name) if meter is not None else contextlib.nullcontext():
+                self._storage.read_into(key, start, *targets)
         except ObjectNotFoundError as exc:
             raise CorruptCheckpointError(str(exc), checkpoint_id=self._checkpoint.id, key=key) from exc
-        if meter is not None:
-            meter.advance(read.length)
+
+    def _count(self, read: Read) -> None:
+        # A second look at the same bytes is not progress.
+        if self._meter is not None:
+            self._meter.advance(read.length)
 
     def _to_host(self, placed: Sequence[_Placed]) -> None:
         """What came by way of a buffer and stays on the host."""
@@ -191,16 +201,67 @@ class Reading:
                 self._prove(extent)
 
     def _prove(self, extent: Extent) -> None:
-        """Compare what came of an extent with what was sealed."""
+        """Compare what came of an extent with what was sealed.
+
+        Bytes can change on the way as well, and a fault of the network is no damage: only what is wrong twice, and in
+        the same way, lies in the store like that.
+        """
         found = combine_all((value, length) for _, value, length in sorted(extent.sums))
-        if found != extent.crc32c:
+        if found == extent.crc32c:
+            extent.proven()
+        elif self._sum_again(extent) != found:
+            with self._mutex:
+                self._doubted.append(extent)
+        else:
             raise CorruptCheckpointError(
-                f"{self._checkpoint.url}/{extent.object} bytes {extent.start}..{extent.start + extent.length}: "
-                f"checksum {format_crc32c(found)}, sealed as {format_crc32c(extent.crc32c)}",
+                f"{self._where(extent)}: checksum {format_crc32c(found)}, sealed as {format_crc32c(extent.crc32c)}",
                 checkpoint_id=self._checkpoint.id,
                 key=self._key(extent.object),
             )
+
+    def _sum_again(self, extent: Extent) -> int:
+        """The sum of an extent's bytes, read once more, past the memory where they belong."""
+        found = 0
+        for _, block in self._blocks(extent):
+            found = crc32c(block, found)
+        return found
+
+    def _bring_again(self, extent: Extent) -> None:
+        """Read an extent to where it belongs, when nobody else writes there any more.
+
+        Raises:
+            StorageError: its bytes are wrong again, and not as they were wrong before.
+        """
+        found = 0
+        for at, block in self._blocks(extent):
+            found = crc32c(block, found)
+            for piece in extent.pieces(at, len(block)):
+                source = block[piece.start - at : piece.start - at + piece.length]
+                if (home := piece.home.view()) is not None:
+                    home[piece.at : piece.at + piece.length] = source
+                else:
+                    target = piece.home.flat()[piece.at : piece.at + piece.length]
+                    target.copy_(torch.frombuffer(source, dtype=torch.uint8))
+        if found != extent.crc32c:
+            raise StorageError(
+                f"{self._where(extent)}: the same range was read several times, and other bytes came each time. "
+                "Something between the store and this process changes them (memory, a proxy, a network card); nothing "
+                "is known to be wrong with what is stored",
+                retryable=True,
+            )
         extent.proven()
+
+    def _blocks(self, extent: Extent) -> Iterator[tuple[int, memoryview]]:
+        """All bytes of an extent, from its first one on; each block is good until the next is asked for."""
+        most = self._settings.max_read_bytes
+        memory = memoryview(bytearray(min(most, extent.length)))
+        for at in range(0, extent.length, most):
+            block = memory[: min(most, extent.length - at)]
+            self._ask(extent.object, extent.start + at, [block])
+            yield at, block
+
+    def _where(self, extent: Extent) -> str:
+        return f"{self._checkpoint.url}/{extent.object} bytes {extent.start}..{extent.start + extent.length}"
 
     def _key(self, name: str) -> str:
         return keys.payload_key(self._checkpoint.step, self._checkpoint.id, name)

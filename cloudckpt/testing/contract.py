@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import pytest
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.base import Buffer, Landed, Listed, Lost, Part, Storage
+from cloudckpt.storage.base import Attesting, Buffer, Landed, Listed, Lost, Part, Storage
 from cloudckpt.testing.sources import BytesSource
 
 __all__ = ["StorageContract"]
@@ -430,6 +430,17 @@ class StorageContract:
 
         assert storage.size("folder/payload") == 12_345
         assert storage.size("manifest.json") == 2
+
+    def test_what_is_attested_fits_what_was_put(self, storage: Storage) -> None:
+        """A storage whose store keeps checksums tells size and sum of an object, or no sum; never another one."""
+        if isinstance(storage, Attesting):
+            _put(storage, "folder/payload", b"123456789")
+
+            found = storage.attest("folder/payload")
+            assert found.size_bytes == 9
+            assert found.crc32c in {None, 0xE3069283}  # the check value of CRC-32C
+            with pytest.raises(ObjectNotFoundError):
+                storage.attest("folder/none")
 
     # -- list ------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import TypeVar
 
 from cloudckpt.errors import StorageError
@@ -17,6 +18,9 @@ __all__ = ["Call", "Crash", "Fault", "ScriptedStorage"]
 
 _T = TypeVar("_T")
 
+#: How many calls later a late one is carried out: the same process has tried again by then.
+_LATE_BY = 4
+
 
 class Fault(StrEnum):
     """What goes wrong at the chosen call.
@@ -24,6 +28,8 @@ class Fault(StrEnum):
     Attributes:
         REFUSED: the store says no and does nothing. Not retryable.
         ANSWER_LOST: the store does it, and the answer never comes. Retryable.
+        LATE: the answer never comes, and the store does it some calls later, when the process has gone on: whatever a
+            write says must hold then. Retryable. What only reads has nothing to do late.
         CRASH_BEFORE: the process dies before the request leaves.
         CRASH_HALF: the process dies on the way: half of a put's bytes are sent (nothing becomes visible), half of a
             delete's keys are gone; any other verb is not carried out.
@@ -32,6 +38,7 @@ class Fault(StrEnum):
 
     REFUSED = "refused"
     ANSWER_LOST = "answer lost"
+    LATE = "lands late"
     CRASH_BEFORE = "crash before"
     CRASH_HALF = "crash half-way"
     CRASH_AFTER = "crash after"
@@ -73,6 +80,7 @@ class ScriptedStorage:
         self._fault = fault
         self._mutex = threading.Lock()
         self._dead: str | None = None
+        self._in_flight: Callable[[], object] | None = None
 
     @property
     def conditions(self) -> Conditions:
@@ -101,6 +109,13 @@ class ScriptedStorage:
         """Whether the process crashed."""
         return self._dead is not None
 
+    def land(self) -> None:
+        """Carry out what is still in flight, if anything: at the end of a history, whoever died."""
+        with self._mutex:
+            late, self._in_flight = self._in_flight, None
+        if late is not None:
+            late()
+
     def counts(self) -> Counter[str]:
         """How many requests of each verb were made."""
         with self._mutex:
@@ -121,6 +136,8 @@ class ScriptedStorage:
     # -- what happens to a call ------------------------------------------------------------------------------
 
     def _begin(self, verb: str, *keys: str) -> Fault | None:
+        if self._at is not None and len(self.calls) > self._at + _LATE_BY:
+            self.land()
         with self._mutex:
             self._check_alive()
             number = len(self.calls)
@@ -142,13 +159,24 @@ class ScriptedStorage:
             self._dead = f"{fault} in call {self._at}, {call}"
         return Crash(self._dead)
 
-    def _do(self, fault: Fault | None, verb: Callable[[], _T], *, half: Callable[[], object] | None = None) -> _T:
+    def _do(
+        self,
+        fault: Fault | None,
+        verb: Callable[[], _T],
+        *,
+        half: Callable[[], object] | None = None,
+        late: Callable[[], object] | None = None,
+    ) -> _T:
         if fault is Fault.REFUSED:
             raise StorageError(f"call {self._at} was refused", retryable=False)
         if fault is Fault.CRASH_HALF:
             if half is not None:
                 half()
             raise self._die(fault)
+        if fault is Fault.LATE:
+            with self._mutex:
+                self._in_flight = late or verb
+            raise StorageError(f"call {self._at} was not answered in time", retryable=True)
         answer = verb()
         if fault is Fault.ANSWER_LOST:
             raise StorageError(f"the answer to call {self._at} was lost", retryable=True)
@@ -156,6 +184,9 @@ class ScriptedStorage:
             raise self._die(fault)
         self._check_alive()
         return answer
+
+    def _ask(self, fault: Fault | None, verb: Callable[[], _T]) -> _T:
+        return self._do(fault, verb, late=lambda: None)
 
     def _write(self, fault: Fault | None, verb: Callable[[], Outcome]) -> Outcome:
         try:
@@ -172,7 +203,7 @@ class ScriptedStorage:
 
     def read(self, key: str, *, limit_bytes: int) -> Versioned:
         """See ``Storage.read``."""
-        return self._do(self._begin("read", key), lambda: self._inner.read(key, limit_bytes=limit_bytes))
+        return self._ask(self._begin("read", key), lambda: self._inner.read(key, limit_bytes=limit_bytes))
 
     def create(self, key: str, body: bytes) -> Outcome:
         """See ``Storage.create``."""
@@ -196,7 +227,11 @@ class ScriptedStorage:
             )
             self._inner.put(key, mortal, size_bytes=size_bytes, progress=progress)
 
-        self._do(fault, send, half=lambda: send(size_bytes // 2))
+        late: Callable[[], object] | None = None
+        if fault is Fault.LATE:
+            sent = b"".join(map(bytes, buffers))  # as they were when the request left
+            late = partial(self._inner.put, key, [sent], size_bytes=size_bytes)
+        self._do(fault, send, half=lambda: send(size_bytes // 2), late=late)
 
     def _pass(self, last: bool) -> None:  # noqa: FBT001 - called in one way
         """Before each buffer and part of a put: the dead send nothing, and ``last`` is where the process dies."""
@@ -206,15 +241,15 @@ class ScriptedStorage:
 
     def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``."""
-        self._do(self._begin("read_into", key), lambda: self._inner.read_into(key, start, *targets))
+        self._ask(self._begin("read_into", key), lambda: self._inner.read_into(key, start, *targets))
 
     def size(self, key: str) -> int:
         """See ``Storage.size``."""
-        return self._do(self._begin("size", key), lambda: self._inner.size(key))
+        return self._ask(self._begin("size", key), lambda: self._inner.size(key))
 
     def list(self, prefix: str = "", *, limit: int | None = None) -> Iterator[Listed]:
         """See ``Storage.list``; carried out when it is called, as one request."""
-        return iter(self._do(self._begin("list", prefix), lambda: [*self._inner.list(prefix, limit=limit)]))
+        return iter(self._ask(self._begin("list", prefix), lambda: [*self._inner.list(prefix, limit=limit)]))
 
     def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
         """See ``Storage.delete``."""
@@ -228,7 +263,7 @@ class ScriptedStorage:
     def abort_uploads(self, prefix: str, *, spare: Callable[[str], bool] = lambda _: False) -> int:
         """See ``Storage.abort_uploads``."""
         fault = self._begin("abort_uploads", prefix)
-        return self._do(fault, lambda: self._inner.abort_uploads(prefix, spare=spare))
+        return self._ask(fault, lambda: self._inner.abort_uploads(prefix, spare=spare))
 
     def close(self) -> None:
         """See ``Storage.close``."""

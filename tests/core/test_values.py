@@ -279,6 +279,9 @@ def test_a_container_at_two_places_is_stored_twice() -> None:
         {"$fraction": [2, 4]},
         {"$fraction": []},
         {"$fraction": ["1/3"]},
+        {"$fraction": ["1e999999999", 1]},
+        {"$fraction": [1, "1e-999999999"]},
+        {"$fraction": [1, True]},
         {"$range": [1]},
         {"$range": [True, 2, 1]},
         {"$slice": [1]},
@@ -317,6 +320,20 @@ def test_a_malformed_node_is_refused_by_path(node: object) -> None:
     """Unknown tags and wrong payloads are a FormatError that names the place, and nothing else ever escapes."""
     with pytest.raises(FormatError, match=r"^extra\.leaf"):
         Codec().decode({"leaf": node}, ("extra",))
+
+
+@pytest.mark.parametrize("key", ["x" * 10**6, "not an identifier " * 10**5])
+def test_an_error_shows_the_beginning_of_what_is_long(key: str) -> None:
+    """Neither a name nor a value of a megabyte makes a message of a megabyte."""
+    long = ("$bytes", "$float", "$uuid", "$decimal", "$deque")
+    payloads: list[Any] = ["!" * 10**6, "y" * 10**6, "0" * 10**6, "z" * 10**6, {"items": [], "maxlen": "x" * 10**6}]
+    for node in (*({tag: payload} for tag, payload in zip(long, payloads, strict=True)), {"$unknown": 1}):
+        with pytest.raises(FormatError) as refused:
+            Codec().decode({key: node})
+        assert len(str(refused.value)) < 1000
+    with pytest.raises(TypeError) as unstorable:
+        Codec().encode({key: object()})
+    assert len(str(unstorable.value)) < 1000
 
 
 def test_a_tower_of_nodes_is_refused() -> None:

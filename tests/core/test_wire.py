@@ -257,6 +257,15 @@ def test_all_problems_are_listed_up_to_twenty() -> None:
     assert lines[20:] == ['  a[19]: expected an integer >= 0, got "x"', "  and 5 more"]
 
 
+def test_of_a_hostile_document_only_so_many_problems_are_kept() -> None:
+    """A hundred thousand wrong things take the room of a thousand sentences, and are said to be more than those."""
+    found: list[str] = []
+    Reader({"a": ["x"] * 100_000}, "", found).at("a").integers()
+    assert len(found) == 1000
+    with pytest.raises(FormatError, match=r"\n  and at least 980 more$"):
+        Reader({}, "", found).finish("x.json")
+
+
 def test_a_few_problems_are_all_there_are() -> None:
     """With fewer problems nothing is left out; without any, ``finish`` says nothing."""
     root = Reader({"a": "x"}, "", [])

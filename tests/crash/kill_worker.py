@@ -19,7 +19,7 @@ import torch
 
 from cloudckpt import CheckpointManager
 from cloudckpt.config import Settings
-from cloudckpt.errors import StorageError
+from cloudckpt.errors import FencedError, SaveError, StorageError
 from cloudckpt.storage import Buffer, Conditions, Listed, Outcome, Storage, Versioned, open_storage
 
 PHASES = ("other", "claim", "announce", "upload", "seal", "seal-to-commit", "delete")
@@ -95,8 +95,10 @@ def loss_of(step: int) -> float:
     return float((step * 7919) % 101) / 101
 
 
-def train(root: str, options: dict[str, Any], notes: str, size: int) -> None:
-    """Resume and save until killed."""
+def train(root: str, options: dict[str, Any], notes: str, size: int, *, synced: bool = True) -> None:
+    """Resume and save until killed. Without ``synced`` nothing is ever told to be written to the disk."""
+    if not synced:
+        setattr(os, "fsync", lambda _: None)  # noqa: B010 - the control of the power cuts
     torch.set_num_threads(1)
     with Path(f"{notes}.phase").open("r+b") as file, Path(f"{notes}.ack").open("ab", buffering=0) as acks:
         note = mmap.mmap(file.fileno(), 1)
@@ -109,7 +111,11 @@ def train(root: str, options: dict[str, Any], notes: str, size: int) -> None:
         resumed = ckpts.restore(state)
         step = resumed.step + 1 if resumed else 0
         while True:
-            pending = ckpts.save(step, state_of(step, size), metrics={"loss": loss_of(step)}, block=True)
+            try:
+                pending = ckpts.save(step, state_of(step, size), metrics={"loss": loss_of(step)}, block=True)
+            except SaveError:
+                step += 1  # as a training loop goes on; if there is more to it, the next save says so
+                continue
             line = {"id": pending.checkpoint.id, "step": step, "seq": pending.checkpoint.seq}
             acks.write(json.dumps(line).encode() + b"\n")
             step += 1
@@ -123,6 +129,8 @@ def main() -> None:
         if pid == 0:
             try:
                 train(**job)
+            except FencedError:
+                os._exit(FencedError.exit_code)  # and not through the handlers of the process it was forked from
             finally:
                 os._exit(1)
         print(pid, flush=True)

@@ -17,6 +17,7 @@ from cloudckpt import CloudCkptError, Settings
 from cloudckpt.storage import Conditions, GCSStorage, S3Storage, Storage
 from cloudckpt.testing import History, check_recovery
 from cloudckpt.testing.fault_proxy import Action, FaultProxy
+from tests.records import Recording
 
 QUICK = Settings(
     retry_base_s=0.001, retry_cap_s=0.01, manifest_deadline_s=10, storage_deadline_s=10, request_timeout_s=5
@@ -38,7 +39,8 @@ PART = 5 * 1024 * 1024
 class Wire:
     """A server behind a proxy: storages whose requests can be broken, and storages that see what is there."""
 
-    def __init__(self, server: Any, proxy: FaultProxy) -> None:
+    def __init__(self, server: Any, proxy: FaultProxy, name: str) -> None:
+        self.name = name
         self.proxy = proxy
         self._server = server
         self._class: type[S3Storage | GCSStorage] = S3Storage if server.storage_options().get("key") else GCSStorage
@@ -61,7 +63,7 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     fixture = {"moto": "s3_server", "seaweedfs": "seaweedfs", "gcs": "gcs_server"}[request.param]
     server = request.getfixturevalue(fixture)
     with FaultProxy(server.url) as proxy:
-        yield Wire(server, proxy)
+        yield Wire(server, proxy, str(request.param))
 
 
 def requests_of_a_history(wire: Wire) -> int:
@@ -76,13 +78,14 @@ def requests_of_a_history(wire: Wire) -> int:
     return total
 
 
-def survive(wire: Wire, fault: str, stride: int) -> None:
-    """Break every ``stride``-th request in turn; every save must be acknowledged all the same."""
+def survive(wire: Wire, fault: str, stride: int) -> int:
+    """Break every ``stride``-th request in turn; every save must be acknowledged all the same. How many those were."""
     action, how = FAULTS[fault]
     total = requests_of_a_history(wire)
     assert total > 50
     failures = []
-    for number in range([*FAULTS].index(fault) % stride, total, stride):
+    points = range([*FAULTS].index(fault) % stride, total, stride)
+    for number in points:
         through, past = wire.pair()
         wire.proxy.clear()
         broken: Any = wire.proxy.inject(action, skip=number, times=1, **how)
@@ -99,22 +102,27 @@ def survive(wire: Wire, fault: str, stride: int) -> None:
         through.close()
         past.close()
     assert not failures, f"{len(failures)} of {total}:\n" + "\n".join(failures)
+    return len(points)
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("fault", FAULTS)
-def test_no_save_fails_by_a_fault_on_the_wire(wire: Wire, fault: str) -> None:
+def test_no_save_fails_by_a_fault_on_the_wire(wire: Wire, fault: str, record: Recording) -> None:
     """A sample of the requests of the history, each broken once in each way."""
-    survive(wire, fault, 59)
+    with record("a history of two jobs, on the wire", fault, wire.name) as case:
+        case.points = survive(wire, fault, 59)
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_no_save_fails_by_a_fault_at_any_request(wire: Wire, fault: str, pytestconfig: pytest.Config) -> None:
+def test_no_save_fails_by_a_fault_at_any_request(
+    wire: Wire, fault: str, pytestconfig: pytest.Config, record: Recording
+) -> None:
     """Every request of the history; ``--stride`` thins it out."""
-    survive(wire, fault, int(pytestconfig.getoption("--stride")))
+    with record("a history of two jobs, on the wire", fault, wire.name) as case:
+        case.points = survive(wire, fault, int(pytestconfig.getoption("--stride")))
 
 
 def upload(storage: Storage, body: bytes) -> None:

@@ -25,6 +25,7 @@ from cloudckpt.config import Settings
 from cloudckpt.storage import LocalStorage, S3Storage, Storage
 from cloudckpt.testing import check_store
 from cloudckpt.testing.servers import SeaweedFS
+from tests.records import Recording
 
 WORKER = Path(__file__).with_name("kill_worker.py")
 PHASES = ("other", "claim", "announce", "upload", "seal", "seal-to-commit", "delete")
@@ -136,8 +137,8 @@ def check_after_kill(storage: Storage, notes: Path, size: int) -> None:
 
 def kill_often(
     nursery: Nursery, storage: Storage, *, options: dict[str, Any], notes: Path, kills: int, size: int
-) -> None:
-    """Start, kill, check; then start once more and go on."""
+) -> Counter[str]:
+    """Start, kill, check; then start once more and go on. How often each phase was hit."""
     rng = random.Random(20261123)
     phase_file, ack_file = Path(f"{notes}.phase"), Path(f"{notes}.ack")
     phase_file.write_bytes(b"\0")
@@ -165,23 +166,29 @@ def kill_often(
     cloudckpt.gc(storage, dry_run=False)
     check_store(storage, settled=True)
     assert {c.state for c in cloudckpt.open(storage).checkpoints(state=None)} == {State.COMMITTED}
+    return hits
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(1800)
-def test_nothing_acknowledged_is_lost_by_kill_9(nursery: Nursery, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_nothing_acknowledged_is_lost_by_kill_9(
+    nursery: Nursery, tmp_path: Path, pytestconfig: pytest.Config, record: Recording
+) -> None:
     """A trainer killed with SIGKILL at any moment loses nothing it was told is saved, and the next start goes on."""
     kills = int(pytestconfig.getoption("--kills"))
     storage = LocalStorage(tmp_path / "run")
-    kill_often(nursery, storage, options={}, notes=tmp_path / "notes", kills=kills, size=200_000)
+    with record("a trainer", "kill -9", "local") as case:
+        hits = kill_often(nursery, storage, options={}, notes=tmp_path / "notes", kills=kills, size=200_000)
+        case.points = hits.total()
+        case.figures.update(hits)
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.timeout(1800)
 def test_nothing_acknowledged_is_lost_by_kill_9_on_s3(
-    nursery: Nursery, tmp_path: Path, pytestconfig: pytest.Config, seaweedfs: SeaweedFS
+    nursery: Nursery, tmp_path: Path, pytestconfig: pytest.Config, seaweedfs: SeaweedFS, record: Recording
 ) -> None:
     """The same on a real S3 server with uploads in several parts, a quarter as often; no upload is left unfinished."""
     kills = max(int(pytestconfig.getoption("--kills")) // 4, 12)
@@ -190,7 +197,10 @@ def test_nothing_acknowledged_is_lost_by_kill_9_on_s3(
     options = seaweedfs.storage_options()
     storage = S3Storage(bucket, "run", options, Settings())
     try:
-        kill_often(nursery, storage, options=options, notes=tmp_path / "notes", kills=kills, size=1_500_000)
+        with record("a trainer", "kill -9", "seaweedfs") as case:
+            hits = kill_often(nursery, storage, options=options, notes=tmp_path / "notes", kills=kills, size=1_500_000)
+            case.points = hits.total()
+            case.figures.update(hits)
         assert storage.abort_uploads("") == 0
     finally:
         storage.close()

@@ -9,6 +9,7 @@ import pytest
 from cloudckpt import CloudCkptError
 from cloudckpt.storage import Storage
 from cloudckpt.testing import Fault, History, ScriptedStorage, check_recovery
+from tests.records import Recording
 
 
 def count_calls(storage: Storage) -> int:
@@ -20,32 +21,36 @@ def count_calls(storage: Storage) -> int:
     return len(scripted.calls)
 
 
-def survive(make: Callable[[], Storage], fault: Fault, stride: int) -> None:
-    """Fault every ``stride``-th call of the history in turn, and check what is left after each."""
+def survive(make: Callable[[], Storage], fault: Fault, stride: int) -> int:
+    """Fault every ``stride``-th call of the history in turn, and check what is left after each; how many those were."""
     total = count_calls(make())
     assert total > 50
     failures = []
-    for call in range(list(Fault).index(fault) % stride, total, stride):
+    points = range(list(Fault).index(fault) % stride, total, stride)
+    for call in points:
         inner = make()
         scripted = ScriptedStorage(inner, call, fault)
         history = History(scripted)
         history.run()
         assert scripted.fired
+        scripted.land()
         try:
-            check_recovery(inner, history)
+            check_recovery(inner, history, late=fault is Fault.LATE)
         except (AssertionError, CloudCkptError) as exc:
             failures.append(f"call {call} ({scripted.calls[call]}): {type(exc).__name__}: {exc}")
         inner.close()
     assert not failures, f"{len(failures)} of {total}:\n" + "\n".join(failures)
+    return len(points)
 
 
 @pytest.mark.parametrize("fault", list(Fault))
 @pytest.mark.parametrize("kind", ["memory", "local"])
 def test_the_store_survives_every_fault_at_every_call(
-    kind: str, fault: Fault, new_storage: Callable[[str], Storage]
+    kind: str, fault: Fault, new_storage: Callable[[str], Storage], record: Recording
 ) -> None:
     """Whatever call fails, and however, every invariant holds and the next writer can go on."""
-    survive(lambda: new_storage(kind), fault, 1)
+    with record("a history of two jobs", fault, kind) as case:
+        case.points = survive(lambda: new_storage(kind), fault, 1)
 
 
 @pytest.mark.slow
@@ -54,7 +59,8 @@ def test_the_store_survives_every_fault_at_every_call(
 @pytest.mark.parametrize("fault", list(Fault))
 @pytest.mark.parametrize("kind", ["moto", "seaweedfs", "gcs", "fake-gcs-server"])
 def test_every_store_survives_every_fault_at_every_call(
-    kind: str, fault: Fault, new_storage: Callable[[str], Storage], pytestconfig: pytest.Config
+    kind: str, fault: Fault, new_storage: Callable[[str], Storage], pytestconfig: pytest.Config, record: Recording
 ) -> None:
     """The same on the object stores; ``--stride`` thins it out."""
-    survive(lambda: new_storage(kind), fault, int(pytestconfig.getoption("--stride")))
+    with record("a history of two jobs", fault, kind) as case:
+        case.points = survive(lambda: new_storage(kind), fault, int(pytestconfig.getoption("--stride")))

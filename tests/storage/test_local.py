@@ -438,6 +438,23 @@ def test_a_listing_follows_no_link(local_storage: LocalStorage, tmp_path: Path) 
     assert (elsewhere / "theirs").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+@pytest.mark.timeout(60)
+def test_a_pipe_or_a_device_is_no_object(local_storage: LocalStorage, tmp_path: Path) -> None:
+    """A pipe that nobody writes into, or a link to an endless device, is an error at once and no endless read."""
+    folder = tmp_path / "run" / "checkpoint-1.0123abcd"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "checkpoint.json")
+    (tmp_path / "run" / "manifest.json").symlink_to("/dev/zero")
+
+    for key in ("checkpoint-1.0123abcd/checkpoint.json", "manifest.json"):
+        with pytest.raises(StorageError, match="is a pipe or a device") as refused:
+            local_storage.read(key, limit_bytes=1000)
+        assert not refused.value.retryable
+        with pytest.raises(StorageError, match="is a pipe or a device"):
+            local_storage.read_into(key, 0, memoryview(bytearray(1)))
+
+
 def test_deleting_the_last_object_removes_the_folder(local_storage: LocalStorage, tmp_path: Path) -> None:
     """A checkpoint's folder goes with its last object; a file that is not ours keeps it, and the root stays."""
     for folder in ("checkpoint-1.0123abcd", "checkpoint-2.0123abce"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage import MemoryStorage, Storage, Unknown
+from cloudckpt.storage import Attested, MemoryStorage, Storage, Unknown
 from cloudckpt.storage.retry import Backoff, RetryingStorage
 from cloudckpt.testing import Fault, ScriptedStorage, StorageContract
 
@@ -167,6 +167,24 @@ def test_a_refusal_is_raised_at_once(stored: MemoryStorage, clock: Clock, verb: 
 
     assert busy.counts() == {verb: 1}
     assert clock.slept == []
+
+
+def test_a_checksum_is_asked_for_again_too(stored: MemoryStorage, clock: Clock) -> None:
+    """What a store says of an object is retried like its size; of a store that keeps no checksums there is the size."""
+
+    class Keeping(MemoryStorage):
+        asked = 0
+
+        def attest(self, key: str) -> Attested:
+            self.asked += 1
+            if self.asked < 3:
+                raise StorageError("busy", retryable=True)
+            return Attested(5, 7)
+
+    keeping = Keeping()
+    assert RetryingStorage(keeping, clock.backoff()).attest("object") == Attested(5, 7)
+    assert keeping.asked == 3
+    assert RetryingStorage(stored, clock.backoff()).attest("object") == Attested(5, None)
 
 
 def test_what_is_missing_is_not_asked_for_again(clock: Clock) -> None:

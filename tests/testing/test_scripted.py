@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -111,6 +112,42 @@ def test_a_lost_answer_hides_what_was_done(verb: str) -> None:
     assert state(inner) == carried_out(verb)
     assert storage.fired
     assert not storage.dead
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_late_call_is_carried_out_when_the_process_has_gone_on(verb: str) -> None:
+    """The caller is told nothing in time; four calls later the store has done it, with the bytes of back then."""
+    inner = filled()
+    storage = ScriptedStorage(inner, at=0, fault=Fault.LATE)
+    try:
+        outcome = VERBS[verb](storage)
+        assert isinstance(outcome, Unknown)
+        cause = outcome.cause
+    except StorageError as exc:
+        cause = exc
+
+    assert isinstance(cause, StorageError)
+    assert cause.retryable
+    for _ in range(4):
+        storage.size("older")
+        assert state(inner) == state(filled())
+    with contextlib.suppress(StorageError):
+        storage.size("older")  # which a late delete has taken away
+    assert state(inner) == carried_out(verb)
+    assert not storage.dead
+
+
+def test_what_is_still_in_flight_at_the_end_lands_when_asked_to() -> None:
+    """A late replace meets its own condition when it lands: if somebody was faster, it is lost."""
+    for faster, left in ((False, b"2"), (True, b"theirs")):
+        inner = filled()
+        storage = ScriptedStorage(inner, at=0, fault=Fault.LATE)
+        assert isinstance(storage.replace("old", b"2", expecting="1"), Unknown)
+        if faster:
+            assert isinstance(storage.replace("old", b"theirs", expecting="1"), Landed)
+        storage.land()
+        storage.land()
+        assert inner.read("old", limit_bytes=9).body == left
 
 
 @pytest.mark.parametrize("fault", [Fault.CRASH_BEFORE, Fault.CRASH_HALF, Fault.CRASH_AFTER])
