@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=24, help="at how many moments the kill suite kills a trainer")
     parser.addoption("--on", default="memory", choices=BACKENDS, help="which storage the stories run on")
     parser.addoption("--stride", type=int, default=1, help="break every n-th call only, in the slow crash suites")
+    parser.addoption("--stories", default="ci", choices=("ci", "long"), help="how many stories the stateful suite tells")
     parser.addoption(
         "--model-depth", type=int, default=1, choices=(1, 2, 3), help="how far the protocol model is searched: 1 as in CI"
     )
