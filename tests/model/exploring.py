@@ -47,6 +47,10 @@ class Faults(NamedTuple):
     refused: int = 0
 
 
+#: Everything is carried out and answered.
+NO_FAULTS = Faults()
+
+
 class Late(NamedTuple):
     """A write on its way: a manifest with its condition, or an object."""
 
@@ -104,7 +108,7 @@ class Scenario:
 
     name: str
     roles: tuple[Role, ...]
-    faults: Faults = Faults()
+    faults: Faults = NO_FAULTS
     before: dict[str, bytes] = field(default_factory=dict)
 
 
