@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from cloudckpt.config import Settings
 from cloudckpt.core import keys
 from cloudckpt.core.manifest import Settlement
-from cloudckpt.core.manifest_json import decode_manifest, encode_manifest, entry_from_bytes, entry_to_bytes
+from cloudckpt.core.manifest_json import decode_manifest, encode_manifest, entry_to_bytes
 from cloudckpt.core.model import Checkpoint, Manifest
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage import Conditions, Landed, Listed, Lost, ManifestStore, Outcome, Storage, Unknown, Versioned
@@ -33,6 +33,30 @@ T = TypeVar("T")
 SETTINGS = Settings(
     manifest_deadline_s=1, storage_deadline_s=1, retry_base_s=1, retry_cap_s=10**9, copy_every_revisions=10**6
 )
+
+
+#: What bytes say that were decoded or encoded before. Manifests are values: everybody may have the same one.
+_READ: dict[bytes, Manifest] = {}
+_MANY = 10_000
+
+
+def decode(body: bytes, *, what: str = keys.MANIFEST) -> Manifest:
+    """``decode_manifest``, once for the same bytes."""
+    found = _READ.get(body)
+    return _remembered(body, decode_manifest(body, what=what)) if found is None else found
+
+
+def encode(manifest: Manifest) -> bytes:
+    """``encode_manifest``; nobody has to decode that again."""
+    body = encode_manifest(manifest)
+    _remembered(body, manifest)
+    return body
+
+
+def _remembered(body: bytes, manifest: Manifest) -> Manifest:
+    if len(_READ) >= _MANY:
+        _READ.clear()
+    return _READ.setdefault(body, manifest)
 
 
 class Table(Generic[T]):
@@ -94,11 +118,12 @@ class Library:
     """What manifests, bodies and entries the numbers mean."""
 
     def __init__(self) -> None:
-        self._contents: Table[bytes] = Table()
+        self._contents: Table[str] = Table()
         self._manifests: dict[int, Manifest] = {}
         self._whole: dict[Slot, tuple[Manifest, bytes]] = {}
         self._bodies: Table[bytes] = Table()
         self._entries: Table[bytes] = Table()
+        self._noted: dict[int, Checkpoint] = {}
 
     def shelve(self, manifest: Manifest) -> Slot:
         """A manifest's place among all that there ever were."""
@@ -107,7 +132,7 @@ class Library:
             replace(e, retired_because="retired") if e.retired_because is not None else e for e in manifest.entries
         )
         plain = replace(manifest, revision=1, write_id="", history=(), journal=(), updated_at="", entries=entries)
-        content = self._contents.number(encode_manifest(plain))
+        content = self._contents.number(repr(plain))  # to the last digit, and no NaN is equal to nothing
         self._manifests.setdefault(content, plain)
         return Slot(content, manifest.revision, manifest.write_id, frozenset(manifest.history))
 
@@ -133,13 +158,13 @@ class Library:
                 history=history,
                 updated_at=at(0),
             )
-            self._whole[slot] = whole, encode_manifest(whole)
+            self._whole[slot] = whole, encode(whole)
         return self._whole[slot]
 
     def keep(self, key: str, body: bytes) -> Body:
         """An object's bytes; of a manifest's copy what is not the same on every way to it is left out."""
         if keys.parse(key).kind is keys.Kind.COPY:
-            found = decode_manifest(body)
+            found = decode(body)
             body = encode_manifest(replace(found, history=(found.write_id,), journal=()))
         return Body(self._bodies.number(body))
 
@@ -149,11 +174,13 @@ class Library:
 
     def note(self, entry: Checkpoint) -> int:
         """An entry's number."""
-        return self._entries.number(entry_to_bytes(entry))
+        number = self._entries.number(entry_to_bytes(entry))
+        self._noted.setdefault(number, entry)
+        return number
 
     def entry(self, number: int) -> Checkpoint:
         """The entry again."""
-        return entry_from_bytes(self._entries[number])
+        return self._noted[number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +254,7 @@ class ReplayStorage:
 
     def _write(self, verb: str, key: str, body: bytes, expecting: str | None) -> Outcome:
         if key == keys.MANIFEST:
-            slot = self._library.shelve(decode_manifest(body))
+            slot = self._library.shelve(decode(body))
             self.mentions.add(slot.write_id)
             request = Request(verb, (key,), slot=slot, expecting=expecting)
         else:

@@ -10,7 +10,7 @@ from tests.model.roles import writer
 from tests.model.scenarios import BEST, NEWEST, SCENARIOS, WORDS
 
 #: How many states of one scenario are looked at, by depth. CI has a minute and a half for all.
-LIMITS = {1: 8_000, 2: 200_000, 3: 2_000_000}
+LIMITS = {1: 8_000, 2: 200_000, 3: 1_000_000}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
