@@ -91,9 +91,11 @@ def gc_beside_a_save(depth: int) -> Scenario:
 def editors_beside_a_save(depth: int) -> Scenario:
     """A pin, a late metric for a save on its way, a mark and a prune, while a job goes on from an older checkpoint."""
     save = Save(id="a0000001", step=3, loss=3.0)
-    people = [editor("a person", pin(2)), editor("an evaluator", report(3, 0.5)), pruner()]
-    if depth > 1:
-        people.append(editor("a critic", mark(1, "diverged")))
+    people = [
+        editor("a person", pin(2)),
+        editor("an evaluator", report(3, 0.5), mark(1, "diverged")),
+        *[pruner(), pruner("another pruner")][:depth],
+    ]
     return Scenario(
         name="editors beside a save",
         roles=(writer("a", FORGOTTEN, save, first=[resume_from(BEST.id)]), *people),

@@ -111,12 +111,17 @@ class RunMachine(RuleBasedStateMachine):
     # -- calls -----------------------------------------------------------------------------------------------
 
     def _do(self, name: str, gate: Gate, act: Callable[[], object], then: Callable[[Call], None]) -> None:
-        call = Call(name, gate, act)
-        if call.rest():
+        self._go_on(Sleeper(Call(name, gate, act), then))
+
+    def _go_on(self, sleeper: Sleeper) -> None:
+        """Let a call run until it has ended, or sleeps."""
+        gate = sleeper.call.gate
+        if sleeper.call.rest():
             gate.arm(None, 0)  # what did not come to pass in this call does not come in another one
-            then(call)
+            gate.wake()  # a thread of it that fell asleep when nobody needed it any more
+            sleeper.then(sleeper.call)
         else:
-            self.sleepers.append(Sleeper(call, then))
+            self.sleepers.append(sleeper)
 
     def _gate(self, trouble: tuple[Trouble | None, int], *, by_hand: bool = False) -> Gate:
         gate = Gate(self.watch.view(by_hand=by_hand), self.late)
@@ -271,11 +276,7 @@ class RunMachine(RuleBasedStateMachine):
         sleeper = self.sleepers.pop(number % len(self.sleepers))
         sleeper.call.gate.arm(*trouble)
         sleeper.call.gate.wake(dead=dead)
-        if sleeper.call.rest():
-            sleeper.call.gate.arm(None, 0)
-            sleeper.then(sleeper.call)
-        else:
-            self.sleepers.append(sleeper)
+        self._go_on(sleeper)
 
     @precondition(lambda self: self.late)
     @rule(number=st.integers(0, 9))
