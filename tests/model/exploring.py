@@ -349,9 +349,7 @@ class Explorer:
             yield self._refused(here, actor, request.keys)
 
     def _delayed(self, here: Situation, actor: int, late: Late) -> Step:
-        spent = here._replace(
-            late=here.late | {late}, faults=here.faults._replace(late=here.faults.late - 1)
-        )
+        spent = here._replace(late=here.late | {late}, faults=here.faults._replace(late=here.faults.late - 1))
         return self._goes_on(spent, actor, Trouble(retryable=True), ", which is delayed")
 
     def _refused(self, here: Situation, actor: int, answer: Any) -> Step:
@@ -368,9 +366,7 @@ class Explorer:
             there, wrong = self._landed(there, late.slot, by_hand=late.by_hand)
         return Step(f"a delayed write of {late.key} arrives", there, wrong)
 
-    def _goes_on(
-        self, there: Situation, actor: int, answer: Any, what: str, violations: Sequence[str] = ()
-    ) -> Step:
+    def _goes_on(self, there: Situation, actor: int, answer: Any, what: str, violations: Sequence[str] = ()) -> Step:
         """The actor has its answer, and runs to its next request."""
         number = there.actors[actor][0]
         request = self._stops[number].request

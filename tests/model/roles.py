@@ -82,9 +82,7 @@ class Process:
         if mind.base is not None:
             self.store._base = Held(library.manifest(mind.base), mind.base.write_id)
         if mind.claimed is not None:
-            claim = Claim(
-                manifest=library.manifest(mind.claimed), writer_epoch=mind.writer_epoch, token=mind.token
-            )
+            claim = Claim(manifest=library.manifest(mind.claimed), writer_epoch=mind.writer_epoch, token=mind.token)
             self.store.refuse_rollback = True
             self._recorder = Recorder(self.store, claim, lambda _: None)
             self._recorder._unresolved = dict(mind.unresolved)

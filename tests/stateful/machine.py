@@ -8,6 +8,7 @@ asked: of each write and delete by ``Watch``, at the moment it happened, and of 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,10 +170,8 @@ class RunMachine(RuleBasedStateMachine):
     def _bury(self, manager: CheckpointManager, gate: Gate) -> None:
         """The process is no more, whatever it still wanted to do."""
         gate.wake(dead=True)
-        try:
+        with contextlib.suppress(Crash, CloudCkptError):
             manager.close()
-        except (Crash, CloudCkptError):
-            pass
 
     @precondition(lambda self: any(job.manager is None for job in self.jobs.values()))
     @rule(words=st.sampled_from(sorted(WORDS)), first=st.booleans(), takeover=st.sampled_from(["last_wins", "force"]))
