@@ -32,6 +32,7 @@ from cloudckpt.errors import (
 )
 from cloudckpt.pending import PendingSave
 from cloudckpt.run import Run
+from cloudckpt.saving.saver import Saver
 from cloudckpt.storage import ManifestStore, MemoryStorage
 from cloudckpt.storage.retry import Backoff
 from cloudckpt.sweeping import gc_run, sweep_run
@@ -98,6 +99,7 @@ class RunMachine(RuleBasedStateMachine):
         self.wrong: list[str] = []
         self._patch = pytest.MonkeyPatch()
         self._patch.setattr(ManifestStore, "_backoff", lambda store, deadline_s: self._backoff(deadline_s))
+        self._patch.setattr(Saver, "submit", _at_once)
         self._patch.delenv("TORCHELASTIC_RUN_ID", raising=False)
         self._managers: list[tuple[CheckpointManager, Gate]] = []
 
@@ -479,3 +481,11 @@ def state_of(number: int) -> dict[str, Any]:
 def load(run: Run, select: str) -> dict[str, Any]:
     """All of a checkpoint."""
     return run.load(select)
+
+
+def _at_once(saver: Saver, work: Callable[[], None]) -> None:
+    """What a new writer deletes in the background, before its first call goes on.
+
+    Beside that call its requests would come in another order each time, and a story could not be told again.
+    """
+    saver._pool.submit(work).result()
