@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cloudckpt.testing.invariants import check_store
     from cloudckpt.testing.scripted import Call, Crash, Fault, ScriptedStorage
     from cloudckpt.testing.sources import BytesSource
+    from cloudckpt.testing.watching import Watch
 
 __all__ = [
     "BytesSource",
@@ -27,6 +28,7 @@ __all__ = [
     "History",
     "ScriptedStorage",
     "StorageContract",
+    "Watch",
     "check_recovery",
     "check_store",
 ]
@@ -41,6 +43,7 @@ _PLACES = {
     "History": "history",
     "ScriptedStorage": "scripted",
     "StorageContract": "contract",
+    "Watch": "watching",
     "check_recovery": "history",
     "check_store": "invariants",
 }

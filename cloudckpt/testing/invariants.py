@@ -1,8 +1,13 @@
-"""The invariants of the spec, checked on what a store holds right now, whoever crashed."""
+"""The invariants of the spec, as questions: to what a store holds right now, and to each write and delete on the way.
+
+``check_store`` looks at a store, whoever crashed. The others look at one step, before it is made or just after: the
+protocol model asks them in every state that it reaches, ``Watch`` at every request of the stateful suite.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import crc32c
 
@@ -16,8 +21,9 @@ from cloudckpt.core.model import Checkpoint, Index, Manifest, PayloadObject, Sta
 from cloudckpt.core.retention import plan_prune
 from cloudckpt.errors import FormatError, ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Storage
+from cloudckpt.testing import oracle
 
-__all__ = ["check_store"]
+__all__ = ["check_store", "delete_violations", "manifest_violations", "put_violations", "step_violations"]
 
 
 def check_store(storage: Storage, *, settled: bool = False) -> None:
@@ -51,9 +57,7 @@ def _violations(storage: Storage, *, settled: bool) -> Iterator[str]:
     for entry in manifest.committed:
         if entry.damaged is None:
             yield from _check_bytes(storage, entry, indexes)
-    yield from _check_lists(manifest)
-    yield from _check_protected(manifest)
-    yield from _check_epochs(manifest)
+    yield from manifest_violations(manifest)
     yield from _check_copies(storage, manifest)
     if settled:
         yield from _check_accounted(storage, manifest, indexes)
@@ -103,6 +107,13 @@ def _check_object(storage: Storage, key: str, item: PayloadObject) -> Iterator[s
 # -- the manifest by itself ----------------------------------------------------------------------------------
 
 
+def manifest_violations(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with a manifest, whatever led to it: I4, I5, I6."""
+    yield from _check_lists(manifest)
+    yield from _check_protected(manifest)
+    yield from _check_epochs(manifest)
+
+
 def _check_lists(manifest: Manifest) -> Iterator[str]:
     expected = recompute(manifest)
     if manifest.best != expected.best:
@@ -113,16 +124,17 @@ def _check_lists(manifest: Manifest) -> Iterator[str]:
     listed = {save_id for best in manifest.best for save_id in best.ids} | set(manifest.recent)
     for save_id in sorted(listed - committed):
         yield f"I4 {save_id} is listed as best or recent and is not committed"
+    plain = tuple((rule.metric, oracle.best_ids(manifest, rule)) for rule in manifest.policy.keep_best)
+    if tuple((best.metric, best.ids) for best in manifest.best) != plain:
+        yield f"I4 best is {manifest.best}, and {plain} by a plain reading of the policy"
+    if manifest.recent != oracle.recent_ids(manifest):
+        yield f"I4 recent is {manifest.recent}, and {oracle.recent_ids(manifest)} by a plain reading of the policy"
 
 
 def _check_protected(manifest: Manifest) -> Iterator[str]:
     plan = plan_prune(manifest.entries, manifest.policy, resumed_from=manifest.resumed_from)
     kept = {checkpoint.id for checkpoint in plan.kept}
-    usable = [entry for entry in manifest.committed if entry.usable]
-    protected = {entry.id: "pinned or held" for entry in manifest.committed if entry.pinned or entry.held}
-    protected |= {entry.id: "resumed from" for entry in manifest.committed if entry.id == manifest.resumed_from}
-    protected |= {save_id: f"best by {best.metric}" for best in plan.best for save_id in best.ids}
-    protected |= {entry.id: "the newest usable" for entry in usable[-1:]}
+    protected = oracle.protected(manifest)
     for save_id in sorted(protected.keys() - kept):
         yield f"I5 {save_id} is {protected[save_id]} and the next prune would retire it"
 
@@ -147,6 +159,131 @@ def _check_copies(storage: Storage, manifest: Manifest) -> Iterator[str]:
             continue
         if found.revision != revision:
             yield f"I2 {key} holds revision {found.revision}"
+
+
+# -- one step ------------------------------------------------------------------------------------------------
+
+
+def step_violations(before: Manifest | None, after: Manifest, *, by_hand: bool = False) -> Iterator[str]:
+    """What is wrong with a manifest that was put in place of another: I5, I6, I7, I9, and what ``after`` breaks itself.
+
+    Args:
+        before: what was there; None for a new run.
+        by_hand: a person or an evaluator did it, who may take from ``best`` what they like.
+    """
+    if before is not None and before.run_id == after.run_id:  # a repair begins another run
+        yield from _check_writer(before, after)
+        yield from _check_arrows(before, after)
+        if not by_hand:
+            yield from _check_retired(before, after)
+            yield from _check_best_left(before, after)
+    yield from manifest_violations(after)
+
+
+def _check_writer(before: Manifest, after: Manifest) -> Iterator[str]:
+    if after.writer_epoch < before.writer_epoch:
+        yield f"I6 the writer epoch falls from {before.writer_epoch} to {after.writer_epoch}"
+    if after.writer_epoch > before.writer_epoch + 1:
+        yield f"I6 the writer epoch jumps from {before.writer_epoch} to {after.writer_epoch}"
+    tokens = [manifest.owner.token if manifest.owner else None for manifest in (before, after)]
+    if tokens[0] != tokens[1] and after.writer_epoch == before.writer_epoch:
+        yield f"I6 writer {after.writer_epoch} is {tokens[1]} and was {tokens[0]}: a claim without an epoch of its own"
+    if after.revision != before.revision + 1:
+        yield f"I6 revision {after.revision} was written upon {before.revision}: a write in between is lost"
+
+
+_ARROWS = {
+    (None, State.PENDING),
+    (State.PENDING, State.PENDING),
+    (State.PENDING, State.COMMITTED),
+    (State.PENDING, State.RETIRED),
+    (State.COMMITTED, State.COMMITTED),
+    (State.COMMITTED, State.RETIRED),
+    (State.RETIRED, State.RETIRED),
+    (State.RETIRED, None),
+}
+
+
+def _check_arrows(before: Manifest, after: Manifest) -> Iterator[str]:
+    was = {entry.id: entry for entry in before.entries}
+    now = {entry.id: entry for entry in after.entries}
+    for save_id in sorted(was.keys() | now.keys()):
+        old, new = was.get(save_id), now.get(save_id)
+        arrow = (old.state if old else None, new.state if new else None)
+        if arrow not in _ARROWS:
+            yield f"I7 {save_id} goes from {arrow[0] or 'nowhere'} to {arrow[1] or 'nowhere'}"
+        if new is not None and old is None and new.writer_epoch != after.writer_epoch:
+            yield f"I6 {new.name} is announced by writer {new.writer_epoch}, and {after.writer_epoch} holds the run"
+        if old is None or new is None or old.committed_at is not None or new.committed_at is None:
+            continue
+        # A claim rolls forward what an earlier writer sealed, in the write that fences that writer.
+        if after.writer_epoch == before.writer_epoch != new.writer_epoch:
+            yield f"I6 {new.name} commits under writer {new.writer_epoch}, and {after.writer_epoch} holds the run"
+
+
+def _check_retired(before: Manifest, after: Manifest) -> Iterator[str]:
+    stood = {entry.id for entry in before.committed}
+    # As if the rules had let nothing go in this write: what would have been protected?
+    spared = [entry.id for entry in after.entries if entry.id in stood and entry.state is State.RETIRED]
+    protected = oracle.protected(_unretired(after, spared))
+    for save_id in spared:
+        if save_id in protected:
+            yield f"I5 {save_id} is {protected[save_id]}, and a rule retired it"
+
+
+def _unretired(manifest: Manifest, ids: Collection[str]) -> Manifest:
+    entries = tuple(replace(e, state=State.COMMITTED) if e.id in ids else e for e in manifest.entries)
+    return replace(manifest, entries=entries)
+
+
+def _check_best_left(before: Manifest, after: Manifest) -> Iterator[str]:
+    if before.policy.keep_best != after.policy.keep_best:
+        return  # a person said what is best from now on
+    earlier = {entry.id for entry in before.entries if entry.committed_at is not None}
+    came = {entry.id for entry in after.entries if entry.committed_at is not None} - earlier
+    now = {best.metric: best.ids for best in after.best}
+    unusable = {entry.id for entry in after.entries if entry.damaged is not None}  # proven so: not a rule's doing
+    for best in before.best:
+        for save_id in best.ids:
+            stays = save_id in now.get(best.metric, ()) or save_id in unusable
+            if not stays and not came & set(now.get(best.metric, ())):
+                yield f"I9 {save_id} leaves the best by {best.metric}, and no better one is committed"
+
+
+def put_violations(text: str, *, overwrites: bool, named: Collection[str]) -> Iterator[str]:
+    """What is wrong with putting an object: I2, I7, I12.
+
+    Args:
+        overwrites: other bytes lie under this key.
+        named: the ids of all saves that any manifest of this run has named so far.
+    """
+    key = keys.parse(text)
+    if key.kind is keys.Kind.FOREIGN:
+        yield f"I12 {text} is not one of our keys, and is written"
+    if overwrites and key.kind not in {keys.Kind.MANIFEST, keys.Kind.PROBE}:
+        yield f"I2 {text} is overwritten with other bytes"
+    if key.id is not None and key.id not in named:
+        yield f"I7 {text} is written before any manifest has named its save"
+
+
+def delete_violations(text: str, manifest: Manifest | None, *, doubted: Collection[str] = ()) -> Iterator[str]:
+    """What is wrong with deleting an object while this manifest stands: I2, I7, I11, I12.
+
+    Args:
+        doubted: the ids of saves whose commit ended with an unknown outcome.
+    """
+    key = keys.parse(text)
+    if key.kind is keys.Kind.FOREIGN:
+        yield f"I12 {text} is not one of our keys, and is deleted"
+    if key.kind in {keys.Kind.MANIFEST, keys.Kind.LOCK}:
+        yield f"I2 {text} is deleted"
+    entry = manifest.find(key.id) if manifest is not None and key.id is not None else None
+    if entry is None or entry.step != key.step or entry.state is State.RETIRED:
+        return
+    if entry.state is State.COMMITTED and key.kind is keys.Kind.TEMPORARY:
+        return  # left by a put that never ended; nobody writes there any more
+    number = "I11" if entry.id in doubted else "I7"
+    yield f"{number} {text} is deleted while its save is {entry.state}"
 
 
 # -- I8 ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,28 @@
+"""Anybody may do anything at any moment, and no invariant falls."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.stateful.machine import RunMachine
+
+#: How many stories are told, and how long each may be.
+PROFILES = {"ci": (60, 30), "long": (5_000, 60)}
+
+
+@pytest.mark.timeout(0)
+def test_no_story_breaks_an_invariant(pytestconfig: pytest.Config) -> None:
+    """I1 to I12, after every step of every story; ``--stories long`` tells thousands of them."""
+    stories, steps = PROFILES[str(pytestconfig.getoption("--stories"))]
+    run_state_machine_as_test(
+        RunMachine,
+        settings=settings(
+            max_examples=stories,
+            stateful_step_count=steps,
+            deadline=None,  # the clock of a busy machine fails no story
+            suppress_health_check=[*HealthCheck],
+            print_blob=True,
+        ),
+    )
