@@ -17,6 +17,7 @@ from cloudckpt.cli.doctor import examine
 from cloudckpt.cli.render import age, as_json, checkpoints_table, errors, output, print_json
 from cloudckpt.core.model import Checkpoint, Index, State
 from cloudckpt.core.retention import metric_value
+from cloudckpt.core.rights import Role
 from cloudckpt.core.text import format_bytes, format_metric
 from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, ConfigError
 from cloudckpt.tools import open_store, repair, verify
@@ -276,12 +277,20 @@ def repair_command(
 
 
 @app.command()
-def doctor(place: Place = None, root: Root = None, json: Json = False) -> None:
+def doctor(
+    place: Place = None,
+    root: Root = None,
+    role: Annotated[
+        Role | None, typer.Option(help="Ask for exactly the rights of this role in a bucket (docs/guide/rights.md).")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Check a root before a run depends on it: rights, conditions, latencies, and the state of the run.
 
     Example: cloudckpt doctor ./runs/demo
+    Example: cloudckpt doctor s3://bucket/run --role trainer
     """
-    report = examine(_root(place, root))
+    report = examine(_root(place, root), role)
     if json:
         print_json(report)
     else:
