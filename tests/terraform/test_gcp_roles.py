@@ -146,7 +146,7 @@ def test_a_reader_writes_nothing(gcs_root: str, gcs_server: FakeGCS) -> None:
 
 
 def test_at_google_a_trainer_can_delete_a_manifest(gcs_root: str, gcs_server: FakeGCS) -> None:
-    """What IAM there cannot tell apart: who may replace the manifest may delete it. The run is then refused, not new."""
+    """What IAM there cannot tell apart: who may replace the manifest may delete it. The run is refused then, not new."""
     stories.prepare_for_sweeping(gcs_root)
     with only(gcs_server, of_role(Role.TRAINER)):
         storage = open_storage(gcs_root)
