@@ -31,6 +31,7 @@ module "checkpoints" {
 }
 
 resource "aws_launch_template" "trainer" {
+  #checkov:skip=CKV_AWS_341:A training container asks for the credentials of the role through one hop more
   name_prefix   = "ckpt-trainer-"
   image_id      = var.image_id
   instance_type = var.instance_type
