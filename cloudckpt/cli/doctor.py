@@ -53,7 +53,10 @@ def examine(root: str, role: Role | None = None) -> Report:
         ConfigError: the root cannot be used as given, or a role was named and the root is in no bucket.
     """
     store = open_store(root)
-    checks = (*_place(store.storage, role), *_run(store))
+    try:
+        checks = (*_place(store.storage, role), *_run(store))
+    finally:
+        store.storage.close()
     return Report(root=store.storage.url, ok=all(check.ok for check in checks), checks=checks)
 
 

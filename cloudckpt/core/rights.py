@@ -84,7 +84,7 @@ class Scope(StrEnum):
 
 
 class Verb(StrEnum):
-    """What the program does; the doctor has one probe for each."""
+    """What the program does. The doctor has a probe for each but the last two, which every read and write asks for."""
 
     READ = "read"
     READ_METADATA = "read manifests and indexes"
