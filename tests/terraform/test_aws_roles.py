@@ -151,7 +151,7 @@ def test_a_trainer_stays_under_its_prefix(judge: str, s3_root: str, s3_server: M
         assert "403" in str(storage.delete([keys.index_key(1, "9f3ac2e1")]))
         if judge == "conditions":  # moto takes the condition of a listing for fulfilled
             with pytest.raises(StorageError, match="403"):
-                [*storage.list("")]
+                list(storage.list(""))
         storage.close()
 
 
