@@ -158,3 +158,14 @@ def test_the_documents_have_no_name_left_to_fill_in() -> None:
     for path in sorted(Path(MODULES / "aws" / "policies").glob("*.json")):
         names |= set(re.findall(r"\$\{(\w+)\}", path.read_text(encoding="utf-8")))
     assert names == {"bucket_arn", "key_prefix", "kms_key_arn"}
+
+
+def test_links_of_the_readmes_lead_somewhere() -> None:
+    """Every relative link in the READMEs below ``terraform/`` names a file that exists."""
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in sorted((ROOT / "terraform").rglob("*.md"))
+        for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        if not (page.parent / target).exists()
+    ]
+    assert broken == []
