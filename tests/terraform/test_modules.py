@@ -258,3 +258,20 @@ def test_the_gke_example_plans(place: Path, run: Run) -> None:
         f"{pool}/subject/ns/training/sa/trainer-sweeper",
     ]
     assert not [address for address in found if "service_account_key" in address]
+
+
+def test_the_excerpts_have_every_type_that_is_used() -> None:
+    """The schemas are of the pinned bindings, and of exactly the types that modules and examples use."""
+    spec = importlib.util.spec_from_file_location("terraform_schema", ROOT / "tools" / "terraform_schema.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool  # its dataclasses look themselves up
+    spec.loader.exec_module(tool)
+    for provider, wanted in tool.used().items():
+        path = SCHEMAS / f"{provider}.json"
+        if not path.exists():
+            _fail_in_ci("there are no excerpts of the schemas: python tools/terraform_schema.py --download")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert found["binding"] == tool.BINDINGS[provider]
+        assert {kind: set(found[kind]) for kind in wanted} == wanted
