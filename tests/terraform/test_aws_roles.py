@@ -15,12 +15,12 @@ import torch
 import cloudckpt
 from cloudckpt import CheckpointManager, StorageError
 from cloudckpt.cli.doctor import Report, examine
-from cloudckpt.core import keys
+from cloudckpt.core import edits, keys
 from cloudckpt.core.rights import Role, needs_of
 from cloudckpt.errors import CloudCkptError
 from cloudckpt.storage import Landed, Lost, open_storage
 from cloudckpt.testing.servers import MotoServer
-from cloudckpt.tools import gc
+from cloudckpt.tools import gc, open_store
 from tests.terraform import stories
 from tests.terraform.conftest import JUDGES, Act, Acting
 from tests.terraform.iam import allowing
@@ -224,6 +224,22 @@ def test_the_doctor_names_the_right_that_is_missing(
     assert "403" in failed[0].detail
     assert everything(s3_root) == before
     assert s3_server.uploads(bucket_of(s3_root)) == []
+
+
+def test_an_old_damage_keeps_no_job_from_starting(s3_root: str) -> None:
+    """A run with a damaged checkpoint can be gone on with: the doctor names the damage, and no role lacks a right."""
+    stories.prepare_for_sweeping(s3_root)
+    store = open_store(s3_root)
+    found = store.read()
+    assert found is not None
+    (entry,) = found.committed
+    store.transact(
+        lambda current, _: edits.damage(current, entry.id, "a flipped bit", at=store.clock()), prepare=lambda _: None
+    )
+    store.storage.close()
+    assert [check.name for check in examine(s3_root).checks if not check.ok] == ["damaged"]
+    for role in Role:
+        assert [check for check in examine(s3_root, role).checks if not check.ok] == []
 
 
 def test_a_role_needs_a_bucket(tmp_path: Any) -> None:

@@ -89,6 +89,11 @@ variable "trainer" {
     condition     = alltrue([for i in var.trainer.irsa : !strcontains("${i.namespace}${i.service_account}", "*")])
     error_message = "Name each service account: a wildcard would let any pod of the cluster train."
   }
+
+  validation {
+    condition     = alltrue([for p in var.trainer.principals : can(regex("^([0-9]{12}|arn:[a-z-]+:(iam|sts)::[0-9]{12}:[^*]+)$", p))])
+    error_message = "Name each principal, by ARN or account number: a wildcard would trust everybody."
+  }
 }
 
 variable "reader" {
@@ -113,6 +118,11 @@ variable "reader" {
     condition     = alltrue([for i in var.reader.irsa : !strcontains("${i.namespace}${i.service_account}", "*")])
     error_message = "Name each service account: a wildcard would let any pod of the cluster read."
   }
+
+  validation {
+    condition     = alltrue([for p in var.reader.principals : can(regex("^([0-9]{12}|arn:[a-z-]+:(iam|sts)::[0-9]{12}:[^*]+)$", p))])
+    error_message = "Name each principal, by ARN or account number: a wildcard would trust everybody."
+  }
 }
 
 variable "sweeper" {
@@ -136,6 +146,11 @@ variable "sweeper" {
   validation {
     condition     = alltrue([for i in var.sweeper.irsa : !strcontains("${i.namespace}${i.service_account}", "*")])
     error_message = "Name each service account: a wildcard would let any pod of the cluster delete."
+  }
+
+  validation {
+    condition     = alltrue([for p in var.sweeper.principals : can(regex("^([0-9]{12}|arn:[a-z-]+:(iam|sts)::[0-9]{12}:[^*]+)$", p))])
+    error_message = "Name each principal, by ARN or account number: a wildcard would trust everybody."
   }
 }
 

@@ -107,6 +107,11 @@ variable "trainer" {
     condition     = alltrue([for name in var.trainer.gke : can(regex("^[a-z0-9-]+/[a-z0-9.-]+$", name))])
     error_message = "Write a Kubernetes service account as namespace/name."
   }
+
+  validation {
+    condition     = alltrue([for m in var.trainer.members : !contains(["allUsers", "allAuthenticatedUsers"], m)])
+    error_message = "Name each member: a run is nothing for everybody."
+  }
 }
 
 variable "reader" {
@@ -122,6 +127,11 @@ variable "reader" {
     condition     = alltrue([for name in var.reader.gke : can(regex("^[a-z0-9-]+/[a-z0-9.-]+$", name))])
     error_message = "Write a Kubernetes service account as namespace/name."
   }
+
+  validation {
+    condition     = alltrue([for m in var.reader.members : !contains(["allUsers", "allAuthenticatedUsers"], m)])
+    error_message = "Name each member: a run is nothing for everybody."
+  }
 }
 
 variable "sweeper" {
@@ -136,6 +146,11 @@ variable "sweeper" {
   validation {
     condition     = alltrue([for name in var.sweeper.gke : can(regex("^[a-z0-9-]+/[a-z0-9.-]+$", name))])
     error_message = "Write a Kubernetes service account as namespace/name."
+  }
+
+  validation {
+    condition     = alltrue([for m in var.sweeper.members : !contains(["allUsers", "allAuthenticatedUsers"], m)])
+    error_message = "Name each member: a run is nothing for everybody."
   }
 }
 

@@ -196,3 +196,15 @@ run "a_day_is_too_soon_to_abort_uploads" {
 
   expect_failures = [var.abort_multipart_days]
 }
+
+run "everybody_is_no_principal" {
+  command = plan
+
+  variables {
+    trainer = { principals = ["*"] }
+    reader  = { principals = ["arn:aws:iam::111122223333:role/*"] }
+    sweeper = { principals = ["arn:aws:iam::*:role/ops"] }
+  }
+
+  expect_failures = [var.trainer, var.reader, var.sweeper]
+}

@@ -129,3 +129,15 @@ run "a_wildcard_in_the_prefix_is_refused" {
 
   expect_failures = [var.prefix]
 }
+
+run "everybody_is_no_member" {
+  command = plan
+
+  variables {
+    trainer = { members = ["allUsers"] }
+    reader  = { members = ["allAuthenticatedUsers"] }
+    sweeper = { members = ["group:ops@example.com", "allUsers"] }
+  }
+
+  expect_failures = [var.trainer, var.reader, var.sweeper]
+}
