@@ -125,9 +125,7 @@ def test_a_sweeper_reads_no_tensor_and_writes_none(
 
 @pytest.mark.parametrize("judge", JUDGES)
 @pytest.mark.parametrize("role", [Role.TRAINER, Role.SWEEPER])
-def test_nobody_deletes_the_manifest(
-    role: Role, judge: str, s3_root: str, s3_server: MotoServer, acting: Act
-) -> None:
+def test_nobody_deletes_the_manifest(role: Role, judge: str, s3_root: str, s3_server: MotoServer, acting: Act) -> None:
     """Not even who may delete checkpoints: the manifest is denied by name, in a run that lies deeper as well."""
     stories.kill_a_save(s3_root)
     with acting(role, judge=judge) as who:

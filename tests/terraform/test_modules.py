@@ -154,7 +154,11 @@ def test_the_modules_own_tests_pass(module: str, place: Path, run: Run) -> None:
         ("gcp/main.tf", 'public_access_prevention    = "enforced"', 'public_access_prevention    = "inherited"'),
         ("gcp/main.tf", 'with_state                 = "ARCHIVED"', 'with_state                 = "ANY"'),
         ("gcp/iam.tf", "expression  = local.under_the_prefix", 'expression  = "true"'),
-        ("gcp/permissions.json", '"reader": {\n    "prefix": [', '"reader": {\n    "prefix": [\n      "storage.objects.delete",'),
+        (
+            "gcp/permissions.json",
+            '"reader": {\n    "prefix": [',
+            '"reader": {\n    "prefix": [\n      "storage.objects.delete",',
+        ),
     ],
 )
 def test_the_modules_own_tests_bite(file: str, old: str, new: str, place: Path, run: Run) -> None:
@@ -194,7 +198,8 @@ def test_the_planned_permissions_are_those_of_the_table(place: Path, run: Run) -
     )
     permissions = json.loads((MODULES / "gcp" / "permissions.json").read_text(encoding="utf-8"))
     for role in Role:
-        assert sorted(found[f'google_project_iam_custom_role.this["{role}"]']["permissions"]) == permissions[role]["prefix"]
+        made = found[f'google_project_iam_custom_role.this["{role}"]']
+        assert sorted(made["permissions"]) == permissions[role]["prefix"]
     uploads = found["google_project_iam_custom_role.uploads"]["permissions"]
     assert uploads == permissions["trainer"]["bucket"] == permissions["sweeper"]["bucket"]
     (condition,) = found['google_storage_bucket_iam_member.this["trainer:gke:train/trainer"]']["condition"]
@@ -229,7 +234,7 @@ def test_the_spot_example_plans(place: Path, run: Run) -> None:
         "aws_vpc_endpoint.s3[0]",
         'aws_iam_instance_profile.this["trainer"]',
         *(f'aws_iam_policy.this["{role}"]' for role in Role),
-        *(f'aws_iam_role{kind}.this["{role}"]' for kind in ("", "_policy_attachment") for role in ("trainer", "reader")),
+        *(f'aws_iam_role{end}.this["{role}"]' for end in ("", "_policy_attachment") for role in ("trainer", "reader")),
     } | {address for address in of_the_module if address.startswith("data.")}
     assert {address for address in found if not address.startswith("module.")} == {
         "aws_launch_template.trainer",

@@ -29,7 +29,7 @@ resource "google_service_account" "this" {
 
   project      = var.project
   account_id   = "ckpt-${each.key}"
-  display_name = "cloudckpt ${each.key} on ${local.root}"
+  display_name = substr("cloudckpt ${each.key} on ${local.root}", 0, 100)
 }
 
 resource "google_project_iam_custom_role" "this" {
@@ -59,7 +59,7 @@ resource "google_storage_bucket_iam_member" "this" {
   member = each.value.member
 
   condition {
-    title       = "only under ${local.root}"
+    title       = "only under the prefix"
     description = "Objects and listings of other prefixes are none of its business."
     expression  = local.under_the_prefix
   }
