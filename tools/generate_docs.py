@@ -19,7 +19,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import crc32c
@@ -35,6 +35,7 @@ from cloudckpt.core.layout import Item, Layout, plan_layout, read_header
 from cloudckpt.core.manifest_json import decode_manifest
 from cloudckpt.core.model import Checkpoint, Chunk, Index, Manifest, Owner, PayloadObject, State, TensorEntry
 from cloudckpt.core.policy import KeepBest, Policy
+from cloudckpt.core.rights import NEEDS, Grant, Role, needs_of
 from cloudckpt.sealed import summed
 from cloudckpt.storage import ManifestStore, MemoryStorage
 from cloudckpt.vocabulary import TRANSLATIONS
@@ -329,6 +330,30 @@ def cli_json() -> str:
     return text
 
 
+def _grants(found: Iterable[Grant]) -> str:
+    return "<br>".join(f"`{grant.action}` on {grant.scope}" for grant in found) or "-"
+
+
+def rights() -> str:
+    """What each role may, in both providers' words, and the functions that need it."""
+    roles = "".join(f"| {role} | {', '.join(need.verb for need in needs_of(role))} |\n" for role in Role)
+    rows = "".join(
+        f"| {need.verb} | {', '.join(need.roles)} | {_grants(need.aws)} | {_grants(need.gcp)} | {need.why} |\n"
+        for need in NEEDS
+    )
+
+    def link(place: str) -> str:
+        module, _, name = place.partition(":")
+        return f"[`{name}`](../../{module.replace('.', '/')}.py)"
+
+    code = "".join(f"| {need.verb} | {', '.join(map(link, need.code))} |\n" for need in NEEDS)
+    return (
+        f"| role | does |\n| --- | --- |\n{roles}\n"
+        f"| what | who | at AWS | at Google Cloud | why |\n| --- | --- | --- | --- | --- |\n{rows}\n"
+        f"| what | code that does it |\n| --- | --- |\n{code}"
+    )
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "example-manifest": example_manifest,
     "example-index": example_index,
@@ -338,6 +363,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "exit-codes": exit_codes,
     "cli-commands": cli_commands,
     "cli-json": cli_json,
+    "rights": rights,
 }
 
 

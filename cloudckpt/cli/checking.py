@@ -11,6 +11,7 @@ import typer
 from cloudckpt.cli.common import FINDINGS, DryRun, Json, Place, Quiet, Root, Yes, agreed, root_of, split
 from cloudckpt.cli.doctor import examine
 from cloudckpt.cli.render import as_json, checkpoints_table, output, print_json
+from cloudckpt.core.rights import Role
 from cloudckpt.core.text import format_bytes
 from cloudckpt.tools import repair, verify
 from cloudckpt.verifying import Finding, VerifyReport
@@ -103,12 +104,21 @@ def repair_command(
         print_json(plan)
 
 
-def doctor(place: Place = None, root: Root = None, json: Json = False, quiet: Quiet = False) -> None:
+def doctor(
+    place: Place = None,
+    root: Root = None,
+    role: Annotated[
+        Role | None, typer.Option(help="Ask for exactly the rights of this role in a bucket (docs/guide/rights.md).")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Check a root before a run depends on it: rights, conditions, latencies, and the state of the run.
 
     Example: cloudckpt doctor ./runs/demo
+    Example: cloudckpt doctor s3://bucket/run --role trainer
     """
-    report = examine(root_of(place, root))
+    report = examine(root_of(place, root), role)
     if json:
         print_json(report)
     else:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloudckpt.cli.role_doctor import bucket_of, try_role
 from cloudckpt.core import keys
 from cloudckpt.core.model import State
+from cloudckpt.core.rights import Role
 from cloudckpt.core.text import format_bytes
 from cloudckpt.errors import CloudCkptError, StorageError
 from cloudckpt.storage import (
@@ -51,16 +53,30 @@ class Report:
     checks: tuple[Check, ...]
 
 
-def examine(root: str) -> Report:
-    """Look at a root. Writes and deletes one probe object where the root already exists."""
+def examine(root: str, role: Role | None = None) -> Report:
+    """Look at a root. Writes and deletes one probe object where the root already exists.
+
+    Args:
+        root: the run's folder or URL.
+        role: ask for exactly the rights of this role, and for nothing else of the run; only in a bucket.
+
+    Raises:
+        ConfigError: the root cannot be used as given, or a role was named and the root is in no bucket.
+    """
     store = open_store(root)
-    checks = (*_place(store.storage), *_run(store))
+    try:
+        # How the run is does not matter to a role: a job that may go on must not be kept from it by an old damage.
+        checks = (*_place(store.storage, role), *(_run(store) if role is None else ()))
+    finally:
+        store.storage.close()
     return Report(root=store.storage.url, ok=all(check.ok for check in checks), checks=checks)
 
 
-def _place(storage: Storage) -> Iterator[Check]:
+def _place(storage: Storage, role: Role | None) -> Iterator[Check]:
     yield Check(name="root", ok=True, detail=storage.url)
     inner = storage.inner if isinstance(storage, RetryingStorage) else storage
+    if role is not None:
+        bucket_of(inner)  # before anything else is said of it
     if isinstance(inner, LocalStorage):
         try:
             inner.check_writable()
@@ -85,8 +101,18 @@ def _place(storage: Storage) -> Iterator[Check]:
             return
         for name, detail in facts.items():
             yield Check(name=name, ok=True, detail=detail)
+    if role is not None:
+        yield from _role(inner, role)
+        return
     yield from _rights(inner)
     yield from _rules(inner)
+
+
+def _role(storage: Storage, role: Role) -> Iterator[Check]:
+    yield Check(name="role", ok=True, detail=str(role))
+    for tried in try_role(storage, role):
+        said = _milliseconds(tried.seconds) if tried.problem is None else f"refused: {tried.problem}"
+        yield Check(name=tried.verb.value, ok=tried.problem is None, detail=f"{tried.rights}: {said}")
 
 
 def _rights(storage: Storage) -> Iterator[Check]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cloudckpt.errors import StorageError
@@ -14,6 +14,13 @@ from cloudckpt.storage.multipart import Carried, UploadInParts, Uploads
 from cloudckpt.storage.remote import RemoteStorage
 
 __all__ = ["LanedStorage"]
+
+#: The id of no upload.
+_NO_UPLOAD = "cloudckpt-no-such-upload"
+
+
+class _Enough(Exception):  # noqa: N818 - nothing is wrong
+    """Ends an upload before its first part."""
 
 
 class LanedStorage(RemoteStorage):
@@ -66,6 +73,32 @@ class LanedStorage(RemoteStorage):
         Raises:
             StorageError: other bytes are there; they were taken away again.
         """
+
+    def try_upload(self, key: str) -> None:
+        """Begin an upload in parts and abort it at once: nothing becomes visible. Tells whether that is permitted.
+
+        Raises:
+            StorageError: the store refused to begin, or takes no uploads in parts.
+        """
+        what = self._named("beginning an upload of", key)
+
+        def stop(_: str) -> Sequence[Carried]:
+            raise _Enough
+
+        try:
+            UploadInParts(self._uploads_of(key), what=what).send_by(stop)
+        except _Enough:
+            return
+        except Declined as exc:
+            raise StorageError(f"{what}: {exc}") from exc
+
+    def try_abort(self, key: str) -> None:
+        """Abort an upload that cannot be. Tells whether aborting is permitted: an unknown upload is aborted already.
+
+        Raises:
+            StorageError: the store refused.
+        """
+        self._uploads_of(key).abort(_NO_UPLOAD)
 
     def read_into(self, key: str, start: int, *targets: memoryview) -> None:
         """See ``Storage.read_into``: one ranged GET over the direct lane, or by the session where it declines."""

@@ -168,6 +168,9 @@ def test_doctor(cli: Any, root: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     assert cli("doctor", str(file)).code == 1
+    elsewhere = cli("doctor", str(run), "--role", "trainer")
+    assert elsewhere.code == 2
+    assert "leave --role out" in elsewhere.err
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,9 @@ class XmlApi:
         )
 
     def _abort(self, asked: Asked) -> Answer:
-        self._upload(asked)
+        # Whoever may not abort is told so, and not whether there is such an upload.
         self._store.permit("storage.multipartUploads.abort")
+        self._upload(asked)
         del self.uploads[asked.query["uploadId"]]
         return Answer(204)
 

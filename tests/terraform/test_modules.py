@@ -1,0 +1,282 @@
+"""The modules, as Terraform itself reads them: formatted, valid against the providers' schemas, tested, planned.
+
+No provider is downloaded: ``tools/terraform_stub.py`` serves excerpts of their schemas. Nothing here speaks to a cloud,
+and a green run is no proof that one takes what is planned.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloudckpt.core.rights import Role
+from tests.terraform.iam import MODULES, ROOT, filled_in
+
+TERRAFORM = next((found for found in map(shutil.which, ("terraform", "tofu")) if found), None)
+SCHEMAS = ROOT / "tests" / "terraform" / "schema"
+FOLDERS = ("modules/aws", "modules/gcp", "examples/aws-spot", "examples/gcp-gke")
+NEEDED = ("grpc", "msgpack", "tf")
+
+Run = Callable[..., str]
+
+pytestmark = pytest.mark.processes
+
+
+def _need_terraform() -> str:
+    if TERRAFORM is None:
+        pytest.skip("neither terraform (1.7 or newer) nor tofu (1.8 or newer) is installed; no package of PyPI has one")
+    return TERRAFORM
+
+
+def _fail_in_ci(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def stub() -> Iterator[str]:
+    """What TF_REATTACH_PROVIDERS must be for Terraform to find the stub of both providers."""
+    _need_terraform()
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        _fail_in_ci(f"{', '.join(missing)} is not installed: make terraform")
+    if not all((SCHEMAS / f"{name}.json").exists() for name in ("aws", "google")):
+        _fail_in_ci("there are no excerpts of the schemas: python tools/terraform_schema.py --download")
+    command = [sys.executable, str(ROOT / "tools" / "terraform_stub.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        found = process.stdout.readline()
+        yield found.strip()
+        process.stdin.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A copy of ``terraform/``: Terraform writes beside what it reads."""
+    return shutil.copytree(ROOT / "terraform", tmp_path / "terraform", ignore=shutil.ignore_patterns(".terraform*"))
+
+
+@pytest.fixture
+def run(stub: str) -> Run:
+    """Runs Terraform in a folder; its output. ``fails=True``: it must fail."""
+    terraform = _need_terraform()
+
+    def call(folder: Path, *arguments: str, fails: bool = False) -> str:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("TF_", "AWS_", "GOOGLE_"))},
+            "TF_REATTACH_PROVIDERS": stub,
+            "TF_IN_AUTOMATION": "1",
+            "TF_CLI_CONFIG_FILE": os.devnull,
+            "CHECKPOINT_DISABLE": "1",
+        }
+        done = subprocess.run(
+            [terraform, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode != 0) is fails, done.stdout + done.stderr
+        return done.stdout
+
+    return call
+
+
+def initialised(run: Run, folder: Path) -> Path:
+    """A folder after ``init``."""
+    run(folder, "init", "-backend=false", "-input=false", "-no-color")
+    return folder
+
+
+def planned(run: Run, folder: Path, **variables: Any) -> dict[str, dict[str, Any]]:
+    """The planned values of every resource, by address."""
+    (initialised(run, folder) / "terraform.tfvars.json").write_text(json.dumps(variables))
+    run(folder, "plan", "-input=false", "-no-color", "-out=plan")
+    document = json.loads(run(folder, "show", "-json", "plan"))
+
+    def resources(module: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for resource in module.get("resources", ()):
+            yield resource["address"], resource["values"]
+        for child in module.get("child_modules", ()):
+            yield from resources(child)
+
+    return dict(resources(document["planned_values"]["root_module"]))
+
+
+def test_everything_is_formatted() -> None:
+    """``terraform fmt`` has nothing to change; the tool that makes the READMEs' tables relies on it."""
+    done = subprocess.run(
+        [_need_terraform(), "fmt", "-check", "-recursive", "-diff", str(ROOT / "terraform")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_resource_and_argument_is_in_the_providers_schema(folder: str, place: Path, run: Run) -> None:
+    """``terraform validate`` finds neither errors nor warnings in modules and examples."""
+    found = json.loads(run(initialised(run, place / folder), "validate", "-json"))
+    assert (found["valid"], found["diagnostics"]) == (True, [])
+
+
+def test_an_argument_that_does_not_exist_is_found(place: Path, run: Run) -> None:
+    """The stub's schemas are strict: a misspelt argument and a missing one are errors."""
+    folder = place / "modules" / "aws"
+    text = (folder / "main.tf").read_text()
+    (folder / "main.tf").write_text(text.replace("restrict_public_buckets", "restrict_public_bucket"))
+    assert "restrict_public_bucket" in run(initialised(run, folder), "validate", "-json", fails=True)
+
+
+@pytest.mark.parametrize("module", ["aws", "gcp"])
+def test_the_modules_own_tests_pass(module: str, place: Path, run: Run) -> None:
+    """``terraform test`` with mocks: the guard rails, who is trusted, what is refused."""
+    assert ", 0 failed" in run(initialised(run, place / "modules" / module), "test", "-no-color")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("aws/main.tf", "expired_object_delete_marker = true", "days = 30"),
+        ("aws/main.tf", "block_public_policy     = true", "block_public_policy     = false"),
+        ("aws/main.tf", "force_destroy = false", "force_destroy = true"),
+        ("aws/policies/trainer.json", '"s3:AbortMultipartUpload"', '"s3:DeleteObjectVersion"'),
+        ("aws/policies/reader.json", '"s3:GetObject"', '"s3:PutObject"'),
+        ("aws/iam.tf", "system:serviceaccount:${i.namespace}:${i.service_account}", "system:serviceaccount:*"),
+        ("aws/iam.tf", '"sts.amazonaws.com"', '"anybody"'),
+        ("gcp/main.tf", 'public_access_prevention    = "enforced"', 'public_access_prevention    = "inherited"'),
+        ("gcp/main.tf", 'with_state                 = "ARCHIVED"', 'with_state                 = "ANY"'),
+        ("gcp/iam.tf", "expression  = local.under_the_prefix", 'expression  = "true"'),
+        (
+            "gcp/permissions.json",
+            '"reader": {\n    "prefix": [',
+            '"reader": {\n    "prefix": [\n      "storage.objects.delete",',
+        ),
+    ],
+)
+def test_the_modules_own_tests_bite(file: str, old: str, new: str, place: Path, run: Run) -> None:
+    """Each planted fault makes ``terraform test`` fail."""
+    path = place / "modules" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    run(initialised(run, place / "modules" / file.split("/")[0]), "test", "-no-color", fails=True)
+
+
+@pytest.mark.parametrize("key", [None, "arn:aws:kms:::key/k"], ids=["SSE-S3", "own key"])
+def test_the_planned_policies_are_those_of_the_table(key: str | None, place: Path, run: Run) -> None:
+    """What Terraform would send to IAM and S3 is what the tests of the roles judge, statement by statement."""
+    found = planned(run, place / "modules" / "aws", bucket_name="ckpt-test", prefix="team/runs", kms_key_arn=key)
+    names = {"bucket": "ckpt-test", "key_prefix": "team/runs/"}
+    for role in Role:
+        policy = json.loads(found[f'aws_iam_policy.this["{role}"]']["policy"])
+        wanted = filled_in(role, **names)
+        if key is not None:
+            wanted["Statement"] += filled_in(f"{role}-key", **names)["Statement"]
+        assert policy == wanted
+    assert json.loads(found["aws_s3_bucket_policy.this"]["policy"]) == filled_in("guard", **names)
+
+
+def test_the_planned_permissions_are_those_of_the_table(place: Path, run: Run) -> None:
+    """What Terraform would send to Google's IAM is what permissions.json says, bound with the condition."""
+    found = planned(
+        run,
+        place / "modules" / "gcp",
+        project="p",
+        project_number="123",
+        bucket_name="ckpt-test",
+        location="europe-west4",
+        prefix="team/runs",
+        trainer={"gke": ["train/trainer"]},
+    )
+    permissions = json.loads((MODULES / "gcp" / "permissions.json").read_text(encoding="utf-8"))
+    for role in Role:
+        made = found[f'google_project_iam_custom_role.this["{role}"]']
+        assert sorted(made["permissions"]) == permissions[role]["prefix"]
+    uploads = found["google_project_iam_custom_role.uploads"]["permissions"]
+    assert uploads == permissions["trainer"]["bucket"] == permissions["sweeper"]["bucket"]
+    (condition,) = found['google_storage_bucket_iam_member.this["trainer:gke:train/trainer"]']["condition"]
+    assert condition["expression"] == (
+        'resource.name.startsWith("projects/_/buckets/ckpt-test/objects/team/runs/") || '
+        'api.getAttribute("storage.googleapis.com/objectListPrefix", "").startsWith("team/runs/")'
+    )
+
+
+def test_the_spot_example_plans(place: Path, run: Run) -> None:
+    """The example for EC2 makes the bucket with all its guard rails, the policies, and one job's identity."""
+    found = planned(
+        run,
+        place / "examples" / "aws-spot",
+        region="eu-west-1",
+        bucket_name="ckpt-test",
+        image_id="ami-1",
+        vpc_id="vpc-1",
+        route_table_ids=["rtb-1"],
+        subnet_ids=["subnet-1"],
+        readers=["arn:aws:iam::111122223333:role/eval"],
+    )
+    of_the_module = {address.removeprefix("module.checkpoints.") for address in found if address.startswith("module.")}
+    assert of_the_module == {
+        "aws_s3_bucket.this",
+        "aws_s3_bucket_lifecycle_configuration.this",
+        "aws_s3_bucket_ownership_controls.this",
+        "aws_s3_bucket_policy.this",
+        "aws_s3_bucket_public_access_block.this",
+        "aws_s3_bucket_server_side_encryption_configuration.this",
+        "aws_s3_bucket_versioning.this",
+        "aws_vpc_endpoint.s3[0]",
+        'aws_iam_instance_profile.this["trainer"]',
+        *(f'aws_iam_policy.this["{role}"]' for role in Role),
+        *(f'aws_iam_role{end}.this["{role}"]' for end in ("", "_policy_attachment") for role in ("trainer", "reader")),
+    } | {address for address in of_the_module if address.startswith("data.")}
+    assert {address for address in found if not address.startswith("module.")} == {
+        "aws_launch_template.trainer",
+        "aws_autoscaling_group.trainer",
+    }
+
+
+def test_the_gke_example_plans(place: Path, run: Run) -> None:
+    """The example for GKE binds the job's Kubernetes service account and the sweeper's, and makes no key."""
+    found = planned(
+        run,
+        place / "examples" / "gcp-gke",
+        project="p",
+        location="europe-west4",
+        bucket_name="ckpt-test",
+        image="image",
+    )
+    members = {
+        address: values["member"]
+        for address, values in found.items()
+        if address.startswith("module.checkpoints.google_storage_bucket_iam_member.this")
+    }
+    pool = "principal://iam.googleapis.com/projects/123456789012/locations/global/workloadIdentityPools/p.svc.id.goog"
+    assert sorted(members.values()) == [
+        f"{pool}/subject/ns/training/sa/trainer",
+        f"{pool}/subject/ns/training/sa/trainer-sweeper",
+    ]
+    assert not [address for address in found if "service_account_key" in address]
+
+
+def test_the_excerpts_have_every_type_that_is_used() -> None:
+    """The schemas are of the pinned bindings, and of exactly the types that modules and examples use."""
+    spec = importlib.util.spec_from_file_location("terraform_schema", ROOT / "tools" / "terraform_schema.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool  # its dataclasses look themselves up
+    spec.loader.exec_module(tool)
+    for provider, wanted in tool.used().items():
+        path = SCHEMAS / f"{provider}.json"
+        if not path.exists():
+            _fail_in_ci("there are no excerpts of the schemas: python tools/terraform_schema.py --download")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert found["binding"] == tool.BINDINGS[provider]
+        assert {kind: set(found[kind]) for kind in wanted} == wanted
