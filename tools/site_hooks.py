@@ -81,7 +81,7 @@ def _target(place: str, link: str) -> str:
 def outside(text: str, place: str) -> list[str]:
     """The files and folders outside of ``docs/`` that a document at ``place`` links to, as places."""
     targets = [_target(place, match[2]) for match in _LINK.finditer(text)]
-    return [t for t in dict.fromkeys(targets) if not t.startswith((f"{DOCS}/", "..")) and (ROOT / t).exists()]
+    return [t for t in dict.fromkeys(targets) if not t.startswith((f"{DOCS}/", ".")) and (ROOT / t).exists()]
 
 
 def led(text: str, place: str) -> str:
