@@ -1,10 +1,10 @@
-"""Record ``make demo`` as a picture of a terminal, for the README: the demonstration runs, and its output becomes an SVG.
+"""Record ``make demo`` as a picture of a terminal: the demonstration runs, and what it printed becomes an SVG.
 
     python tools/record_demo.py                  writes docs/pictures/demo.svg and prints the line for the README
 
-It runs in a temporary folder. What it prints is changed in three ways only: that folder is written as ``.``, blank lines and the
-reference run before the demonstration proper are left out, and a part longer than a few lines is cut in its middle, where a line says
-how many are missing.
+It runs in a temporary folder. What it prints is changed in three ways only: that folder is written as ``.``; blank
+lines and the reference run before the demonstration proper are left out; and a part longer than a few lines is cut in
+its middle, where a line says how many are missing.
 """
 
 from __future__ import annotations

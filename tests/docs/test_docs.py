@@ -131,7 +131,12 @@ def _run_python(code: str, folder: Path, environment: dict[str, str], *, many_ra
 def _run_commands(lines: list[str], folder: Path, environment: dict[str, str]) -> None:
     if roots := sorted(set(DEMO_ROOT.findall("\n".join(lines)))):
         made = subprocess.run(
-            [sys.executable, "-c", DEMO, *roots], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", DEMO, *roots],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert made.returncode == 0, made.stderr
     variables: list[str] = []
