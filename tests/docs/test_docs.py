@@ -31,6 +31,8 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9-]+)")
+#: Commands that end with Ctrl-C only; their own tests end them.
+UNTIL_CTRL_C = {"ui", "watch"}
 DEMO_ROOT = re.compile(r"(?:\.|s3://[a-z0-9-]+)/runs/demo\b")
 #: What ``./runs/demo`` and ``s3://bucket/runs/demo`` are in the commands of a page that has not made them itself.
 DEMO = """
@@ -54,7 +56,8 @@ for root in sys.argv[1:]:
 def commands(text: str) -> list[str]:
     """The lines of a page's ``sh`` blocks that are run: those of ``cloudckpt``, and variables for them."""
     lines = "\n".join(SHELL.findall(text)).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith(("cloudckpt ", "export "))]
+    shown = [line for line in lines if line.startswith(("cloudckpt ", "export "))]
+    return [line for line in shown if line.split()[1] not in UNTIL_CTRL_C]
 
 
 RUNNABLE = [page for page in PAGES if BLOCK.search(text := page.read_text(encoding="utf-8")) or commands(text)]
