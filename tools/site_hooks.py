@@ -126,20 +126,17 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 def _add(files: Any, config: Any, place: str) -> list[str]:
     """Add a file, or a folder's listing and its files. Returns the documents that are new."""
-    path = ROOT / place
+    path, uri = ROOT / place, uri_of(place)
     if path.is_dir():
-        _append(files, config, f"{uri_of(place)}/index.md", content=listing(place))
+        index = f"{uri}/index.md"
+        if files.get_file_from_path(index) is None:
+            files.append(File.generated(config, index, content=listing(place), inclusion=InclusionLevel.NOT_IN_NAV))
         below = [f"{place}/{found.name}" for found in sorted(path.iterdir()) if found.is_file()]
         return [new for found in below for new in _add(files, config, found)]
-    is_new = _append(files, config, uri_of(place), abs_src_path=str(path))
-    return [place] if is_new and place.endswith(".md") else []
-
-
-def _append(files: Any, config: Any, uri: str, **source: str) -> bool:
     if files.get_file_from_path(uri) is not None:
-        return False
-    files.append(File.generated(config, uri, inclusion=InclusionLevel.NOT_IN_NAV, **source))
-    return True
+        return []
+    files.append(File.generated(config, uri, abs_src_path=str(path), inclusion=InclusionLevel.NOT_IN_NAV))
+    return [place] if place.endswith(".md") else []
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
