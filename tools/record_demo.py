@@ -50,7 +50,7 @@ def run_demo() -> str:
         }
         command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--root", "./runs/demo"]
         done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        places = {folder, os.path.realpath(folder)}
+        places = {folder, str(Path(folder).resolve())}
     text = done.stdout
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place, ".")
