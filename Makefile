@@ -4,9 +4,14 @@ TORCH ?= torch==2.13.0
 ROOT ?= ./runs/demo
 BIN := .venv/bin
 KILLS ?= 200
+CUTS ?= 50
+SOAK ?= 10000
+FUZZ ?= 60
+DEPTH ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-s3 test check cov unit kill stories crash-full oldest slow spec golden fmt clean ci-extra bench bench-quick bench-report
+.PHONY: help venv demo demo-s3 test check cov unit integrations kill stories crash-full power soak fuzz audit model stories-long \
+	mutation terraform terraform-docs oldest slow spec golden docs picture fmt clean ci-extra bench bench-quick bench-report
 # What the demo needs beside the core, by the root it is given.
 EXTRA = $(if $(filter s3://% s3a://%,$(ROOT)),[s3],$(if $(filter gs://% gcs://%,$(ROOT)),[gcs]))
 BACKENDS ?= moto seaweedfs gcs fake-gcs-server
@@ -49,28 +54,71 @@ cov: .venv/.dev ## the pure core, with all of its branches
 	$(BIN)/python -m pytest tests/core -q -n 2 --cov=cloudckpt.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 unit: .venv/.dev ## every other suite but the slow ones
-	$(BIN)/python -m pytest tests --ignore=tests/core -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore=tests/core --ignore=tests/integrations -m "not slow" -n 2 --dist loadfile
 
-kill: .venv/.dev ## kill -9 at KILLS moments (200) and print which phase was hit
-	$(BIN)/python -m pytest tests/crash/test_kill.py -m slow -s --kills $(KILLS)
+integrations: .venv/.dev ## real trainers of other libraries, killed and gone on with; installs them first
+	$(BIN)/python -m pip install --quiet -e ".[test,integrations]"
+	$(BIN)/python -m pytest tests/integrations -n 2 --dist loadfile
+
+kill: .venv/.dev ## kill -9 at KILLS moments (200) and print which phase was hit; stop processes and wake them up when others went on
+	$(BIN)/python -m pytest tests/crash/test_kill.py tests/crash/test_zombie.py -m "slow or not slow" -s --kills $(KILLS)
 
 stories: .venv/.dev ## every story on each of BACKENDS (moto seaweedfs gcs fake-gcs-server)
 	for backend in $(BACKENDS); do $(BIN)/python -m pytest tests/stories --on $$backend -n 2 --dist loadfile || exit 1; done
 
 crash-full: .venv/.dev ## break every STRIDE-th (1st) call and request of a history on every store; 40 minutes on 2 cores
-	$(BIN)/python -m pytest tests/crash/test_stop_at_every_call.py tests/crash/test_faults_on_the_wire.py -m slow --stride $(STRIDE) -n 2
+	$(BIN)/python -m pytest tests/crash/test_stop_at_every_call.py tests/crash/test_faults_on_the_wire.py \
+		tests/crash/test_every_operation_on_stores.py tests/crash/test_pause_at_every_call.py -m slow --stride $(STRIDE) -n 2
+
+power: .venv/.dev ## cut the power CUTS times (50) under each file system that this machine can mount
+	$(BIN)/python -m pytest tests/power -m "slow or not slow" -s --cuts $(CUTS)
+
+soak: .venv/.dev ## SOAK saves (10000) in one run, with faults and a reader beside it
+	$(BIN)/python -m pytest tests/soak -m "slow or not slow" --soak $(SOAK)
+
+fuzz: .venv/.dev ## every parser with hostile input, for FUZZ seconds (60) each
+	$(BIN)/python -m pytest tests/security/test_fuzz.py --fuzz-seconds $(FUZZ)
+
+audit: .venv/.dev ## dependencies, installed and allowed, against the advisories that are kept here; offline
+	$(BIN)/python tools/audit.py
+
+model: .venv/.dev ## every interleaving of the protocol's requests within DEPTH (2), and what must not go unnoticed
+	$(BIN)/python -m pytest tests/model -s -q --model-depth $(DEPTH)
+
+stories-long: .venv/.dev ## thousands of random histories of several processes over one run
+	$(BIN)/python -m pytest tests/stateful -s --stories long
+
+mutation: .venv/.dev ## change the code that decides, one thing at a time, and see whether a test notices; goes on where it stopped
+	$(BIN)/python -m pip install --quiet -e ".[mutation]"
+	$(BIN)/python tools/mutation.py run
+
+.venv-checkov/bin/checkov:
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/python -m pip install --quiet "checkov==3.3.30"
+
+terraform: .venv/.dev .venv-checkov/bin/checkov ## the modules offline: fmt, validate, plan, their own tests, checkov, and each role's rights
+	$(BIN)/python -m pytest tests/terraform tests/core/test_rights.py
+
+terraform-docs: .venv/.dev ## write policies, permissions and the tables of the modules' READMEs anew
+	$(BIN)/python tools/generate_terraform.py --write
 
 oldest: ## the store suites with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest
 	tools/test_oldest.sh
 
 slow: .venv/.dev ## every slow suite at full length
-	$(BIN)/python -m pytest tests -m slow -s --kills $(KILLS)
+	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow -s --kills $(KILLS)
 
 ci-extra: .venv/.dev ## the slow suites, shorter
-	$(BIN)/python -m pytest tests -m slow -n 2 --dist loadfile --kills 24 --stride 50
+	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow -n 2 --dist loadfile --kills 24 --stride 50 --soak 300
 
 spec: .venv/.dev ## write the examples of docs/spec/v1.md and the generated tables anew
 	$(BIN)/python tools/generate_docs.py --write
+
+docs: .venv/.dev ## build the documentation site into build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+picture: .venv/.dev ## run the demo in a terminal and write the picture of it that the README shows
+	$(BIN)/python tools/record_demo.py
 
 golden: .venv/.dev ## write a golden store of the current format (only for a new format)
 	$(BIN)/python tools/make_golden.py
@@ -96,4 +144,4 @@ fmt: .venv/.dev ## format and fix
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-bench runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
+	rm -rf .venv .venv-bench .venv-checkov runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
