@@ -31,7 +31,7 @@ __all__ = ["CloudCheckpointCallback"]
 logger = logging.getLogger("cloudckpt")
 
 
-class CloudCheckpointCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+class CloudCheckpointCallback(TrainerCallback):
     """Saves each of the trainer's checkpoints to a run, with what was evaluated at its step.
 
     Without ``monitor=`` the metric and its direction are the trainer's own (``metric_for_best_model`` and

@@ -25,7 +25,7 @@ __all__ = ["CloudSaver"]
 logger = logging.getLogger("cloudckpt")
 
 
-class CloudSaver(BaseSaveHandler):  # type: ignore[misc]  # ignite has no types
+class CloudSaver(BaseSaveHandler):
     """Saves what Ignite's ``Checkpoint`` collects, each object a component, as of the trainer's iteration.
 
     Every rank calls it, as Ignite has every rank call its handler. A score with a name becomes a metric of that name,

@@ -29,7 +29,7 @@ _Checkpoint: Any = host_module("callbacks").Checkpoint
 _ModelCheckpoint: Any = host_module("callbacks").ModelCheckpoint
 
 
-class CloudCheckpoint(_Checkpoint):  # type: ignore[misc]  # Any: of whichever Lightning is there
+class CloudCheckpoint(_Checkpoint):
     """Saves at the end of each epoch, or every so many steps, with all metrics that were logged for that step.
 
     Pass its ``io`` as a plugin of the same trainer. No ``ModelCheckpoint`` is needed beside it.

@@ -40,7 +40,7 @@ _CheckpointIO: Any = host_module("plugins").CheckpointIO
 _rank_zero_only: Any = host_module("utilities.rank_zero").rank_zero_only
 
 
-class CloudCheckpointIO(_CheckpointIO):  # type: ignore[misc]  # Any: of whichever Lightning is there
+class CloudCheckpointIO(_CheckpointIO):
     """Saves each checkpoint that Lightning writes to a run, and loads it by the name that Lightning gave it.
 
     ``remove_checkpoint`` removes nothing: what stays is for the run's rules to say, and they never let go of what was

@@ -36,7 +36,7 @@ class Digits(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": self._pixels[number], "labels": self._labels[number]}
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+class Watch(TrainerCallback):
     """Says where training begins, holds it, and spoils it."""
 
     def __init__(self, cloud: CloudCheckpointCallback, hold_after: int, explode_after: int) -> None:
