@@ -101,6 +101,8 @@ class Bringing:
     def _made(self, file: LocalFile) -> tuple[Path, bool]:
         """The file at its full size with its head in place, and whether there was none before."""
         path = self._folder / file.name
+        with mapped(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         fresh = True
         with mapped(path), contextlib.ExitStack() as stack:
             try:

@@ -11,17 +11,18 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cloudckpt.bringing import Bringing, LocalFile, Piece
 from cloudckpt.core import keys
-from cloudckpt.core.model import Checkpoint, Index, State
+from cloudckpt.core.folder import stored_files
+from cloudckpt.core.model import Checkpoint, Index, State, TensorEntry
 from cloudckpt.core.text import format_bytes
 from cloudckpt.core.whole import WholeFile, as_they_are, plan_whole
 from cloudckpt.core.wire import canonical
-from cloudckpt.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, StorageError
+from cloudckpt.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, FormatError, StorageError
 from cloudckpt.storage import ManifestStore
 from cloudckpt.storage.local_errors import mapped
 from cloudckpt.storage.pulled import PULLED_NAME, pulled_note, read_note
@@ -78,7 +79,8 @@ def pull_checkpoint(
 
     All of it: the payload objects and the index as they are, which ``cloudckpt.open`` reads, and a
     ``model.safetensors.index.json`` where ``from_pretrained`` can read the model's objects by it. Or components: one
-    safetensors file with whole tensors for each, such as ``model.safetensors``.
+    safetensors file with whole tensors for each, such as ``model.safetensors``. What was saved from a folder of files
+    (``save_folder``, ``staging``) comes back as those files, under their own names.
 
     A pull that was broken off, in whatever way, is gone on with by the next one. A folder that was pulled before is
     proven, and mended where it is damaged.
@@ -93,6 +95,7 @@ def pull_checkpoint(
     Raises:
         CheckpointNotFoundError: nothing matches, or it was retired while it was being pulled.
         ConfigError: no such component, or something else is in the place of the folder.
+        FormatError: the index is malformed, or names a file that would lie outside of the folder.
         CorruptCheckpointError: bytes on the store are not what was sealed; names the object and the range.
         StorageError: the store, or the local disk, refused.
     """
@@ -121,17 +124,23 @@ def _pull(
 ) -> Pulled:
     index, body = read_proven(store.storage, checkpoint)
     noted = checkpoint
-    if components is None:
+    files = stored_files(index, checkpoint.url) if components is None and len(index.structure) == 1 else None
+    if files is not None:
+        recipe = _originals(checkpoint, files)
+    elif components is None:
         recipe = _mirror(checkpoint, index, body)
     else:
         recipe = _wholes(checkpoint, index, components)
         noted = replace(checkpoint, extra={**checkpoint.extra, _SCOPE: sorted(components)})
+    names, small = [file.name for file in recipe.files], dict(recipe.small)
+    if PULLED_NAME not in names:  # a file of that name was saved: nothing is put in its place
+        small[PULLED_NAME] = pulled_note(noted)
     final = into / f"checkpoint-{checkpoint.step}"
     place = _place(final, noted)
     pulled = Pulled(
         checkpoint=checkpoint,
         folder=final,
-        files=(*(file.name for file in recipe.files), *recipe.small, PULLED_NAME),
+        files=(*names, *small),
         size_bytes=recipe.size_bytes,
         read_bytes=0,
         opaque=recipe.opaque,
@@ -143,11 +152,12 @@ def _pull(
         _check_room(place, recipe)
     bringing = Bringing(store, place, recipe.files, progress)
     bringing.run()
-    for name, content in {**recipe.small, PULLED_NAME: pulled_note(noted)}.items():
+    for name, content in small.items():
         _write_small(place / name, content)
     if place != final:
         with mapped(final):
-            _sync_folder(place)
+            for here, _, _ in os.walk(place):
+                _sync_folder(Path(here))
             os.replace(place, final)  # noqa: PTH105 - the call whose atomicity this stands on, by its own name
             _sync_folder(into)
     return replace(pulled, read_bytes=bringing.read_bytes)
@@ -203,6 +213,32 @@ def _mirror(checkpoint: Checkpoint, index: Index, body: bytes) -> _Recipe:
     return _Recipe(files=tuple(files), small=small)
 
 
+def _originals(checkpoint: Checkpoint, files: Mapping[str, TensorEntry]) -> _Recipe:
+    """The files that a folder was saved from, under their own names.
+
+    Raises:
+        FormatError: the index says of one what no file is.
+    """
+    made = []
+    for name, entry in files.items():
+        whole = all(chunk.lengths == (chunk.length,) for chunk in entry.chunks)
+        if entry.dtype != "uint8" or not whole or entry.shape != (sum(chunk.length for chunk in entry.chunks),):
+            raise FormatError(f"{checkpoint.url}: {name!r} is no row of bytes")
+        pieces = (
+            Piece(
+                keys.payload_key(checkpoint.step, checkpoint.id, chunk.object),
+                chunk.start,
+                chunk.length,
+                chunk.crc32c,
+                ((chunk.offsets[0], chunk.length),),
+            )
+            for chunk in entry.chunks
+            if chunk.length
+        )
+        made.append(LocalFile(name=name, size_bytes=entry.shape[0], pieces=tuple(pieces)))
+    return _Recipe(files=tuple(made))
+
+
 def _wholes(checkpoint: Checkpoint, index: Index, components: Sequence[str]) -> _Recipe:
     """Each component as one file with whole tensors."""
     made = [whole for component in components for whole in plan_whole(index, component)]
@@ -252,7 +288,7 @@ def write_component(
 
 def _check_room(place: Path, recipe: _Recipe) -> None:
     """Fail before the first byte where the disk cannot hold it."""
-    there = sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in place.iterdir() if path.is_file())
+    there = sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in place.rglob("*") if path.is_file())
     needed, free = recipe.size_bytes - there, shutil.disk_usage(place).free
     if needed > free:
         raise StorageError(f"{place.parent} has {format_bytes(free)} free, and {format_bytes(needed)} are to come")

@@ -17,6 +17,7 @@ import torch
 from cloudckpt.core.folder import path_problem
 from cloudckpt.core.model import TensorEntry
 from cloudckpt.errors import ConfigError, StorageError
+from cloudckpt.storage.pulled import PULLED_NAME
 from cloudckpt.tensors.landing import HostMemory, blank, over
 from cloudckpt.tensors.memory import byte_view
 
@@ -145,11 +146,13 @@ def flush_files(folder: Path) -> None:
 
 
 def folder_holds(folder: Path, files: Mapping[str, TensorEntry]) -> bool:
-    """Whether a folder has exactly these files, by their sizes and sums."""
+    """Whether a folder has exactly these files, by their sizes and sums; beside them may lie what a pull has noted."""
     try:
         rows = map_files_of(folder)
     except (ConfigError, StorageError):
         return False
+    if PULLED_NAME not in files:
+        rows.pop(PULLED_NAME, None)
     return rows.keys() == files.keys() and all(_is(rows[path], entry) for path, entry in files.items())
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ from cloudckpt import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
+    FormatError,
     StorageError,
     editing,
 )
 from cloudckpt.core import keys
+from cloudckpt.core.index_json import encode_index, index_digest
+from cloudckpt.core.model import Manifest
 from cloudckpt.pulling import pull_checkpoint
 from cloudckpt.storage import ManifestStore, MemoryStorage, Storage
+from cloudckpt.testing import ScriptedStorage
 from cloudckpt.tools import open_store
+from cloudckpt.view import read_index
 
 
 def big_state() -> dict[str, Any]:
@@ -246,3 +252,94 @@ def test_progress_tells_bytes_done_of_all(run: Storage, tmp_path: Path) -> None:
     pull_checkpoint(ManifestStore(run), 1500, tmp_path, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (pulled_payload(run), pulled_payload(run))
     assert told == sorted(told)
+
+
+def folder_run(written: Path, files: dict[str, bytes]) -> Storage:
+    """A run whose only checkpoint, step 7, was saved from a folder with these files."""
+    for name, body in files.items():
+        path = written / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    storage = MemoryStorage()
+    with CheckpointManager(storage) as ckpts:
+        ckpts.save_folder(7, written, block=True)
+    return storage
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+#: What a host library may write: in folders, empty, oddly named.
+FILES = {
+    "config.json": b"{}\n",
+    "weights/0/model.bin": bytes(range(256)) * 20_000,
+    "weights/empty.bin": b"",
+    "$dollar und größe": b"\xff\x00",
+}
+
+
+def test_what_was_saved_from_a_folder_comes_back_as_its_files(tmp_path: Path) -> None:
+    """Under their own names, whatever their folders; a second pull reads nothing, and mends a file that was changed."""
+    storage = folder_run(tmp_path / "written", FILES)
+    store = ManifestStore(storage)
+    pulled = pull_checkpoint(store, "latest", tmp_path / "into")
+    assert pulled.folder == tmp_path / "into" / "checkpoint-7"
+    there = files_below(pulled.folder)
+    assert {name: body for name, body in there.items() if name != "pulled.json"} == FILES
+    assert set(pulled.files) == there.keys()
+    assert pulled.read_bytes == pulled.size_bytes == sum(map(len, FILES.values()))
+    assert [path.name for path in (tmp_path / "into").iterdir()] == ["checkpoint-7"]
+
+    assert pull_checkpoint(store, 7, tmp_path / "into").read_bytes == 0
+    (pulled.folder / "config.json").write_bytes(b"[]\n")
+    assert pull_checkpoint(store, 7, tmp_path / "into").read_bytes == len(FILES["config.json"])
+    assert (pulled.folder / "config.json").read_bytes() == FILES["config.json"]
+    storage.close()
+
+
+def test_files_that_were_pulled_are_what_load_folder_would_write(tmp_path: Path) -> None:
+    """``load_folder`` into the same place takes the pulled files as they are: what the pull noted is no file of theirs."""
+    storage = folder_run(tmp_path / "written", FILES)
+    folder = pull_checkpoint(ManifestStore(storage), 7, tmp_path / "into").folder
+    asked = ScriptedStorage(storage)
+    assert cloudckpt.open(asked).load_folder(tmp_path / "into", 7) == folder
+    assert asked.counts()["read_into"] == 0
+    assert [path.name for path in (tmp_path / "into").iterdir()] == ["checkpoint-7"]
+    storage.close()
+
+
+def test_a_file_of_the_notes_name_is_the_users(tmp_path: Path) -> None:
+    """A folder that has a ``pulled.json`` of its own gets that one back, and no note in its place."""
+    files = {"pulled.json": b"mine", "weights.bin": b"\x01"}
+    storage = folder_run(tmp_path / "written", files)
+    pulled = pull_checkpoint(ManifestStore(storage), 7, tmp_path / "into")
+    assert files_below(pulled.folder) == files
+    assert sorted(pulled.files) == sorted(files)
+    storage.close()
+
+
+@pytest.mark.parametrize("path", ["../out", "/tmp/out", "a/../../out", "a//out", ""])
+def test_no_file_of_a_folder_is_written_outside_of_it(tmp_path: Path, path: str) -> None:
+    """An index, sealed by somebody hostile, that names a path leading elsewhere: refused before anything is written."""
+    storage = folder_run(tmp_path / "written", {"out": b"bad"})
+    store = ManifestStore(storage)
+    entry = cloudckpt.open(storage).select(7)
+    index = read_index(storage, entry)
+    files = index.structure["folder"]["files"]
+    hostile = replace(index, structure={"folder": {"folder": 1, "files": {path: files["out"]}}})
+    body = encode_index(hostile)
+    storage.delete([keys.index_key(entry.step, entry.id)])
+    storage.put(keys.index_key(entry.step, entry.id), [body], size_bytes=len(body))
+
+    def sealed_so(manifest: Manifest, _: None) -> Manifest:
+        entries = tuple(replace(e, index_digest=index_digest(body)) for e in manifest.entries)
+        return replace(manifest, entries=entries)
+
+    store.transact(sealed_so, prepare=lambda _: None)
+    with pytest.raises(FormatError, match="cannot be given back"):
+        pull_checkpoint(ManifestStore(storage), 7, tmp_path / "into" / "deep")
+    assert not (tmp_path / "into").exists()
+    assert not (tmp_path / "out").exists()
+    storage.close()
