@@ -22,6 +22,7 @@ from cloudckpt.core.folder import COMPONENT, files_in, folder_value
 from cloudckpt.core.model import Checkpoint, Manifest, TensorEntry
 from cloudckpt.core.selection import Selector
 from cloudckpt.errors import ConfigError, CorruptCheckpointError, FormatError, SaveError, StorageError
+from cloudckpt.events import Listener, Warned
 from cloudckpt.loading import Loaded, LoadRequest, load_chosen
 from cloudckpt.own_folder import OwnFolder
 from cloudckpt.storage import ManifestStore
@@ -133,7 +134,7 @@ def give_back(
     *,
     coordinator: Coordinator,
     on_damage: Callable[[Checkpoint, CorruptCheckpointError], None],
-    tell: Callable[[str], None],
+    listener: Listener,
 ) -> tuple[Loaded, Path]:
     """The files of the selected checkpoint as the folder ``checkpoint-<step>`` in ``into``. Collective.
 
@@ -141,7 +142,7 @@ def give_back(
     there already with the very same files is used as it is; with others it is moved aside.
 
     Args:
-        tell: told what a person should know.
+        listener: told what a person should know, and how far it is, where it takes long.
 
     Returns:
         the checkpoint, and the folder on this machine.
@@ -151,8 +152,8 @@ def give_back(
         StorageError: the store or the disk refused.
         CloudCkptError: as for ``load_chosen``.
     """
-    pull = _Pull(into, tell, leads=_leads(coordinator, into))
-    request = LoadRequest(selector=selector, optional=(COMPONENT,))
+    pull = _Pull(into, lambda text: listener(Warned(message=text)), leads=_leads(coordinator, into))
+    request = LoadRequest(selector=selector, optional=(COMPONENT,), listener=listener, rank=coordinator.rank)
     try:
         loaded = load_chosen(
             store, manifest, request, coordinator=coordinator, on_damage=on_damage, find_homes=pull.find_homes

@@ -476,6 +476,7 @@ class CheckpointManager(Run):
                 folder.remove()
             else:
                 pending.when_done(folder.remove)
+
     def _decline(self, saver: Saver, request: SaveRequest, reason: str) -> PendingSave:
         newest = self._newest()
         last = None if newest is None else placed(newest, self.url)
@@ -713,7 +714,7 @@ class CheckpointManager(Run):
             folder,
             coordinator=self._coordinator,
             on_damage=self._record_damage,
-            tell=self._tell_person,
+            listener=self._listener,
         )
         self._go_on_from(loaded, began)
         return target
@@ -745,7 +746,13 @@ class CheckpointManager(Run):
             self._tell_once(NothingToResume(url=self.url))
             return None
         own = PerRankLeaf(self._coordinator.rank, self._coordinator.world_size)
-        request = LoadRequest(selector=selector, allow_pickle=self._allow_pickle, per_rank=own)
+        request = LoadRequest(
+            selector=selector,
+            allow_pickle=self._allow_pickle,
+            per_rank=own,
+            listener=self._listener,
+            rank=self._coordinator.rank,
+        )
         loaded = load_chosen(
             self._store, manifest, request, coordinator=self._coordinator, on_damage=self._record_damage
         )

@@ -14,7 +14,7 @@ from cloudckpt.coordination import Coordinator, SingleProcess
 from cloudckpt.core.model import Checkpoint, Manifest
 from cloudckpt.core.selection import parse_selector
 from cloudckpt.errors import ConfigError, CorruptCheckpointError
-from cloudckpt.events import FellBack, Listener, Listeners, LoggingListener, Warned
+from cloudckpt.events import FellBack, Listener, Listeners, LoggingListener
 from cloudckpt.filing import checked_folder, give_back
 from cloudckpt.loading import LoadRequest, load_chosen
 from cloudckpt.storage import ManifestStore, Storage, open_storage
@@ -112,12 +112,9 @@ class Run(RunView):
             folder,
             coordinator=self._coordinator,
             on_damage=self._on_damage,
-            tell=self._tell_person,
+            listener=self._listener,
         )
         return target
-
-    def _tell_person(self, text: str) -> None:
-        self._listener(Warned(message=text))
 
     def _manifest_to_load(self, asked: str) -> Manifest | None:
         """What is chosen from; None where another rank chooses.

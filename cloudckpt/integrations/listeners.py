@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from cloudckpt.core.model import Checkpoint
-from cloudckpt.events import DeleteFailed, Deleted, Event, FellBack, SaveCommitted, SaveFailed, SaveSkipped, Warned
+from cloudckpt.events import (
+    DeleteFailed,
+    Deleted,
+    Event,
+    FellBack,
+    SaveCommitted,
+    SaveDeclined,
+    SaveFailed,
+    SaveSkipped,
+    TransferStalled,
+    Warned,
+)
 from cloudckpt.storage import utc_now
 
 __all__ = ["JsonLines", "PrometheusFile", "event_to_json"]
@@ -78,10 +89,12 @@ _METRICS = {
     "cloudckpt_saves_total": ("counter", "Saves that were committed."),
     "cloudckpt_save_failures_total": ("counter", "Saves that did not become visible."),
     "cloudckpt_saves_skipped_total": ("counter", "Saves that were left out because one was in flight."),
+    "cloudckpt_saves_declined_total": ("counter", "Saves that a deadline left no time for."),
     "cloudckpt_saved_bytes_total": ("counter", "Bytes of the saves that were committed."),
     "cloudckpt_deleted_total": ("counter", "Retired checkpoints whose bytes are gone."),
     "cloudckpt_delete_failures_total": ("counter", "Deletes that are tried again."),
     "cloudckpt_damaged_total": ("counter", "Checkpoints that were found damaged by a load."),
+    "cloudckpt_stalls_total": ("counter", "Saves and loads of which nothing moved for long."),
     "cloudckpt_warnings_total": ("counter", "Warnings."),
     "cloudckpt_last_step": ("gauge", "Step of the newest commit."),
     "cloudckpt_last_save_seconds": ("gauge", "How long the newest save took."),
@@ -93,9 +106,11 @@ _METRICS = {
 _COUNTED: dict[type, str] = {
     SaveFailed: "cloudckpt_save_failures_total",
     SaveSkipped: "cloudckpt_saves_skipped_total",
+    SaveDeclined: "cloudckpt_saves_declined_total",
     Deleted: "cloudckpt_deleted_total",
     DeleteFailed: "cloudckpt_delete_failures_total",
     FellBack: "cloudckpt_damaged_total",
+    TransferStalled: "cloudckpt_stalls_total",
     Warned: "cloudckpt_warnings_total",
 }
 

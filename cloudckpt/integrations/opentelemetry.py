@@ -12,13 +12,34 @@ from collections.abc import Mapping
 
 from opentelemetry.metrics import Meter, get_meter
 
-from cloudckpt.events import DeleteFailed, Deleted, Event, FellBack, SaveCommitted, SaveFailed, SaveSkipped, Warned
+from cloudckpt.events import (
+    DeleteFailed,
+    Deleted,
+    Event,
+    FellBack,
+    SaveCommitted,
+    SaveDeclined,
+    SaveFailed,
+    SaveSkipped,
+    TransferStalled,
+    Warned,
+)
 
 __all__ = ["OpenTelemetryListener"]
 
 #: event -> the outcome or kind that is counted.
-_OUTCOMES: dict[type, str] = {SaveCommitted: "committed", SaveFailed: "failed", SaveSkipped: "skipped"}
-_INCIDENTS: dict[type, str] = {FellBack: "damaged", DeleteFailed: "delete_failed", Warned: "warned"}
+_OUTCOMES: dict[type, str] = {
+    SaveCommitted: "committed",
+    SaveFailed: "failed",
+    SaveSkipped: "skipped",
+    SaveDeclined: "declined",
+}
+_INCIDENTS: dict[type, str] = {
+    FellBack: "damaged",
+    DeleteFailed: "delete_failed",
+    TransferStalled: "stalled",
+    Warned: "warned",
+}
 
 
 class OpenTelemetryListener:
