@@ -14,7 +14,7 @@ from pathlib import Path
 import crc32c
 
 from cloudckpt.core.checksum import format_crc32c
-from cloudckpt.errors import CorruptCheckpointError, ObjectNotFoundError
+from cloudckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StorageError
 from cloudckpt.storage import ManifestStore, Paced
 from cloudckpt.storage.local_errors import mapped
 
@@ -23,8 +23,8 @@ __all__ = ["Bringing", "LocalFile", "Piece"]
 #: One request brings about this much; a piece that is larger comes in several.
 _READ_BYTES = 16 * 1024 * 1024
 
-#: Bytes that do not have their checksum are asked for once more before they count as damaged.
-_TRIES = 2
+#: How often bytes are asked for. Wrong twice in the same way is damage; wrong otherwise each time, something between.
+_LOOKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +120,18 @@ class Bringing:
         missing = [*batch] if fresh else [piece for piece in batch if not _is_there(path, piece)]
         self._advance(sum(piece.length for piece in batch) - sum(piece.length for piece in missing), read=0)
         for group in _batches(missing):
-            for attempt in range(_TRIES):
+            before: tuple[Piece, int] | None = None
+            for _ in range(_LOOKS):
                 if self._stopped.is_set():
                     return
                 wrong = self._fetch(path, group)
                 if wrong is None:
                     break
-                if attempt == _TRIES - 1:
+                if wrong == before:
                     raise self._damaged(*wrong)
+                before = wrong
+            else:
+                raise self._unsteady(group)
             length = sum(piece.length for piece in group)
             self._advance(length, read=length)
 
@@ -178,6 +182,15 @@ class Bringing:
             f"{format_crc32c(found)}, sealed as {format_crc32c(piece.crc32c)}. Pull another checkpoint, and look at "
             f"the run: cloudckpt verify {self._store.storage.url} --deep",
             key=piece.key,
+        )
+
+    def _unsteady(self, group: Sequence[Piece]) -> StorageError:
+        first, last = group[0], group[-1]
+        return StorageError(
+            f"{self._store.storage.url}/{first.key} bytes {first.start}..{last.start + last.length}: the same range "
+            f"was read {_LOOKS} times, and other bytes came each time. Something between the store and this process "
+            "changes them (memory, a proxy, a network card); nothing is known to be wrong with what is stored",
+            retryable=True,
         )
 
     def _advance(self, done: int, *, read: int) -> None:

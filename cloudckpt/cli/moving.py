@@ -45,7 +45,7 @@ def pull(
     """Bring a checkpoint into DIR/checkpoint-STEP: verified, side by side; a pull that was broken off goes on.
 
     With --component model, one model.safetensors that load_file reads; without, everything as it is stored, which
-    cloudckpt.open and cloudckpt import read. -q prints the path alone.
+    cloudckpt.open and cloudckpt import read; what was saved from a folder of files, as those files. -q prints the path.
     Example: cloudckpt pull best ./models -r s3://bucket/runs/demo --component model
     """
     from cloudckpt.pulling import pull_checkpoint

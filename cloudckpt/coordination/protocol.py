@@ -27,7 +27,7 @@ class Ballot:
     """One rank's view at the start of a collective call.
 
     Attributes:
-        call: "restore", "load", "save" or "close".
+        call: "restore", "load", "save", "staging" or "close".
         root: the run's URL.
         step: the step it was called with, where there is one.
         components: the top-level keys of the state.

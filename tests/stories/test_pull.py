@@ -205,6 +205,35 @@ def test_damage_on_the_store_is_named_and_nothing_is_left_in_its_name(run: Stora
     assert not (tmp_path / "checkpoint-1500").exists()
 
 
+class Flaky(Counted):
+    """A storage on whose way the last byte of a range is changed, at the first ``wrong`` reads of it, each time otherwise."""
+
+    def __init__(self, inner: Storage, *, wrong: int) -> None:
+        super().__init__(inner)
+        self._wrong = wrong
+        self._seen: dict[tuple[str, int], int] = {}
+
+    def read_into(self, key: str, start: int, *targets: memoryview) -> None:
+        """Read, and change a byte."""
+        super().read_into(key, start, *targets)
+        with self._mutex:
+            number = self._seen[key, start] = self._seen.get((key, start), 0) + 1
+        if number <= self._wrong:
+            targets[-1][-1] ^= number
+
+
+def test_bytes_that_change_on_the_way_are_no_damage(run: Storage, tmp_path: Path) -> None:
+    """Wrong once, or twice and otherwise: read again, and all is well. Otherwise each time: an error of the way, no damage."""
+    for wrong in (1, 2):
+        flaky: Any = Flaky(run, wrong=wrong)
+        folder = pull_checkpoint(ManifestStore(flaky), 1500, tmp_path / str(wrong)).folder
+        assert cloudckpt.verify(folder, deep=True).ok
+    never: Any = Flaky(run, wrong=9)
+    with pytest.raises(StorageError, match="other bytes came each time"):
+        pull_checkpoint(ManifestStore(never), 1500, tmp_path / "never")
+    assert not (tmp_path / "never" / "checkpoint-1500").exists()
+
+
 def test_retired_while_it_is_being_pulled_is_no_damage(run: Storage, tmp_path: Path) -> None:
     """Bytes that are gone because the run let them go: not found, with what to do about it."""
 
