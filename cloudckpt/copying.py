@@ -2,6 +2,8 @@
 
 The target is a run of its own, new or there already. The copy is a save like any other: announced before its first
 byte, committed after its last, under a claim that is given back; a copy that is broken off costs nothing but itself.
+
+(Past 350 lines: announce, bytes, seal and commit of one copy are one story.)
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ What is restored is compared with the caller's objects while nothing has moved y
 own memory where it can be. It falls back to an earlier checkpoint only on *proven damage*: the manifest, read again,
 still says committed, and an object is missing, too short, or its checksum differs. A 403, a 503, a time-out, a state
 that does not fit: raised at once. Training is never rolled back by a fault of the network.
+
+(Past 350 lines: one load from its choice to the values, for one rank and for many.)
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Change one small thing at a time in the code that decides, and see whether a test notices.
 
-    python tools/mutation.py run                         every target of tests/mutation/targets.toml; goes on where it stopped
-    python tools/mutation.py run manifest garbage        these
-    python tools/mutation.py report                      what is known by now
+    python tools/mutation.py run                   every target of tests/mutation/targets.toml; goes on where it stopped
+    python tools/mutation.py run manifest garbage  these
+    python tools/mutation.py report                what is known by now
 
-Made with cosmic-ray (``pip install "cloudckpt[mutation]"``), which changes files in place: each target is worked on in a
-copy of its own, below ``--work``, so that nothing here is touched and several targets can run side by side. Whatever
+Made with cosmic-ray (``pip install "cloudckpt[mutation]"``), which changes files in place: each target is worked on in
+a copy of its own, below ``--work``, so that nothing here is touched and several targets can run side by side. Whatever
 survives must stand in ``tests/mutation/survivors.toml`` with the reason why it is harmless; otherwise this ends with 1.
 """
 
@@ -138,7 +138,8 @@ def complaints(results: Sequence[Result], listed: dict[Survivor, str]) -> Iterat
             yield f"{result.target.module}: {result.outcomes['pending']} mutants were not tried"
         for survivor in sorted(result.survivors - listed.keys()):
             yield (
-                f"{survivor.module}: no test notices {survivor.operator}:\n    - {survivor.before}\n    + {survivor.after}"
+                f"{survivor.module}: no test notices {survivor.operator}:\n"
+                f"    - {survivor.before}\n    + {survivor.after}"
             )
         tried = sum(result.outcomes.values()) - result.outcomes["pending"]
         known = {s for s in listed if s.module == result.target.module}

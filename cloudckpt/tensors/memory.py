@@ -50,8 +50,8 @@ def dtype_named(name: str) -> torch.dtype:
     found = _DTYPES.get(name)
     if found is None:
         raise CorruptCheckpointError(
-            f"a tensor has dtype {name!r:.60}, which torch {torch.__version__} does not have: load it with the torch it "
-            "was saved with, or a newer one"
+            f"a tensor has dtype {name!r:.60}, which torch {torch.__version__} does not have: load it with the torch "
+            "it was saved with, or a newer one"
         )
     return found
 
