@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from cloudckpt.storage.direct.address import Address
 from cloudckpt.storage.direct.crew import Stop
+from cloudckpt.storage.direct.nearness import keep_queue_short
 from cloudckpt.storage.direct.throttle import Throttle
 
 __all__ = ["Answer", "Request", "Wire", "WireError"]
@@ -110,6 +111,7 @@ class _Exchange:
         self.connection.connect()
         # From here on the watcher keeps the time: a socket with a time-out polls before each call.
         self._socket.settimeout(None)
+        keep_queue_short(self._socket)
 
     @property
     def _socket(self) -> socket.socket:
