@@ -44,10 +44,10 @@ def count_frames(sent: Counter[tuple[int, str]]) -> None:
     queue = Channel._queue  # noqa: SLF001 - what goes out goes out there
 
     def counted(self: Channel, line: object, topic: str, body: bytes) -> None:
-        peer = line.peer  # type: ignore[attr-defined]
+        peer = line.peer  # type: ignore[attr-defined]  # a private class of the channel
         about = topic.partition("/")[0]
         sent[peer.rank, AGREEING.get(about, about)] += len(_framed(topic, body))
-        queue(self, line, topic, body)  # type: ignore[arg-type]
+        queue(self, line, topic, body)  # type: ignore[arg-type]  # wraps a method
 
     Channel._queue = counted  # type: ignore[method-assign]  # noqa: SLF001 - the same
 

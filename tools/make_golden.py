@@ -219,7 +219,7 @@ def make_with_cells(place: Path) -> None:
 
 def _one_rank(rank: int, place: Path, meeting: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - in the processes that need them
-    from torch.distributed.tensor import Shard, distribute_tensor  # noqa: PLC0415
+    from torch.distributed.tensor import Shard, distribute_tensor  # noqa: PLC0415 - only golden stores of many ranks need it
 
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))

@@ -19,28 +19,29 @@ __all__ = ["keep_queue_short", "round_trip_s"]
 _QUEUE_BYTES = 128 * 1024
 #: Round trips up to this long, in seconds, are within a machine or a rack.
 _NEAR_S = 200e-6
-#: ``tcpi_rtt`` of ``struct tcp_info`` (linux/tcp.h): eight bytes of flags and 15 words lie before it. Microseconds.
-_RTT_AT = 68
-_INFO_BYTES = 104
+#: Where ``tcpi_min_rtt`` lies in ``struct tcp_info`` (linux/tcp.h, since Linux 4.6), in microseconds. The mean counts
+#: what a busy server, or one that holds an acknowledgement back during a TLS handshake, adds to the way.
+_SHORTEST_AT = 148
+_INFO_BYTES = 152
+#: What the kernel says before it has seen one.
+_UNKNOWN = 2**32 - 1
 
 
 def round_trip_s(sock: socket.socket) -> float | None:
-    """The smoothed round trip of a connected socket, in seconds; None where the kernel does not tell."""
+    """The shortest round trip that a connected socket has seen, in seconds; None where the kernel does not tell."""
     if sys.platform != "linux":
         return None
     try:
         told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-        microseconds: int = struct.unpack_from("=I", told, _RTT_AT)[0]
+        microseconds: int = struct.unpack_from("=I", told, _SHORTEST_AT)[0]
     except (OSError, struct.error):  # no TCP socket, or a kernel that knows less
         return None
-    return microseconds / 1e6 if microseconds else None
+    return microseconds / 1e6 if 0 < microseconds < _UNKNOWN else None
 
 
-def keep_queue_short(sock: socket.socket) -> bool:
-    """Bound what a connected socket queues for sending, if its other end is near. Whether it was."""
+def keep_queue_short(sock: socket.socket) -> None:
+    """Bound what a connected socket queues for sending, if its other end is near."""
     round_trip = round_trip_s(sock)
-    if round_trip is None or round_trip > _NEAR_S:
-        return False
-    with contextlib.suppress(OSError):  # the connection is as good without
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE_BYTES)
-    return True
+    if round_trip is not None and round_trip <= _NEAR_S:
+        with contextlib.suppress(OSError):  # the connection is as good without
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE_BYTES)
