@@ -154,7 +154,15 @@ def copy_checkpoint(
     words = PolicyWords() if found is not None else PolicyWords(keep_last=None, keep_best=list(rules) or 0)
     told = listener or Listeners([LoggingListener()])
     claim = claim_run(target, words, change_policy=False, takeover=takeover, listener=told)
-    copy = _Copy(store, target, claim, source, index, replace(entry, writer_epoch=claim.writer_epoch), progress)
+    copy = _Copy(
+        store=store,
+        target=target,
+        claim=claim,
+        source=source,
+        index=index,
+        entry=replace(entry, writer_epoch=claim.writer_epoch),
+        progress=progress,
+    )
     committed, retired = copy.run()
     return Copied(
         source=source,
@@ -215,6 +223,7 @@ class _Copy:
 
     def __init__(
         self,
+        *,
         store: ManifestStore,
         target: ManifestStore,
         claim: Claim,

@@ -164,10 +164,7 @@ def write_plot(plot: Plot, path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise ConfigError(f"{path}: write a name that ends in {', '.join(_SUFFIXES)}")
-    if suffix == ".html":
-        body = _page(plot, _drawn(plot, "svg").decode()).encode()
-    else:
-        body = _drawn(plot, suffix[1:])
+    body = _page(plot, _drawn(plot, "svg").decode()).encode() if suffix == ".html" else _drawn(plot, suffix[1:])
     with mapped(path):
         path.write_bytes(body)
 

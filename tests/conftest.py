@@ -43,15 +43,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", type=int, default=1000, help="how many saves the long runs make")
     parser.addoption("--fuzz-seconds", type=float, default=2.0, help="for how long each parser is fuzzed")
     parser.addoption("--record", type=Path, default=None, help="append what was run to this file, a line of JSON each")
-    parser.addoption("--stories", default="ci", choices=("ci", "long"), help="how many stories the stateful suite tells")
     parser.addoption(
-        "--model-depth", type=int, default=1, choices=(1, 2, 3), help="how far the protocol model is searched: 1 as in CI"
+        "--stories", default="ci", choices=("ci", "long"), help="how many stories the stateful suite tells"
+    )
+    parser.addoption(
+        "--model-depth",
+        type=int,
+        default=1,
+        choices=(1, 2, 3),
+        help="how far the protocol model is searched: 1 as in CI",
     )
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Recording:
-    """Writes down what a test runs: ``with record(story, fault, backend) as case``."""
+    """Writes down what a test runs: the story, the fault and the backend, around a block."""
     return Recording(pytestconfig.getoption("--record"), str(request.node.nodeid))
 
 

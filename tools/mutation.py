@@ -92,9 +92,11 @@ def annotation_spans(source: str) -> list[Span]:
             found.append(node.returns)
         if isinstance(node, ast.arg | ast.AnnAssign):
             found.append(node.annotation)
-        for part in found:
-            if part is not None and part.end_lineno is not None and part.end_col_offset is not None:
-                spans.append((part.lineno, part.col_offset, part.end_lineno, part.end_col_offset))
+        spans.extend(
+            (part.lineno, part.col_offset, part.end_lineno, part.end_col_offset)
+            for part in found
+            if part is not None and part.end_lineno is not None and part.end_col_offset is not None
+        )
     return spans
 
 

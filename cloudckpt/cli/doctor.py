@@ -78,17 +78,8 @@ def _place(storage: Storage, role: Role | None) -> Iterator[Check]:
     if role is not None:
         bucket_of(inner)  # before anything else is said of it
     if isinstance(inner, LocalStorage):
-        try:
-            inner.check_writable()
-        except CloudCkptError as exc:
-            yield Check(name="writable", ok=False, detail=str(exc))
-            return
-        mount = mount_of(Path(inner.url))
-        if mount is not None:
-            usable, detail = promises(mount.kind)
-            yield Check(name="file system", ok=usable, detail=detail)
-        if not inner.exists:
-            yield Check(name="writable", ok=True, detail="the folder does not exist yet and can be made")
+        yield from (found := tuple(_folder(inner)))
+        if not inner.exists or not all(check.ok for check in found if check.name == "writable"):
             return
     if isinstance(inner, PulledFolder):
         yield Check(name="pulled", ok=True, detail="one checkpoint, to be read; nothing is written into it")
@@ -106,6 +97,20 @@ def _place(storage: Storage, role: Role | None) -> Iterator[Check]:
         return
     yield from _rights(inner)
     yield from _rules(inner)
+
+
+def _folder(storage: LocalStorage) -> Iterator[Check]:
+    try:
+        storage.check_writable()
+    except CloudCkptError as exc:
+        yield Check(name="writable", ok=False, detail=str(exc))
+        return
+    mount = mount_of(Path(storage.url))
+    if mount is not None:
+        usable, detail = promises(mount.kind)
+        yield Check(name="file system", ok=usable, detail=detail)
+    if not storage.exists:
+        yield Check(name="writable", ok=True, detail="the folder does not exist yet and can be made")
 
 
 def _role(storage: Storage, role: Role) -> Iterator[Check]:

@@ -200,11 +200,15 @@ def cost(
         return
     requests = costs.requests
     lines = [
-        f"one save      {format_bytes(costs.save_bytes)}, {requests.writing} writing requests ({requests.payload} of "
-        f"payload, {requests.index} index, {requests.manifest} manifest), {requests.deletes} deletes",
-        f"a month       {costs.saves_a_month:.0f} saves (every {format_duration(found.save_every_s)}, "
-        f"{'as given' if found.every_from == 'given' else 'by the journal'}; {found.hours_a_month:g} h), "
-        f"{costs.requests_a_month:.0f} writing requests, {format_bytes(costs.bytes_a_month)} sent",
+        (
+            f"one save      {format_bytes(costs.save_bytes)}, {requests.writing} writing requests ({requests.payload} "
+            f"of payload, {requests.index} index, {requests.manifest} manifest), {requests.deletes} deletes"
+        ),
+        (
+            f"a month       {costs.saves_a_month:.0f} saves (every {format_duration(found.save_every_s)}, "
+            f"{'as given' if found.every_from == 'given' else 'by the journal'}; {found.hours_a_month:g} h), "
+            f"{costs.requests_a_month:.0f} writing requests, {format_bytes(costs.bytes_a_month)} sent"
+        ),
         f"kept          {format_bytes(costs.kept_bytes)} in {found.kept} checkpoints",
     ]
     if costs.total:

@@ -47,7 +47,7 @@ def errors() -> Console:
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:  # noqa: PLR0911 - a case a type
     """A value as JSON types: dataclasses by field, NaN and infinities as strings."""
     if isinstance(value, Checkpoint):
         return checkpoint_json(value)

@@ -101,7 +101,7 @@ def item_size(dtype: str) -> int | None:
 
 
 def torch_name(dtype: str) -> str | None:
-    """torch's name of a dtype, by safetensors' name of it; None for one that is not known here."""
+    """Torch's name of a dtype, by safetensors' name of it; None for one that is not known here."""
     return next((name for name, known in _NAMES.items() if known == dtype), None)
 
 

@@ -85,9 +85,9 @@ class ForgatherCheckpoints:
         checkpoint_path: str,
         metrics: Mapping[str, float],
         metric_key: str,
-        greater_is_better: bool | None,
+        greater_is_better: bool | None,  # noqa: FBT001
         preserve_n_best: int,
-        is_world_process_zero: bool = True,  # noqa: FBT001, FBT002 - forgather's signature
+        is_world_process_zero: bool = True,  # noqa: FBT001, FBT002
     ) -> bool:
         """Take note of what was measured, before the save of this path; whether it will be one of the best.
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from cloudckpt.core.model import Checkpoint
 from cloudckpt.events import (
-    DeleteFailed,
     Deleted,
+    DeleteFailed,
     Event,
     FellBack,
     SaveCommitted,

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from opentelemetry.metrics import Meter, get_meter
 
 from cloudckpt.events import (
-    DeleteFailed,
     Deleted,
+    DeleteFailed,
     Event,
     FellBack,
     SaveCommitted,

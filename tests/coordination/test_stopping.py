@@ -125,8 +125,10 @@ def test_ranks_that_are_not_in_step_are_told_so() -> None:
     found.stands(1, at(5, 51), now=0.0)
     told = orders(found.stands(2, at(6, 60), now=0.0))
     assert {order.problem for _, order in told} == {
-        "after 5 calls of should_stop() the ranks are at different steps: rank 0 (a, pid 1) at step 50, "
-        "rank 1 (a, pid 2) at step 51"
+        (
+            "after 5 calls of should_stop() the ranks are at different steps: rank 0 (a, pid 1) at step 50, "
+            "rank 1 (a, pid 2) at step 51"
+        )
     }
 
 

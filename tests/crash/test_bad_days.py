@@ -288,7 +288,7 @@ HANDS: dict[str, tuple[str, Callable[[Storage, str], object]]] = {
 @pytest.mark.processes
 @pytest.mark.parametrize("hand", HANDS)
 def test_what_was_removed_or_replaced_by_hand(wire: Wire, hand: str, record: Recording) -> None:
-    """verify names it without a download where the store has checksums, restore takes the one before, gc goes on."""
+    """Verify names it without a download where the store has checksums, restore takes the one before, gc goes on."""
     with record("verify, restore, gc", hand, wire.name) as case:
         through, storage = wire.pair(QUICK)
         with CheckpointManager(storage, keep_last=None, settings=QUICK) as ckpts:

@@ -1,6 +1,6 @@
 """A training under torchrun that is signalled: started by ``test_torchrun_signals``, one process a rank.
 
-    python -m torch.distributed.run ... tests/distributed/signalled.py '{"root": ..., "steps": ..., ...}'
+python -m torch.distributed.run ... tests/distributed/signalled.py '{"root": ..., "steps": ..., ...}'
 """
 
 from __future__ import annotations

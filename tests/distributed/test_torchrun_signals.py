@@ -116,7 +116,7 @@ def newest(root: Path) -> int:
 
 
 def test_sigterm_reaches_all_ranks_and_one_checkpoint_is_made(start: Callable[..., Job], tmp_path: Path) -> None:
-    """torchrun passes it on and waits; it says that it failed all the same; the next start goes on with the next step."""
+    """Torchrun passes it on and waits; it says that it failed all the same; the next start goes on with the next step."""
     job = start()
     job.hears(r"^committed \d+")
     job.process.terminate()
@@ -196,7 +196,7 @@ def test_a_rank_that_fails_brings_sigterm_to_the_others(start: Callable[..., Job
 
 
 def test_the_example_stops_with_its_data_loaders(tmp_path: Path) -> None:
-    """torchrun signals whole process groups; the workers of both ranks live through it."""
+    """Torchrun signals whole process groups; the workers of both ranks live through it."""
     words = ["--root", str(tmp_path / "run"), "--steps", str(FOR_EVER), "--save-every", "20", "--workers", "2"]
     job = Job(EXAMPLE, words)
     try:

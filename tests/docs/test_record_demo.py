@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_long_parts_say_what_is_missing(recording: ModuleType) -> None:
 def test_the_picture_is_an_svg_of_these_lines(recording: ModuleType) -> None:
     """The picture is well-formed, has the text in it, loads nothing from elsewhere, and is the same each time."""
     drawn = recording.picture(["\x1b[32mok\x1b[0m  saved", "--- the end"])
-    words = "".join(ElementTree.fromstring(drawn).itertext()).replace("\xa0", " ")
+    words = "".join(ET.fromstring(drawn).itertext()).replace("\xa0", " ")
     assert "saved" in words
     assert "--- the end" in words
     assert "@font-face" not in drawn

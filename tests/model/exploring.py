@@ -298,7 +298,9 @@ class Explorer:
     def _doubted(self, there: Situation, here: Situation, slot: Slot) -> Situation:
         """What a write without an answer would have committed is in doubt."""
         committed = {e.id for e in self._library.content(slot).entries if e.committed_at is not None}
-        return there._replace(ghost=there.ghost._replace(doubted=there.ghost.doubted | committed - here.ghost.committed))
+        return there._replace(
+            ghost=there.ghost._replace(doubted=there.ghost.doubted | committed - here.ghost.committed)
+        )
 
     def _landed(self, here: Situation, slot: Slot, *, by_hand: bool) -> tuple[Situation, list[str]]:
         question = (here.slot, slot, by_hand)

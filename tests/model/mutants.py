@@ -52,7 +52,9 @@ def delete_before_commit(patch: Patch) -> None:
     def commit(self: Recorder, entry: Checkpoint, sealed_as: RollForward) -> Checkpoint:
         before = self._store.last_seen
         assert before is not None
-        planned = transitions.commit(before, entry.id, sealed_as, writer_epoch=self.writer_epoch, at=self._store.clock())
+        planned = transitions.commit(
+            before, entry.id, sealed_as, writer_epoch=self.writer_epoch, at=self._store.clock()
+        )
         for going in planned.in_state(State.RETIRED):
             delete_bytes(self._store.unretried, going)
         return plain(self, entry, sealed_as)
@@ -190,7 +192,7 @@ def rolled_forward_unchecked(patch: Patch) -> None:
 
 
 def gc_writes_before_it_lists(patch: Patch) -> None:
-    """gc takes the manifest first and the listing second."""
+    """Gc takes the manifest first and the listing second."""
 
     def gc_run(store: ManifestStore, *, dry_run: bool = True) -> SweepReport:
         manifest = store.transact(
@@ -219,7 +221,9 @@ def gc_takes_what_is_pending(patch: Patch) -> None:
 
     def change(plan: GarbagePlan, manifest: Manifest, items: list[tuple[str, int]]) -> GarbagePlan:
         pending = {entry.id for entry in manifest.in_state(State.PENDING)}
-        more = [Orphan(key=key, size_bytes=size, reason="pending") for key, size in items if keys.parse(key).id in pending]
+        more = [
+            Orphan(key=key, size_bytes=size, reason="pending") for key, size in items if keys.parse(key).id in pending
+        ]
         return replace(plan, orphans=(*plan.orphans, *more))
 
     _other_plan(patch, change)
@@ -236,7 +240,7 @@ def gc_takes_what_is_foreign(patch: Patch) -> None:
 
 
 def gc_leaves_what_nobody_names(patch: Patch) -> None:
-    """gc only looks at retired entries, and the late bytes of a dead process stay for ever."""
+    """Gc only looks at retired entries, and the late bytes of a dead process stay for ever."""
 
     def change(plan: GarbagePlan, manifest: Manifest, items: list[tuple[str, int]]) -> GarbagePlan:
         named = [o for o in plan.orphans if (found := keys.parse(o.key).id) is None or manifest.find(found) is not None]
@@ -266,7 +270,9 @@ def the_newer_of_equals_is_best(patch: Patch) -> None:
     """Of two equal ones the newer takes the place of the older."""
 
     def ranked(checkpoints: Iterable[Checkpoint], metric: str, mode: str) -> list[Checkpoint]:
-        scored = [(v, c) for c in checkpoints if c.usable and (v := retention.metric_value(c.metrics, metric)) is not None]
+        scored = [
+            (v, c) for c in checkpoints if c.usable and (v := retention.metric_value(c.metrics, metric)) is not None
+        ]
         sign = 1.0 if mode == "min" else -1.0
         return [c for _, c in sorted(scored, key=lambda pair: (sign * pair[0], -pair[1].seq))]
 

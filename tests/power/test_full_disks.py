@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ class Tired:
     def replace(self, source: Any, target: Any) -> None:
         """A rename needs room in a folder."""
         self._asked("rename")
-        os.replace(source, target)
+        os.replace(source, target)  # noqa: PTH105 - what the module calls
 
     def pwritev(self, descriptor: int, buffers: Any, offset: int) -> int:
         """A part of a payload object."""
@@ -87,7 +87,7 @@ class Tired:
         real = found.write
 
         class Counted:
-            def __enter__(self) -> Counted:
+            def __enter__(self) -> Self:
                 return self
 
             def __exit__(self, *_: object) -> None:
@@ -269,7 +269,7 @@ def test_a_file_system_that_turns_read_only_and_back(tmp_path: Path, record: Rec
                 lambda: CheckpointManager(root, settings=FAST).restore(state_of(0)),
             ]
             for act in acts:
-                with pytest.raises((StorageError, cloudckpt.SaveError), match="read-only|permission denied"):
+                with pytest.raises((StorageError, cloudckpt.SaveError), match=r"read-only|permission denied"):
                     act()
             assert (root / "manifest.json").read_bytes() == before
             assert torch.equal(cloudckpt.open(root).load(1)["model"]["w"], state_of(1)["model"]["w"])

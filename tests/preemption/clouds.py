@@ -119,7 +119,9 @@ class EC2(Cloud):
             "/latest/meta-data/events/recommendations/rebalance": self.rebalance,
         }
         body = bodies.get(path) if method == "GET" else None
-        return (404, "<html>Not Found</html>", {}) if body is None else (200, body, {"Content-Type": "application/json"})
+        return (
+            (404, "<html>Not Found</html>", {}) if body is None else (200, body, {"Content-Type": "application/json"})
+        )
 
 
 class ComputeEngine(Cloud):

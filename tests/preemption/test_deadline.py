@@ -234,7 +234,7 @@ def test_an_earlier_failure_is_still_told_if_the_last_save_is_not_begun() -> Non
     storage.amid = refuse
     ckpts.save(1, state_of(1)).wait_quietly()
     assert ckpts.save(2, state_of(2), deadline_s=LONG_S).progress.phase == "declined"
-    with pytest.raises(SaveError, match="saving step 1 .*the disk is on fire"):
+    with pytest.raises(SaveError, match=r"saving step 1 .*the disk is on fire"):
         ckpts.close()
     assert steps(storage) == [0]
 

@@ -189,7 +189,9 @@ def test_nobody_there_is_told_once() -> None:
     assert looked.wait(30)
     watcher.close()
     (said,) = warned
-    assert said.startswith("the metadata service of EC2 (in a container it takes a hop limit of 2) cannot be looked at (")
+    assert said.startswith(
+        "the metadata service of EC2 (in a container it takes a hop limit of 2) cannot be looked at ("
+    )
     assert said.endswith("no notice will be seen there until it can")
 
 

@@ -132,7 +132,7 @@ def test_a_shielded_child_ends_by_its_parents_word_only(start: Callable[..., Pro
 def test_data_loader_workers_live_through_a_signal_to_all(
     start: Callable[..., Program], tmp_path: Path, context: str, number: signal.Signals
 ) -> None:
-    """torchrun and Slurm signal the whole process group: shielded workers load on until the last save is made."""
+    """Torchrun and Slurm signal the whole process group: shielded workers load on until the last save is made."""
     program = start("load", root=str(tmp_path / "run"), context=context, shielded=True)
     program.hears("step")
     os.killpg(program.process.pid, number)

@@ -77,9 +77,7 @@ def test_told_from_another_thread_at_any_moment() -> None:
     for _ in range(5):
         collective, go = threading.Barrier(RANKS, timeout=30), threading.Event()
 
-        def loop(
-            rank: int, own: Together, collective: threading.Barrier = collective, go: threading.Event = go
-        ) -> int:
+        def loop(rank: int, own: Together, collective: threading.Barrier = collective, go: threading.Event = go) -> int:
             def speak() -> None:
                 go.wait(30)
                 own.tell(f"notice {rank}", 25.0 + rank)

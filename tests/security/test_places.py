@@ -44,7 +44,7 @@ NAMES = [
     ".model-00000-of-00001.safetensors.tmp",
     "~/model-00000-of-00001.safetensors",
     "$HOME/model-00000-of-00001.safetensors",
-    "ｍodel/../x-00000-of-00001.safetensors",
+    "\uff4dodel/../x-00000-of-00001.safetensors",
     "model-00000-of-00001.safetensors" + "x" * 5000,
 ]
 

@@ -421,7 +421,9 @@ class RunMachine(RuleBasedStateMachine):
     @invariant()
     def what_was_promised_is_kept(self) -> None:
         """I10, and what readers saw."""
-        promised = [f"I10 {save_id} was reported as committed" for save_id in {*self.acknowledged} - self.watch.committed]
+        promised = [
+            f"I10 {save_id} was reported as committed" for save_id in {*self.acknowledged} - self.watch.committed
+        ]
         assert not self.wrong + promised, "\n".join(self.wrong + promised)
 
     def teardown(self) -> None:

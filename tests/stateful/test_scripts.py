@@ -42,7 +42,9 @@ def states(machine: RunMachine) -> dict[int, str]:
     return {entry.step: str(entry.state) for entry in manifest.entries}
 
 
-def save(machine: RunMachine, loss: float | None, trouble: tuple[Trouble | None, int] = FINE, *, first: bool = True) -> None:
+def save(
+    machine: RunMachine, loss: float | None, trouble: tuple[Trouble | None, int] = FINE, *, first: bool = True
+) -> None:
     """The next step of a job."""
     machine.a_job_saves(first=first, loss=loss, forward=1, pin=False, trouble=trouble)
 
@@ -97,7 +99,7 @@ def test_a_duel_is_refused_and_loses_nothing() -> None:
 
 
 def test_gc_sleeps_while_a_save_begins_and_ends() -> None:
-    """gc has listed, and wakes when another save is committed: it takes nothing of it."""
+    """Gc has listed, and wakes when another save is committed: it takes nothing of it."""
     for request_number in range(6):
         with told() as machine:
             start(machine)
@@ -123,7 +125,9 @@ def test_a_reader_is_overtaken_by_retention() -> None:
                 machine.a_sleeper_wakes(number=0, dead=False, trouble=FINE)
 
 
-@pytest.mark.parametrize("trouble", [Trouble.LOST, Trouble.LATE, Trouble.REFUSED, Trouble.DIES_BEFORE, Trouble.DIES_AFTER])
+@pytest.mark.parametrize(
+    "trouble", [Trouble.LOST, Trouble.LATE, Trouble.REFUSED, Trouble.DIES_BEFORE, Trouble.DIES_AFTER]
+)
 def test_every_request_of_a_save_may_go_wrong(trouble: Trouble) -> None:
     """Each request of a third save in turn; what was acknowledged before is never lost."""
     for request_number in range(6):

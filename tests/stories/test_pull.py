@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -114,10 +113,10 @@ def test_what_was_pulled_reads_as_a_run(run: Storage, tmp_path: Path) -> None:
     assert cloudckpt.verify(folder, deep=True).ok
     with pytest.raises(StorageError, match="nothing is written into it"):
         editing.pin(open_store(folder), 1500)
-    before = sorted(os.listdir(folder))
+    before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(StorageError, match="cloudckpt import"), CheckpointManager(folder) as ckpts:
         ckpts.save(1501, {"w": torch.zeros(1)}, block=True)
-    assert sorted(os.listdir(folder)) == before
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_a_component_is_one_file_that_load_file_reads(run: Storage, tmp_path: Path) -> None:
@@ -153,7 +152,7 @@ def test_what_is_left_of_a_pull_does_not_come_along_with_other_components(run: S
     with pytest.raises(StorageError, match="the line was cut"):
         pull_checkpoint(ManifestStore(cut), 1500, tmp_path, components=["model", "optimizer"])
     folder = pull_checkpoint(ManifestStore(run), 1500, tmp_path, components=["optimizer"]).folder
-    assert sorted(os.listdir(folder)) == ["optimizer.safetensors", "pulled.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["optimizer.safetensors", "pulled.json"]
 
 
 def pulled_payload(run: Storage) -> int:
@@ -236,7 +235,6 @@ def test_bytes_that_change_on_the_way_are_no_damage(run: Storage, tmp_path: Path
 
 def test_retired_while_it_is_being_pulled_is_no_damage(run: Storage, tmp_path: Path) -> None:
     """Bytes that are gone because the run let them go: not found, with what to do about it."""
-
     mutex = threading.Lock()
 
     class LetsGo(Counted):
@@ -262,7 +260,7 @@ def test_components_that_cannot_be_pulled(run: Storage, tmp_path: Path, componen
     for dry_run in (True, False):
         with pytest.raises(ConfigError, match=message):
             pull_checkpoint(store, 1500, tmp_path, components=components, dry_run=dry_run)
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_transformers_finds_every_tensor_by_the_index_beside_the_payload(run: Storage, tmp_path: Path) -> None:

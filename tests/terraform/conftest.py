@@ -43,7 +43,7 @@ Act = Callable[..., AbstractContextManager[Acting]]
 
 @pytest.fixture
 def acting(s3_root: str, s3_server: MotoServer) -> Act:
-    """Acts in a role in the bucket of ``s3_root``: ``with acting(Role.READER, judge="moto", drop="List") as who``.
+    """Take a role in the bucket of ``s3_root``: the reader's without List, by ``(Role.READER, judge="moto", drop="List")``.
 
     ``drop`` names a statement that the policy has lost. Outside of the block the environment has every right.
     """

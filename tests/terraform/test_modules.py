@@ -167,7 +167,7 @@ def test_the_modules_own_tests_bite(file: str, old: str, new: str, place: Path, 
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    run(initialised(run, place / "modules" / file.split("/")[0]), "test", "-no-color", fails=True)
+    run(initialised(run, place / "modules" / file.split("/", maxsplit=1)[0]), "test", "-no-color", fails=True)
 
 
 @pytest.mark.parametrize("key", [None, "arn:aws:kms:::key/k"], ids=["SSE-S3", "own key"])

@@ -149,9 +149,7 @@ def announce() -> Callable[..., str]:
         def change(current: Manifest, _: None) -> Manifest:
             epoch = current.writer_epoch
             mine = replace(entry, writer_epoch=epoch)
-            return transitions.announce(
-                current, mine, writer_epoch=epoch, settlements={}, gone=(), at=store.clock()
-            )
+            return transitions.announce(current, mine, writer_epoch=epoch, settlements={}, gone=(), at=store.clock())
 
         store.transact(change, prepare=lambda _: None)
         key = keys.payload_key(step, entry.id, keys.payload_name("model", 0, 1))

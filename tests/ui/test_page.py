@@ -41,7 +41,9 @@ class Visit:
     places: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.tab.on("console", lambda said: self.trouble.append(said.text) if said.type in {"error", "warning"} else None)
+        self.tab.on(
+            "console", lambda said: self.trouble.append(said.text) if said.type in {"error", "warning"} else None
+        )
         self.tab.on("pageerror", lambda error: self.trouble.append(str(error)))
         self.tab.on("request", lambda request: self.places.add(urlsplit(request.url).netloc))
 
@@ -153,7 +155,8 @@ def test_the_sliders_say_what_the_package_would_delete(visit: Callable[..., Visi
     plan = prune(store, policy=replace(manifest.policy, keep_last=1), dry_run=True)
     shown = [row.locator("th, td").all_inner_texts() for row in rows_of(tab, "What if?").all()]
     assert [(cells[0], cells[1], cells[3]) for cells in shown] == [
-        (str(d.checkpoint.step), "kept" if d.keep else "deleted", ", ".join(d.reasons)) for d in reversed(plan.decisions)
+        (str(d.checkpoint.step), "kept" if d.keep else "deleted", ", ".join(d.reasons))
+        for d in reversed(plan.decisions)
     ]
 
     best.focus()
@@ -213,7 +216,7 @@ def test_the_page_looks_again_by_itself(visit: Callable[..., Visit], run: str) -
 def test_names_from_the_store_are_text(visit: Callable[..., Visit], tmp_path: Path) -> None:
     """Markup in the root, a metric, a tag and a mark is shown as it was written, and nothing of it is run."""
     root = str(tmp_path / "<img src=x onerror=alert(1)>")
-    metric, tag, mark = "<svg onload=alert(2)>", "\"><script>alert(3)</script>", "</td><b>bold"
+    metric, tag, mark = "<svg onload=alert(2)>", '"><script>alert(3)</script>', "</td><b>bold"
     with CheckpointManager(root, monitor=metric, mode="min") as ckpts:
         ckpts.save(1, {"w": torch.ones(1)}, metrics={metric: 1.0, "__proto__": 2.0}, tags=[tag], block=True)
         ckpts.save(2, {"w": torch.ones(1)}, metrics={metric: float("nan")}, block=True)

@@ -48,7 +48,11 @@ def printed(*arguments: str) -> Any:
         ("prune", {}, ["prune", "--dry-run"]),
         ("prune", {"keep_last": "2"}, ["prune", "--dry-run", "--keep-last", "2"]),
         ("prune", {"keep_last": "1", "keep_best": "2"}, ["prune", "--dry-run", "--keep-last", "1", "--keep-best", "2"]),
-        ("prune", {"keep_last": "1", "keep_every": "2"}, ["prune", "--dry-run", "--keep-last", "1", "--keep-every", "2"]),
+        (
+            "prune",
+            {"keep_last": "1", "keep_every": "2"},
+            ["prune", "--dry-run", "--keep-last", "1", "--keep-every", "2"],
+        ),
     ],
 )
 def test_each_document_is_what_the_command_line_prints(

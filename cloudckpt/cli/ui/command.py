@@ -24,9 +24,7 @@ _PATIENCE_S = 10.0
 def ui(
     place: Place = None,
     root: Root = None,
-    port: Annotated[
-        int, typer.Option("--port", "-p", min=0, max=65_535, help="Of 127.0.0.1; 0 takes a free one.")
-    ] = 0,
+    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65_535, help="Of 127.0.0.1; 0 takes a free one.")] = 0,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Only tell the address.")] = False,
     json: Json = False,
     quiet: Quiet = False,

@@ -169,7 +169,7 @@ class Site:
             body = documents.encoded(self._made(name, words))
         except CloudCkptError as exc:
             return _problem(_status(exc), type(exc).__name__, str(exc))
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - a server goes on
             # Ours, not the user's: the terminal has the traceback, and the page goes on.
             _LOG.exception("cloudckpt ui could not make %s", name)
             return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, type(exc).__name__, f"cloudckpt itself failed: {exc}")

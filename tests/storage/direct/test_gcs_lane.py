@@ -253,7 +253,7 @@ BROKEN = ("drop_before", "drop_after", "truncate", "503", "429", "500", "409")
     # One bit of a part; a beginning has no body, and one bit of a completion makes another request of it.
     [*((action, number) for action in BROKEN for number in range(5)), *(("flip_request", n) for n in (1, 2, 3))],
 )
-def test_a_fault_at_any_request_is_got_over(  # noqa: PLR0917 - fixtures
+def test_a_fault_at_any_request_is_got_over(
     storage: GCSStorage, gcs_faults: FaultProxy, gcs_server: FakeGCS, bucket: str, action: Any, number: int
 ) -> None:
     """Whichever request is broken and however, the object is whole and no upload is left."""
