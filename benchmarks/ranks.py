@@ -112,8 +112,8 @@ def one_job() -> None:
 class _Found(Group):
     """Ranks of one process: the number of the channel is given, not counted."""
 
-    def next_key(self) -> str:
-        return "many"
+    def next_key(self, whose: str = "") -> str:
+        return f"many{whose}"
 
 
 def many_in_one_process(ranks: int, rounds: int) -> None:

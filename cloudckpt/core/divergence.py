@@ -103,15 +103,15 @@ def observe(rule: DivergenceRule, before: Averages, step: int, value: float) -> 
     if before.short is None or before.long is None:
         return Averages(short=value, long=value), None
     is_bad = rule.worse_by(value, before.long) >= rule.threshold
-    since = (step if before.since is None else before.since) if is_bad else None
+    bad_since = (step if before.since is None else before.since) if is_bad else None
     short = before.short + rule.short_alpha * (value - before.short)
     long = before.long + rule.long_alpha * (value - before.long)
-    now = Averages(short=short, long=long, since=since)
+    now = Averages(short=short, long=long, since=bad_since)
     apart = rule.worse_by(short, long)
     if apart < rule.threshold:
         return now, None
     reason = f"its short average {short:.4f} is worse than its long one {long:.4f} by {apart:.4f} >= {rule.threshold:g}"
-    return now, Divergence(step=step, value=value, since=step if since is None else since, reason=reason)
+    return now, Divergence(step=step, value=value, since=step if bad_since is None else bad_since, reason=reason)
 
 
 def saved_since(entries: Sequence[Checkpoint], since: int) -> list[Checkpoint]:

@@ -102,7 +102,8 @@ class Handlers:
         """Put back what was there before. A handler that somebody has set on top since then stays, and is served."""
         for handler in reversed(self._set):
             handler.closed = True
-            if signal.getsignal(handler.number) is handler:
+            now: object = signal.getsignal(handler.number)
+            if now is handler:
                 with contextlib.suppress(ValueError):  # another thread; see the handler
                     signal.signal(handler.number, handler.below)
         self._set.clear()

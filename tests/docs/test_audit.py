@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from packaging.version import Version
@@ -59,7 +60,7 @@ def test_a_tool_that_is_not_pinned_is_found(tool: ModuleType) -> None:
 
 def test_an_export_of_osv_is_read(tool: ModuleType, tmp_path: Path) -> None:
     """By listed versions, and by ranges with their ends; other ecosystems and other packages are passed over."""
-    records = [
+    records: list[tuple[str, str, dict[str, Any]]] = [
         ("PyPI", "thing", {"versions": ["1.0"]}),
         ("PyPI", "thing", {"ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "1.1"}]}]}),
         ("PyPI", "thing", {"ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "0.9"}]}]}),

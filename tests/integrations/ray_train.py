@@ -33,7 +33,7 @@ def train(config: dict[str, Any]) -> None:
         for step in range(begins + 1, config["steps"] + 1):
             loss = nn.functional.cross_entropy(model(pixels[:64].float() / 16), labels[:64])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own
             optimizer.step()
             if step % 5 == 0:
                 report(ckpts, step, state, {"loss": loss.item()}).wait()

@@ -27,7 +27,7 @@ from cloudckpt.editing import pin
 from cloudckpt.events import Event, SaveDeclined
 from cloudckpt.saving import hurrying
 from cloudckpt.storage import ManifestStore, MemoryStorage, Outcome, Unknown
-from cloudckpt.storage.base import Source
+from cloudckpt.storage.base import Source, Storage
 from cloudckpt.testing import Crash, Fault, ScriptedStorage, check_store
 
 LONG_S = 1000.0
@@ -75,7 +75,7 @@ def refuse(_: Source) -> None:
     raise StorageError("the disk is on fire")
 
 
-def steps(storage: MemoryStorage) -> list[int]:
+def steps(storage: Storage) -> list[int]:
     """What is committed."""
     return [c.step for c in cloudckpt.open(storage).checkpoints()]
 

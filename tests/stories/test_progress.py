@@ -51,7 +51,7 @@ def test_objects_are_named_while_they_are_under_way() -> None:
         with meter.carrying("a"):
             assert meter.transfer.objects == ("a", "b")
         assert meter.transfer.objects == ("a", "b")
-    assert meter.transfer.objects == ()
+    assert not meter.transfer.objects
 
 
 def test_a_watch_speaks_once_a_minute_and_once_when_nothing_moves() -> None:
