@@ -60,7 +60,7 @@ stories: .venv/.dev ## every story on each of BACKENDS (moto seaweedfs gcs fake-
 crash-full: .venv/.dev ## break every STRIDE-th (1st) call and request of a history on every store; 40 minutes on 2 cores
 	$(BIN)/python -m pytest tests/crash/test_stop_at_every_call.py tests/crash/test_faults_on_the_wire.py -m slow --stride $(STRIDE) -n 2
 
-oldest: ## the store suites with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest
+oldest: ## the suites of the stores and of many ranks with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest
 	tools/test_oldest.sh
 
 slow: .venv/.dev ## every slow suite at full length
