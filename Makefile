@@ -102,7 +102,7 @@ terraform: .venv/.dev .venv-checkov/bin/checkov ## the modules offline: fmt, val
 terraform-docs: .venv/.dev ## write policies, permissions and the tables of the modules' READMEs anew
 	$(BIN)/python tools/generate_terraform.py --write
 
-oldest: ## the store suites with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest
+oldest: ## the suites of the stores and of many ranks with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest
 	tools/test_oldest.sh
 
 slow: .venv/.dev ## every slow suite at full length

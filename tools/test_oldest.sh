@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run the suites of the stores with the oldest versions that pyproject.toml admits, in .venv-oldest.
+# Run the suites of the stores and of many ranks with the oldest versions that pyproject.toml admits, in .venv-oldest.
 set -eu
 venv=.venv-oldest
 python=${PYTHON:-python3}
@@ -9,4 +9,4 @@ tools/install_torch.sh "$venv" "torch==2.6.0"
     "aiobotocore==2.19.0"
 "$venv/bin/python" -m pip list 2>/dev/null | grep -i -E "^(torch|fsspec|s3fs|gcsfs|aiobotocore|botocore) "
 exec "$venv/bin/python" -m pytest tests/storage tests/stories/test_bad_input_s3.py tests/stories/test_bad_input_gcs.py \
-    tests/crash -m "not slow" -n 2 --dist loadfile "$@"
+    tests/crash tests/coordination tests/distributed -m "not slow" -n 2 --dist loadfile "$@"

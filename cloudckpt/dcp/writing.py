@@ -65,6 +65,9 @@ class StorageWriter(dcp_storage.StorageWriter):
     The coordinator claims the run as a ``CheckpointManager`` does, and gives it back after the commit. If any rank
     fails, DCP raises on all of them and nothing becomes visible; the next save settles what is left.
 
+    What ``async_save`` stores is the copy that torch makes. Torch 2.6 makes none of what lies on the CPU, whatever the
+    writer: don't change such tensors there before its future is done.
+
     Args:
         root: a folder, a URL, or a storage.
         step: training step, >= 0.

@@ -136,9 +136,11 @@ def _under_fsdp1(ranks: int, seed: int) -> tuple[torch.nn.Module, torch.optim.Op
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
 
 
-def save_in_turns(root: str) -> None:
-    """One state goes from plain to FSDP1 on 4 and on 2 ranks, to FSDP2 and back; each saves what it has restored."""
-    turns = [("plain", 1), ("fsdp1", 4), ("fsdp1", 2), ("fsdp1", 4), ("fsdp2", 4), ("fsdp1", 2)]
+def save_in_turns(root: str, turns: list[tuple[str, int]]) -> None:
+    """One state goes from parallelism to parallelism, on so many ranks each; each saves what it has restored.
+
+    The first two turns make the same state, each for itself.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of FSDP1 and of ShardedTensor
         for step, (name, ranks) in enumerate(turns):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import staging
 
 import cloudckpt
 from cloudckpt.storage import LocalStorage
@@ -72,6 +73,10 @@ def test_what_all_ranks_have_is_written_once_and_by_all_of_them(four_ranks: Rank
     assert [line.split()[0] for line in outcomes[0].lines("INFO")] == ["saving", "saved"]
 
 
+@pytest.mark.skipif(
+    not hasattr(staging, "DefaultStager"),
+    reason="async_save of this torch copies nothing that lies on the CPU, for no writer",
+)
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_async_save_stores_the_state_at_the_call(four_ranks: Ranks, tmp_path: Path, kind: str) -> None:
     """The weights are zeroed while it is under way; what is loaded is what they were."""

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import state_dict as dcp_state
 
 import cloudckpt
 from tests.distributed import resharding
@@ -14,6 +15,11 @@ from tests.distributed.ranks import Ranks
 from tests.distributed.scenarios import digest
 
 Saved = tuple[str, dict[str, dict[str, str]]]
+
+fsdp1_on_some_ranks = pytest.mark.skipif(
+    not hasattr(dcp_state, "_get_fsdp_process_group"),
+    reason="this torch asks all ranks of the job for FSDP1's moments, and waits forever (pytorch issue 180449)",
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +60,29 @@ def test_a_process_alone_loads_whole_tensors(saved_by_each: Callable[[str], Save
     assert loaded == {kind: digests["model"] for kind, digests in saved.items()}
 
 
-def test_fsdp1_restores_what_it_and_others_saved(four_ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "turns",
+    [
+        pytest.param(
+            [("plain", 1), ("fsdp1", 4), ("fsdp2", 2), ("fsdp1", 4), ("fsdp2", 4), ("fsdp1", 4)], id="on-all-ranks"
+        ),
+        pytest.param(
+            [("plain", 1), ("fsdp1", 4), ("fsdp1", 2), ("fsdp1", 4), ("fsdp2", 4), ("fsdp1", 2)],
+            id="on-some-ranks",
+            marks=fsdp1_on_some_ranks,
+        ),
+    ],
+)
+def test_fsdp1_restores_what_it_and_others_saved(
+    four_ranks: Ranks, tmp_path: Path, turns: list[tuple[str, int]]
+) -> None:
     """Through ShardedTensors of another number of ranks, and through DTensors, weights and moments stay the same."""
     root = str(tmp_path / "run")
-    outcomes = four_ranks.run(resharding.save_in_turns, root=root)
+    outcomes = four_ranks.run(resharding.save_in_turns, root=root, turns=turns)
     assert [outcome.error for outcome in outcomes] == [None] * 4
     run = cloudckpt.open(root)
     steps = sorted(c.step for c in run.checkpoints())
-    assert steps == [*range(6)]
+    assert steps == [*range(len(turns))]
     loaded = [run.load(step) for step in steps]
     assert len({digest(state["model"]) for state in loaded}) == 1
     assert len({digest(dict(sorted(state["optimizer"]["state"].items()))) for state in loaded}) == 1
