@@ -39,8 +39,8 @@ def die(root: str, victim: int, moment: str, note: str) -> dict[str, Any]:
     """Save once; then the victim is killed with SIGKILL at a moment of the next save, or of a restore.
 
     Args:
-        moment: "announce" (before it), "upload" (in the middle), "commit" (everything is uploaded, nothing committed),
-            or "restore" (everything is agreed, nothing read).
+        moment: "announce" (before it), "upload" (in the middle), "commit" (all of its own is uploaded, at rank zero
+            everybody's; nothing is committed), or "restore" (everything is agreed, nothing read).
         note: a file that gets the time at which the victim died.
     """
     said, heard = "", 0.0
@@ -73,7 +73,11 @@ def _arm(ckpts: CheckpointManager, moment: str, note: str) -> None:
         inner.put = _once_half_read(die_now)
     else:
         saver: Any = ckpts._saver
-        setattr(saver._side, moment, die_now)
+        side = saver._side
+        if moment == "commit" and hasattr(side, "_recorder"):
+            side._recorder.seal = die_now  # rank zero has heard by then that the others have uploaded all
+        else:
+            setattr(side, moment, die_now)
 
 
 def _once_half_read(die_now: Callable[[], None]) -> Callable[..., None]:
