@@ -220,15 +220,17 @@ def soak(inner: Storage, *, saves: int, rate: float, restarts: int) -> dict[str,
                 ckpts.close()
     if reader is not None:
         reader.stop()
-    check_store(inner)
+    # The faults on the wire go on while it is looked: what looks must try again, as the product does.
+    steady = ManifestStore(inner, SETTINGS)
+    check_store(steady.storage)
     run = cloudckpt.open(inner)
     newest = run.latest()
     best = run.best()
-    gc_run(ManifestStore(inner, SETTINGS), dry_run=False)
+    gc_run(steady, dry_run=False)
     with CheckpointManager(inner, settings=SETTINGS) as last:
         last.restore(state_of(0))
-    gc_run(ManifestStore(inner, SETTINGS), dry_run=False)
-    check_store(inner, settled=True)
+    gc_run(steady, dry_run=False)
+    check_store(steady.storage, settled=True)
     return {
         "saves": step,
         "told": len(told),
@@ -244,7 +246,7 @@ def soak(inner: Storage, *, saves: int, rate: float, restarts: int) -> dict[str,
         "best_told": min((c.metrics["loss"] for c in told), default=9.0),
         "best": best.metrics["loss"] if best else 9.0,
         "kept": len(run.checkpoints(state=None)),
-        "manifest_bytes": len(inner.read("manifest.json", limit_bytes=10**8).body),
+        "manifest_bytes": len(steady.storage.read("manifest.json", limit_bytes=10**8).body),
     }
 
 
