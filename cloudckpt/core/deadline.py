@@ -25,7 +25,8 @@ class Pace:
     """One save that was committed.
 
     Attributes:
-        size_bytes: the payload that this rank put.
+        size_bytes: the payload that all ranks put. What one of them puts says little: it may be nothing, and the save
+            takes as long for it as for the others.
         seconds: from the agreement on the save until its commit.
     """
 
@@ -40,13 +41,13 @@ class View:
     Attributes:
         left_s: until the deadline; negative once it is over.
         size_bytes: about what this rank would put.
-        expected_s: how long that takes by what was measured; None if nothing was.
+        paces: the last saves, as far as this rank has measured them.
         busy: the name of a save that is still on its way here.
     """
 
     left_s: float
     size_bytes: int
-    expected_s: float | None
+    paces: tuple[Pace, ...] = ()
     busy: str = ""
 
     def to_bytes(self) -> bytes:
@@ -56,7 +57,8 @@ class View:
     @classmethod
     def from_bytes(cls, body: bytes) -> View:
         """The same again."""
-        return cls(**json.loads(body))
+        found = json.loads(body)
+        return cls(**{**found, "paces": tuple(Pace(**pace) for pace in found["paces"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +114,10 @@ def _judged(views: Sequence[View], left_s: float, share: float) -> tuple[bool, s
         return False, f"its deadline came while {busy[0]} was still being saved"
     if left_s <= 0:
         return False, "its deadline has come"
-    expected_s = max((view.expected_s for view in views if view.expected_s is not None), default=None)
+    size_bytes = sum(view.size_bytes for view in views)
+    expected_s = expected_seconds(size_bytes, [pace for view in views for pace in view.paces])
     if expected_s is None:
         return True, "no save of this process has been measured yet, so it is tried"
-    size_bytes = sum(view.size_bytes for view in views)
     facts = (
         f"{format_bytes(size_bytes)} would take about {format_duration(expected_s)} by the slowest of the last saves, "
         f"and {format_duration(left_s)} are left, of which {share:.0%} may be used"

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from cloudckpt.coordination import Coordinator
-from cloudckpt.core.deadline import REMEMBERED, Judgement, Pace, View, expected_seconds, judge
+from cloudckpt.core.deadline import REMEMBERED, Judgement, Pace, View, judge
 from cloudckpt.errors import ConflictError, RankError, SaveError
 from cloudckpt.pending import PendingSave
 from cloudckpt.saving.job import SaveRequest
@@ -34,7 +34,7 @@ class Hurrying:
         self._paces: deque[Pace] = deque(maxlen=REMEMBERED)
 
     def note(self, size_bytes: int, seconds: float) -> None:
-        """A save was committed."""
+        """A save of this size, of all ranks together, was committed."""
         self._paces.append(Pace(size_bytes=size_bytes, seconds=seconds))
 
     def judge(self, request: SaveRequest, until: float, last: PendingSave | None) -> Judgement:
@@ -65,11 +65,10 @@ class Hurrying:
 
     def _view(self, request: SaveRequest, until: float, last: PendingSave | None) -> View:
         busy = "" if last is None else _finished(last, until)
-        size_bytes, paces = 0, [*self._paces]
+        size_bytes, paces = 0, tuple(self._paces)
         if paces and not busy:
             size_bytes = self._size_bytes(request)
-        left_s = until - time.monotonic()
-        return View(left_s=left_s, size_bytes=size_bytes, expected_s=expected_seconds(size_bytes, paces), busy=busy)
+        return View(left_s=until - time.monotonic(), size_bytes=size_bytes, paces=paces, busy=busy)
 
     def _size_bytes(self, request: SaveRequest) -> int:
         """About how many bytes this rank would put."""

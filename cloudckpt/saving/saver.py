@@ -278,7 +278,7 @@ class Saver:
                 job.pending.end(error)
             return None if exc is job.stage_failed else error
         # From here on the save has succeeded, whatever becomes of the clean-up.
-        self._hurrying.note(job.plan.size_bytes, time.monotonic() - job.agreed)
+        self._hurrying.note(committed.size_bytes, time.monotonic() - job.agreed)
         try:
             self._side.committed(job, committed)
             job.pending.enter("done")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,14 +16,20 @@ views = st.builds(
     View,
     left_s=st.floats(-1e6, 1e6, allow_nan=False),
     size_bytes=st.integers(0, 2**50),
-    expected_s=st.none() | seconds,
+    paces=st.lists(paces, max_size=3).map(tuple),
     busy=st.sampled_from(["", "checkpoint-5.9f3ac2e1"]),
 )
 
 
 def view(left_s: float, expected_s: float | None, *, size_bytes: int = GIB, busy: str = "") -> View:
-    """One rank's."""
-    return View(left_s=left_s, size_bytes=size_bytes, expected_s=expected_s, busy=busy)
+    """One rank's, which has seen a save of the same size take so long."""
+    measured = () if expected_s is None else (Pace(size_bytes=size_bytes, seconds=expected_s),)
+    return View(left_s=left_s, size_bytes=size_bytes, paces=measured, busy=busy)
+
+
+def expected(drawn: list[View]) -> float | None:
+    """By the slowest of all saves that any rank has measured."""
+    return expected_seconds(sum(one.size_bytes for one in drawn), [pace for one in drawn for pace in one.paces])
 
 
 @pytest.mark.parametrize(
@@ -83,18 +87,28 @@ def test_the_slowest_rank_and_the_earliest_deadline_count(drawn: list[View]) -> 
     if found.go:
         assert found.left_s > 0
         assert not any(one.busy for one in drawn)
-        assert all(one.expected_s is None or one.expected_s <= SHARE * one.left_s for one in drawn)
+        assert all((expected(drawn) or 0.0) <= SHARE * one.left_s for one in drawn)
     else:
-        late = max((one.expected_s for one in drawn if one.expected_s is not None), default=-math.inf)
-        assert found.left_s <= 0 or any(one.busy for one in drawn) or late > SHARE * found.left_s
+        late = expected(drawn)
+        is_late = late is not None and late > SHARE * found.left_s
+        assert found.left_s <= 0 or any(one.busy for one in drawn) or is_late
+
+
+def test_a_rank_that_puts_nothing_delays_no_save() -> None:
+    """Of what one rank put last time nothing follows: it may be all or nothing of the same save."""
+    measured = (Pace(size_bytes=4000, seconds=0.1),)
+    found = judge(
+        [View(left_s=25.0, size_bytes=2000, paces=measured), View(left_s=25.0, size_bytes=2000, paces=measured)]
+    )
+    assert found.go
+    assert found.reason.startswith("3.9 KiB would take about 100 ms by the slowest")
 
 
 @given(st.lists(views, min_size=1, max_size=5), st.floats(0, 1e6, allow_nan=False))
 def test_more_time_never_forbids(drawn: list[View], more_s: float) -> None:
     """What is begun with this much time is begun with more."""
     later = [
-        View(left_s=one.left_s + more_s, size_bytes=one.size_bytes, expected_s=one.expected_s, busy=one.busy)
-        for one in drawn
+        View(left_s=one.left_s + more_s, size_bytes=one.size_bytes, paces=one.paces, busy=one.busy) for one in drawn
     ]
     assert judge(later).go or not judge(drawn).go
 
