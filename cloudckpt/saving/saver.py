@@ -306,12 +306,14 @@ class Saver:
         return self._side.commit(job, announced)
 
     def _upload(self, job: Job, entry: Checkpoint) -> None:
+        pending = job.pending
         total = sum(source.size_bytes for source in job.sources)
         meter = Meter(f"saving {entry.name}", total, rank=self._coordinator.rank)
-        job.pending.measure_by(meter)
+        pending.measure_by(meter)
 
+        # Not the job: a frame that is kept with an error keeps its function, and what that closes over stays with it.
         def moved(count: int) -> None:
-            job.pending.advance(count)
+            pending.advance(count)
             meter.advance(count)
 
         with watched(meter, self._listener, self._store.settings):

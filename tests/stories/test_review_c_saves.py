@@ -306,6 +306,23 @@ def test_a_save_that_has_ended_keeps_no_tensor_alive(settings: Settings, fails: 
             ckpts.close()
 
 
+def test_a_failure_among_objects_that_are_sent_side_by_side_keeps_no_tensor_alive() -> None:
+    """Two objects that are large enough to be sent at once, and neither is taken."""
+    given = {name: {"w": torch.ones(3_000_000)} for name in ("a", "b")}  # 12 MB each
+    alive = [weakref.ref(component["w"]) for component in given.values()]
+    ckpts = CheckpointManager(Refusing())
+    try:
+        pending = ckpts.save(1, given)
+        pending.wait_quietly()
+        ckpts._saver._pool.submit(lambda: None).result()  # type: ignore[union-attr]  # its thread has let go as well
+        del given
+        gc.collect()
+        assert [found() for found in alive] == [None, None]
+    finally:
+        with pytest.raises(SaveError, match="no room"):
+            ckpts.close()
+
+
 def test_a_closed_manager_makes_no_memory() -> None:
     """prepare() after close() is refused like save() and restore(): nobody would give the memory back."""
     ckpts = CheckpointManager(MemoryStorage())
