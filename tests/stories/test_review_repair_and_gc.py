@@ -122,6 +122,17 @@ def test_gc_goes_on_after_a_repair_that_refused_a_folder() -> None:
     check_store(storage, settled=True)
 
 
+def test_gc_counts_the_copy_of_the_manifest_that_its_own_write_leaves() -> None:
+    """The repaired manifest names no copy of the time before, so whoever writes the third one does not take it away."""
+    storage = MemoryStorage()
+    saved(storage, 1, keep_last=None)
+    cloudckpt.repair(storage, dry_run=False)
+    saved(storage, 2)
+    gc_run(ManifestStore(storage, replace(FAST, copy_every_revisions=1)), dry_run=False)
+    assert len([*storage.list("manifest-0")]) == 2
+    check_store(storage, settled=True)
+
+
 class Uploading(MemoryStorage):
     """Memory whose payload puts are uploads that can be aborted while they are held."""
 
