@@ -271,6 +271,8 @@ class Saver:
             with contextlib.suppress(SaveError):
                 job.staging.wait_staged()
             job.pending.mark_staged()
+            for source in job.sources:
+                source.let_go()
             error = self._side.failed(job, exc)
             try:
                 self._listener(SaveFailed(url=entry.url, step=entry.step, error=error))
