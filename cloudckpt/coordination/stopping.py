@@ -105,7 +105,7 @@ class Rally:
     def notice(self, rank: int, reason: str, left_s: float | None, *, now: float) -> list[Told]:
         """A rank was told to stop. The first notice asks everybody; those until the answer may bring it forward."""
         self._ends_at = earlier(self._ends_at, None if left_s is None else now + left_s)
-        if self._asked_at is not None:
+        if self._asked_at is not None or self.order is not None:
             return []
         self._asked_at = now
         self._reason = f"{reason} on {self._names[rank]}"
@@ -120,6 +120,15 @@ class Rally:
         """A rank takes part no more."""
         self._lost.setdefault(rank, why)
         return self._check(now)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank has come, be it gone again or not."""
+        return len(self._there) == len(self._names)
+
+    def finish(self) -> list[Told]:
+        """Rank zero's loop has ended as it should, and nobody had to stop: nobody will. Who comes late is told so."""
+        return [] if self.order is not None else self._end(Order())
 
     def tick(self, now: float) -> list[Told]:
         """Time has passed."""

@@ -57,8 +57,10 @@ def plan_garbage(manifest: Manifest, listing: Iterable[tuple[str, int]]) -> Garb
     """
     entries = {entry.id: entry for entry in manifest.entries}
     parsed = [(keys.parse(key), size) for key, size in listing]
-    copies = sorted(key.revision for key, _ in parsed if key.revision is not None)
-    newest_copies = set(copies[-COPIES_KEPT:])
+    listed = [key.revision for key, _ in parsed if key.revision is not None]
+    # The very write that this plan is made from may have left one, after the listing.
+    own = {manifest.revision} & ({*manifest.copies} - {*listed})
+    newest_copies = {*sorted([*listed, *own])[-COPIES_KEPT:]}
     orphans: list[Orphan] = []
     for key, size_bytes in parsed:
         reason = None

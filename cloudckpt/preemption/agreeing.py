@@ -22,7 +22,7 @@ from cloudckpt.errors import RankError
 
 __all__ = ["Agreement", "Alone", "Stop", "Together"]
 
-_HERE, _NOTICE, _ASK, _STANDS, _ORDER = "here", "notice", "ask", "stands", "order"
+_HERE, _NOTICE, _ASK, _STANDS, _ORDER, _FINISHED = "here", "notice", "ask", "stands", "order", "finished"
 #: How long the ranks may take to say where they stand. Their channels answer, not their training: milliseconds, but
 #: for a rank whose interpreter is held up by something that does not let go of it.
 _AGREE_S = 10.0
@@ -93,7 +93,8 @@ class Together:
 
     Args:
         group: who they are.
-        timeout_s: how long rank zero is looked for, and after how much silence a rank counts as gone, in seconds.
+        timeout_s: how long rank zero is looked for, and after how much silence a rank counts as gone, in seconds. So
+            long a rank zero that has finished is still to be found by those who make their first call later.
         agree_s: how long the ranks may take to agree, in seconds.
     """
 
@@ -111,6 +112,9 @@ class Together:
         self._order: Order | None = None
         self._ends_at: float | None = None
         self._alone: str | None = None
+        # On rank zero: whether all have come; and, once it has finished, what it says to them and until when it waits.
+        self._complete = False
+        self._lingers: tuple[str, float] | None = None
 
     # -- the caller's side -----------------------------------------------------------------------------------
 
@@ -176,13 +180,17 @@ class Together:
             standing = Standing(calls=self._calls, step=self._step, final=True)
         if channel is None:
             return
-        if in_order:
-            # Whoever is told to stop in its last step finds the others gone, and nothing wrong with that.
-            if self._group.rank:
-                channel.post(0, _STANDS, standing.to_bytes())
-            else:
-                for rank in range(1, self._group.world_size):
-                    channel.post(rank, _ORDER, Order().to_bytes())
+        # Whoever is told to stop in its last step finds the others gone, and nothing wrong with that.
+        if in_order and self._group.rank:
+            channel.post(0, _STANDS, standing.to_bytes())
+        elif in_order:
+            channel.post(0, _FINISHED, b"")
+            with self._changed:
+                if not self._complete:
+                    # A rank may be on its way into its first call still, which is its last as well in a loop of one
+                    # step: it must find somebody. The channel's thread waits for it, and this one does not.
+                    self._lingers = reason, time.monotonic() + self._timeout_s
+                    return
         channel.leave(reason)
 
     # -- in the channel's thread -----------------------------------------------------------------------------
@@ -200,6 +208,16 @@ class Together:
                 self._order = order
                 self._ends_at = None if order.left_s is None else time.monotonic() + order.left_s
             self._changed.notify_all()
+
+    def may_end(self, now: float, *, complete: bool) -> None:
+        """On rank zero: leave if this rank has finished, and all have come or have had the time for it."""
+        with self._changed:
+            self._complete = complete
+            lingers, channel = self._lingers, self._channel
+            if lingers is None or channel is None or not (complete or now >= lingers[1]):
+                return
+            self._lingers = None
+        channel.leave(lingers[0])
 
     def _left_alone(self, reason: str) -> None:
         with self._changed:
@@ -223,9 +241,12 @@ class _Rallying(Arbiter):
             return self._sent(self._rally.notice(peer.rank, said["reason"], said["left_s"], now=now), now)
         if topic == _STANDS:
             return self._sent(self._rally.stands(peer.rank, Standing.from_bytes(body), now=now), now)
+        if topic == _FINISHED:
+            return self._sent(self._rally.finish(), now)
         return None
 
     def ticks(self, now: float) -> Outgoing:
+        self._zero.may_end(now, complete=self._rally.complete)
         return self._sent(self._rally.tick(now), now)
 
     def loses(self, rank: int, why: str, now: float) -> Outgoing:

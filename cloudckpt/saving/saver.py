@@ -271,6 +271,8 @@ class Saver:
             with contextlib.suppress(SaveError):
                 job.staging.wait_staged()
             job.pending.mark_staged()
+            for source in job.sources:
+                source.let_go()
             error = self._side.failed(job, exc)
             try:
                 self._listener(SaveFailed(url=entry.url, step=entry.step, error=error))
@@ -306,12 +308,14 @@ class Saver:
         return self._side.commit(job, announced)
 
     def _upload(self, job: Job, entry: Checkpoint) -> None:
+        pending = job.pending
         total = sum(source.size_bytes for source in job.sources)
         meter = Meter(f"saving {entry.name}", total, rank=self._coordinator.rank)
-        job.pending.measure_by(meter)
+        pending.measure_by(meter)
 
+        # Not the job: a frame that is kept with an error keeps its function, and what that closes over stays with it.
         def moved(count: int) -> None:
-            job.pending.advance(count)
+            pending.advance(count)
             meter.advance(count)
 
         with watched(meter, self._listener, self._store.settings):

@@ -85,27 +85,34 @@ def _put_side_by_side(
     """Put them in this thread and one more. No pool: while a process ends, it takes no work any more."""
     left = deque(sources)
     failures: list[BaseException] = []
-
-    def put_what_is_left() -> None:
-        while not failures:
-            try:
-                source = left.popleft()
-            except IndexError:
-                return
-            try:
-                put(source)
-            except BaseException as exc:  # noqa: BLE001 - raised below, in the thread that saves
-                failures.append(exc)
-                for other in everything:
-                    other.stop(f"another object failed: {exc}")
-
-    helper = threading.Thread(target=put_what_is_left, name="cloudckpt-put", daemon=False)
+    shared = (put, left, everything, failures)
+    helper = threading.Thread(target=_put_what_is_left, args=shared, name="cloudckpt-put", daemon=False)
     try:
         helper.start()
     except RuntimeError:  # no further thread is to be had: one after the other
-        put_what_is_left()
+        _put_what_is_left(*shared)
     else:
-        put_what_is_left()
+        _put_what_is_left(*shared)
         helper.join()
     if failures:
         raise failures[0]
+
+
+def _put_what_is_left(
+    put: Callable[[PayloadSource], None],
+    left: deque[PayloadSource],
+    everything: Sequence[PayloadSource],
+    failures: list[BaseException],
+) -> None:
+    # No closure: a frame that is kept with an error keeps its function, and that would keep the tensors.
+    while not failures:
+        try:
+            source = left.popleft()
+        except IndexError:
+            return
+        try:
+            put(source)
+        except BaseException as exc:  # noqa: BLE001 - raised in the thread that saves
+            failures.append(exc)
+            for other in everything:
+                other.stop(f"another object failed: {exc}")

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
@@ -90,6 +91,14 @@ class PayloadSource(ABC):
             acts = [*self._stopping.values()]
         for act in acts:
             act()
+
+    def let_go(self) -> None:
+        """Its save has failed, and nobody holds any of it: whoever still knows of this keeps no tensor alive.
+
+        The error does, by the frames it came through: that of a nested function keeps what the function closes over.
+        """
+        self.stop("its save has failed")
+        self.payload = replace(self.payload, tensors=())
 
     @contextlib.contextmanager
     def stopping(self, act: Callable[[], None]) -> Iterator[None]:

@@ -103,6 +103,33 @@ def test_a_rank_whose_loop_has_ended_is_not_missed() -> None:
     assert [(rank, order.call) for rank, order in told] == [(0, 10), (1, 10)]
 
 
+def test_once_rank_zero_has_finished_nobody_stops() -> None:
+    """Those who are there are told so, and who comes later as well; a notice asks nobody any more."""
+    found = rally(there=(1,))
+    assert not found.complete
+    assert found.finish() == [(0, Order()), (1, Order())]
+    assert found.notice(1, "SIGTERM", 25.0, now=1.0) == []
+    assert found.tick(100.0) == []
+    assert found.comes(2) == [(2, Order())]
+    assert found.complete
+    assert found.finish() == []
+
+
+def test_whoever_was_asked_when_rank_zero_finished_goes_on() -> None:
+    """It waits for an answer; after one that says when to stop, the end of rank zero's loop changes nothing."""
+    found = rally()
+    found.notice(1, "SIGTERM", 25.0, now=0.0)
+    assert orders(found.finish()) == [(rank, Order()) for rank in (0, 1, 2)]
+    assert found.stands(1, at(1), now=0.1) == []
+    found = rally()
+    found.notice(1, "SIGTERM", 25.0, now=0.0)
+    for rank in (0, 1, 2):
+        found.stands(rank, at(1), now=0.1)
+    assert found.finish() == []
+    assert found.order is not None
+    assert found.order.call == 2
+
+
 def test_who_does_not_answer_is_named() -> None:
     """After the time for it, and not before."""
     found = rally(there=(1,))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +69,15 @@ def test_the_newest_two_copies_of_the_manifest_stay() -> None:
         ("manifest-000040.json", "an older copy of the manifest; the newest 2 are kept"),
         ("manifest-000020.json", "an older copy of the manifest; the newest 2 are kept"),
     ]
+
+
+def test_a_copy_that_the_write_behind_the_plan_has_left_is_one_of_the_two() -> None:
+    """It came after the listing; one that an earlier write has named and that is not listed could not be written."""
+    listing = [(keys.manifest_copy(revision), 1) for revision in (10, 19)]
+    written = replace(RUN, revision=20, copies=(19, 20))
+    assert [o.key for o in plan_garbage(written, listing).orphans] == ["manifest-000010.json"]
+    assert plan_garbage(replace(written, revision=21), listing).orphans == ()
+    assert plan_garbage(written, [*listing[1:], (keys.manifest_copy(20), 1)]).orphans == ()
 
 
 def test_retired_entries_of_which_nothing_is_left_can_be_forgotten() -> None:

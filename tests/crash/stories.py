@@ -240,6 +240,8 @@ def _labels_hold(storage: Storage, told: Told) -> None:
     for what, step in told:
         found = run.select(step)
         assert {"pinned": found.pinned, "tagged": "release" in found.tags, "marked": bool(found.marks)}[what]
+    for step in (1, 2, 3):  # a label changes no byte
+        _check_bits(storage, run.select(step).name, step)
 
 
 def _prunes(storage: Storage, told: Told) -> None:
@@ -330,7 +332,8 @@ def _read_holds(storage: Storage, told: Told) -> None:
 STORIES = (
     Story(name="saves in the background, retention, close", prepare=nothing, act=_saves, holds=_saved_holds),
     Story(name="report_metrics", prepare=three_saves, act=_reports, holds=_reported_holds, keeps=(1, 2, 3)),
-    Story(name="pin, tag and mark", prepare=three_saves, act=_labels, holds=_labels_hold, keeps=(1, 2, 3)),
+    # What is marked counts in no rule, "keep all" included: the commit of the next job lets step 3 go.
+    Story(name="pin, tag and mark", prepare=three_saves, act=_labels, holds=_labels_hold, keeps=(1, 2)),
     Story(name="prune and sweep", prepare=three_saves, act=_prunes, keeps=(3,)),
     Story(name="removal by hand", prepare=three_saves, act=_removes, holds=_removed_holds, keeps=(2, 3)),
     Story(

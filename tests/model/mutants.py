@@ -356,7 +356,7 @@ MUTANTS: dict[str, Mutant] = {
         (gc_leaves_what_nobody_names, "gc_beside_a_save", "I8"),
         (best_by_step, "readers_and_a_sweeper", "I4"),
         (nan_is_best, "odd_metrics", "I4"),
-        (the_newer_of_equals_is_best, "odd_metrics", "I5"),
+        (the_newer_of_equals_is_best, "odd_metrics", "I4"),
         (damaged_counts, "damaged_and_marked", "I4"),
         (pending_counts, "editors_beside_a_save", "I4"),
         (the_oldest_are_recent, "readers_and_a_sweeper", "I4"),

@@ -25,11 +25,13 @@ class Numbered(Group):
         return f"the-first/{whose}"
 
 
-def together(*, agree_s: float = 30) -> list[Together]:
+def together(*, agree_s: float = 30, timeout_s: float = 30) -> list[Together]:
     """The ranks of a new job."""
     store = dist.HashStore()  # type: ignore[attr-defined]  # torch exports it without saying so
     ranks = tuple(range(RANKS))
-    return [Together(Numbered(rank=rank, ranks=ranks, store=store), timeout_s=30, agree_s=agree_s) for rank in ranks]
+    return [
+        Together(Numbered(rank=rank, ranks=ranks, store=store), timeout_s=timeout_s, agree_s=agree_s) for rank in ranks
+    ]
 
 
 def on_all(job: list[Together], loop: Callable[[int, Together], Any]) -> list[Any]:
@@ -187,6 +189,48 @@ def test_whoever_has_finished_is_not_missed(victim: int) -> None:
     found = on_all(together(), loop)
     # Both of the others go past the last call, or both are stopped at it.
     assert len({*found[:victim], *found[victim + 1 :]}) == 1
+
+
+def test_who_comes_once_rank_zero_has_finished_is_not_missed_and_misses_nobody() -> None:
+    """A loop of one step: the first rank has left it before the others make their first call. One is told in that."""
+    before = channels()
+    job = together()
+    assert job[0].passes(0) is None
+    job[0].leave("done", in_order=True)
+
+    def loop(rank: int, own: Together) -> bool:
+        if rank == 1:
+            own.tell("SIGTERM", 25.0)
+        return rank == 0 or own.passes(0) is None
+
+    assert on_all(job, loop) == [True] * RANKS
+    assert channels() <= before
+
+
+def test_rank_zero_stays_until_the_last_has_come() -> None:
+    """Not longer: it ends by itself, and nobody waits for it."""
+    before = channels()
+    job = together()
+    assert job[0].passes(0) is None
+    (its_thread,) = channels() - before
+    job[0].leave("done", in_order=True)
+    for own in job[1:]:
+        assert its_thread.is_alive()
+        assert own.passes(0) is None
+        own.leave("done", in_order=True)
+    its_thread.join(30)
+    assert not its_thread.is_alive()
+
+
+def test_rank_zero_does_not_stay_for_ever() -> None:
+    """The others never make a call: it stays as long as it would have been looked for, and its process may go on."""
+    before = channels()
+    zero, *_ = together(timeout_s=0.5)
+    assert zero.passes(0) is None
+    (its_thread,) = channels() - before
+    zero.leave("done", in_order=True)
+    its_thread.join(30)
+    assert not its_thread.is_alive()
 
 
 def test_a_rank_that_never_asks_is_named() -> None:

@@ -23,6 +23,7 @@ def state_of(step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.processes
+@pytest.mark.timeout(300)  # some 190 writes of the manifest against a writer that never rests
 def test_a_hundred_pins_and_twenty_gcs_disturb_no_save(tmp_path: Path) -> None:
     """100 pins and 20 gcs from another process beside a running trainer: no save fails and nothing good is lost."""
     root = str(tmp_path / "run")

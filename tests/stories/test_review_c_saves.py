@@ -20,6 +20,7 @@ import cloudckpt
 from cloudckpt import CheckpointManager, ConfigError, SaveError, Settings, StorageError
 from cloudckpt.events import Event, SaveFailed
 from cloudckpt.storage import MemoryStorage
+from cloudckpt.storage.base import Source
 from cloudckpt.tensors import host, staging
 from tests.stories.test_review_c_loads import Wrapper
 
@@ -192,6 +193,18 @@ class Refusing(MemoryStorage):
         super().put(key, buffers, size_bytes=size_bytes, progress=progress)
 
 
+class RefusingInside(MemoryStorage):
+    """The same in a nested function, as storages have them that send parts: its frame keeps what it closes over."""
+
+    def put(self, key: str, buffers: Any, *, size_bytes: int, progress: Any = None) -> None:
+        def send() -> None:
+            if isinstance(buffers, Source):
+                raise StorageError("no room")
+            MemoryStorage.put(self, key, buffers, size_bytes=size_bytes, progress=progress)
+
+        send()
+
+
 def test_a_listener_that_exits_hangs_nobody() -> None:
     """sys.exit() in a listener that is told of a failed save: the save still ends, with its own error."""
 
@@ -303,6 +316,24 @@ def test_a_save_that_has_ended_keeps_no_tensor_alive(settings: Settings, fails: 
         assert pending.done()
     finally:
         with pytest.raises(SaveError) if fails else contextlib.nullcontext():
+            ckpts.close()
+
+
+@pytest.mark.parametrize("storage", [Refusing, RefusingInside])
+def test_a_failure_among_objects_that_are_sent_side_by_side_keeps_no_tensor_alive(storage: type[MemoryStorage]) -> None:
+    """Two objects that are large enough to be sent at once, and neither is taken."""
+    given = {name: {"w": torch.ones(3_000_000)} for name in ("a", "b")}  # 12 MB each
+    alive = [weakref.ref(component["w"]) for component in given.values()]
+    ckpts = CheckpointManager(storage())
+    try:
+        pending = ckpts.save(1, given)
+        pending.wait_quietly()
+        ckpts._saver._pool.submit(lambda: None).result()  # type: ignore[union-attr]  # its thread has let go as well
+        del given
+        gc.collect()
+        assert [found() for found in alive] == [None, None]
+    finally:
+        with pytest.raises(SaveError, match="no room"):
             ckpts.close()
 
 

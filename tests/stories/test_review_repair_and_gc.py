@@ -16,7 +16,7 @@ from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, decode_index, encode_in
 from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest, encode_manifest
 from cloudckpt.storage import Listed, ManifestStore, MemoryStorage
 from cloudckpt.sweeping import gc_run
-from cloudckpt.testing import check_store
+from cloudckpt.testing import ScriptedStorage, check_store
 
 pytestmark = pytest.mark.memory_only
 
@@ -122,6 +122,17 @@ def test_gc_goes_on_after_a_repair_that_refused_a_folder() -> None:
     check_store(storage, settled=True)
 
 
+def test_gc_counts_the_copy_of_the_manifest_that_its_own_write_leaves() -> None:
+    """The repaired manifest names no copy of the time before, so whoever writes the third one does not take it away."""
+    storage = MemoryStorage()
+    saved(storage, 1, keep_last=None)
+    cloudckpt.repair(storage, dry_run=False)
+    saved(storage, 2)
+    gc_run(ManifestStore(storage, replace(FAST, copy_every_revisions=1)), dry_run=False)
+    assert len([*storage.list("manifest-0")]) == 2
+    check_store(storage, settled=True)
+
+
 class Uploading(MemoryStorage):
     """Memory whose payload puts are uploads that can be aborted while they are held."""
 
@@ -148,8 +159,15 @@ class Uploading(MemoryStorage):
         return len(going)
 
 
+class Undeletable(ScriptedStorage):
+    """A storage as a job sees it that may not delete."""
+
+    def delete(self, keys: Iterable[str]) -> dict[str, StorageError]:
+        return {key: StorageError("403") for key in keys}
+
+
 class Seen:
-    """A storage as another process sees it, with something that happens in between."""
+    """A storage as another process sees it, with something that happens in between. For a store, not for a manager."""
 
     def __init__(self, inner: MemoryStorage, **hooks: Any) -> None:
         self.inner = inner
@@ -186,8 +204,7 @@ def test_gc_never_aborts_the_upload_of_a_save_that_was_announced_meanwhile() -> 
 def test_gc_forgets_only_what_it_has_seen_whole() -> None:
     """A save that was committed and retired while gc was listing keeps its entry until its bytes are gone."""
     storage = MemoryStorage()
-    refused: Any = Seen(storage, delete=lambda keys: {key: StorageError("403") for key in keys})
-    with CheckpointManager(refused, settings=FAST, keep_last=1) as ckpts:
+    with CheckpointManager(Undeletable(storage), settings=FAST, keep_last=1) as ckpts:
         ckpts.save(1, state_of(1), block=True)
 
         def listing(prefix: str = "", limit: int | None = None) -> Iterator[Listed]:
@@ -207,8 +224,7 @@ def test_gc_forgets_only_what_it_has_seen_whole() -> None:
 def test_gc_leaves_what_needs_a_newer_version() -> None:
     """An index with a feature that this version does not know is left by gc as it is by sweep, and reported."""
     storage = MemoryStorage()
-    refused: Any = Seen(storage, delete=lambda keys: {key: StorageError("403") for key in keys})
-    with CheckpointManager(refused, settings=FAST, keep_last=1) as ckpts:
+    with CheckpointManager(Undeletable(storage), settings=FAST, keep_last=1) as ckpts:
         for step in (1, 2):
             ckpts.save(step, state_of(step), block=True)
     change_index(storage, 1, requires=("shared-bytes",))

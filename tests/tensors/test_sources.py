@@ -180,6 +180,16 @@ def test_a_stopped_source_gives_out_nothing(source_of: Callable[[Payload], Paylo
         source.seal()
 
 
+@both
+def test_a_source_that_has_let_go_knows_no_tensor(source_of: Callable[[Payload], PayloadSource]) -> None:
+    """Whoever still asks it is told that the save has failed."""
+    source = source_of(planned({"w": torch.ones(3)}))
+    source.let_go()
+    assert source.payload.tensors == ()
+    with pytest.raises(SaveError, match="its save has failed"), source.hold(0, 1):
+        pass
+
+
 def test_large_tensors_are_sent_from_where_they_are_and_small_ones_joined() -> None:
     """A thousand small tensors are one view; a large one is its own memory, not a copy."""
     large = torch.randn(50_000)
