@@ -3,6 +3,7 @@
 python -m benchmarks list                 the plans, and what each is
 python -m benchmarks PLAN [...]           run one plan, or go on with it, and print its table
 python -m benchmarks bars | quick | all   every bar; the bars at 0.5 GiB; everything, then the page
+python -m benchmarks profiles             where the processor's time goes in what may miss its bar
 python -m benchmarks report               write docs/performance.md and its charts from the results
 """
 
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.plans import BARS, LINKS, PLANS, Plan, quick
+from benchmarks.profiles import PROFILED, measure_profiles
 from benchmarks.report import bars_table, read_results, tables, write_page
 from benchmarks.runner import Results, run
 
@@ -28,7 +30,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = ["list", "bars", "quick", "all", "report", *PLANS, *BARS]
+    known = ["list", "bars", "quick", "all", "profiles", "report", *PLANS, *BARS]
     parser.add_argument("what", choices=known, metavar="WHAT", help="see above")
     parser.add_argument("--only", help="these cases, with commas between them")
     parser.add_argument("--sizes", help="these states, with commas between them")
@@ -71,6 +73,10 @@ def main() -> int:
         return 0
     if given.what == "report":
         write_page(out, _ROOT / "docs")
+        return 0
+    if given.what == "profiles":
+        names = given.only.split(",") if given.only else PROFILED
+        measure_profiles(Results(out / "profiles.jsonl", fresh=given.fresh), names, given.work)
         return 0
     for plan in _chosen(given.what):
         began = time.monotonic()

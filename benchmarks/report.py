@@ -13,6 +13,7 @@ from benchmarks.charts import draw_bars, draw_lines
 from benchmarks.gpu_page import gpu_section
 from benchmarks.gpus_page import several_gpus_section
 from benchmarks.plans import LINKS, PLANS
+from benchmarks.profiles import profile_section
 from benchmarks.state import GIB
 from benchmarks.tables import Results, bars_table, floor_of, good, judged, median_of, read_results, tables
 
@@ -125,7 +126,8 @@ def _not_met(results: Results, notes: Mapping[str, str]) -> str:
     for verdict in missed:
         why = " ".join(notes.get(verdict.bar.name, "").split())
         lines.append(f"- **{verdict.bar.what}**: {why or 'nobody has explained this yet.'}")
-    return "\n".join(lines) + "\n"
+    titles = {verdict.bar.name: verdict.bar.what for verdict in missed}
+    return "\n".join([*lines, "", profile_section(results.rows.get("profiles", []), titles)]).rstrip() + "\n"
 
 
 # -- charts ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from benchmarks.plans import LINKS, Link, Plan
 from benchmarks.sink.process import SinkProcess, make_certificate
 from benchmarks.state import GIB, expected_bytes
 
-__all__ = ["Results", "run"]
+__all__ = ["Results", "Row", "Server", "case_command", "fill", "run", "serving"]
 
 _ROOT = Path(__file__).parents[1]
 #: What the load cases read, by what their names begin with.
@@ -72,7 +72,7 @@ class Results:
 
 
 @dataclass(slots=True)
-class _Server:
+class Server:
     """What a plan's cases speak to."""
 
     environment: dict[str, str]
@@ -83,21 +83,22 @@ class _Server:
 
 
 @contextlib.contextmanager
-def _server(link: Link, *, discard: bool, work: Path) -> Iterator[_Server]:
+def serving(link: Link, *, discard: bool, work: Path) -> Iterator[Server]:
+    """Start the server of a link, and stop it."""
     if link.server == "sink":
         tls = make_certificate(work) if link.tls else None
         with SinkProcess(
             discard=discard, delay_ms=link.delay_ms, connection_mb_per_s=link.connection_mb_per_s, tls=tls
         ) as sink:
-            yield _Server(sink.environment() | {"BENCH_COUNTS": "1"}, sink)
+            yield Server(sink.environment() | {"BENCH_COUNTS": "1"}, sink)
     elif link.server == "seaweedfs":
         from cloudckpt.testing.servers import SeaweedFS
 
         with SeaweedFS() as real:
             real.create_bucket("bench")
-            yield _Server({**real.environment(), "AWS_REGION": "us-east-1", "AWS_S3_FORCE_PATH_STYLE": "true"})
+            yield Server({**real.environment(), "AWS_REGION": "us-east-1", "AWS_S3_FORCE_PATH_STYLE": "true"})
     else:
-        yield _Server({})
+        yield Server({})
 
 
 def run(plan: Plan, results: Results, *, work: Path) -> None:
@@ -112,9 +113,9 @@ def run(plan: Plan, results: Results, *, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     loads = plan.group.startswith("load")
     failed: set[tuple[object, ...]] = set()
-    with _server(LINKS[plan.link], discard=plan.group.startswith(("save", "stall")), work=work) as server:
+    with serving(LINKS[plan.link], discard=plan.group.startswith(("save", "stall")), work=work) as server:
         if loads:
-            _fill(plan, names, server, work)
+            fill(plan, names, server, work)
         for at, row in enumerate(missing):
             which = (row["size"], row["case"], row["processes"])
             if which in failed:
@@ -139,7 +140,8 @@ def _rounds(plan: Plan, names: tuple[str, ...]) -> Iterator[Row]:
                     yield {"size": size, "case": name, "processes": processes, "round": number}
 
 
-def _fill(plan: Plan, names: tuple[str, ...], server: _Server, work: Path) -> None:
+def fill(plan: Plan, names: tuple[str, ...], server: Server, work: Path) -> None:
+    """Write what the load cases read, in each format that they name."""
     formats = {next((made for begin, made in _FORMATS.items() if name.startswith(begin)), "pt") for name in names}
     shutil.rmtree(work / "filled", ignore_errors=True)
     sizes = list(dict.fromkeys(["tiny", *plan.sizes]))  # every case begins with a tiny one
@@ -160,7 +162,12 @@ def _too_large(plan: Plan, row: Row) -> str:
     return f"not tried: it takes {needed / GIB:.0f} GiB, and {there / GIB:.0f} are free" if needed > there else ""
 
 
-def _measured(plan: Plan, row: Row, server: _Server, work: Path, at: int) -> Row:
+def case_command(group: str, case: str, size: str, path: str, server: Server) -> tuple[list[str], dict[str, str]]:
+    """What runs one case in a fresh process, and its environment."""
+    return [sys.executable, "-m", "benchmarks.case", group, case, size, path], {**os.environ, **server.environment}
+
+
+def _measured(plan: Plan, row: Row, server: Server, work: Path, at: int) -> Row:
     if why := _too_large(plan, row):
         return {"error": why}
     loads, disk = plan.group.startswith("load"), plan.link == "disk"
@@ -174,8 +181,7 @@ def _measured(plan: Plan, row: Row, server: _Server, work: Path, at: int) -> Row
         shutil.rmtree(path, ignore_errors=True)
     os.sync()  # what others wrote is not paid for by this case
     before = server.cpu_s()
-    command = [sys.executable, "-m", "benchmarks.case", plan.group, str(row["case"]), str(row["size"]), path]
-    environment = {**os.environ, **server.environment}
+    command, environment = case_command(plan.group, str(row["case"]), str(row["size"]), path, server)
     if count := int(row["processes"]):
         found = _together(command, count, environment, plan.timeout_s)
     else:

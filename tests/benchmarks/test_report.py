@@ -17,6 +17,7 @@ from benchmarks.gpus_page import several_gpus_section
 from benchmarks.machine import facts, without_paths
 from benchmarks.plans import BARS as BAR_PLANS
 from benchmarks.plans import PLANS, quick
+from benchmarks.profiles import Share, profile_section, shares
 from benchmarks.report import page
 from benchmarks.tables import Results
 
@@ -195,3 +196,26 @@ def test_the_page_tells_of_several_gpus(tmp_path: Path) -> None:
     assert "local disk" not in text
     assert "process: a rank ended with 1" in text
     assert "after 0.25 s the others raised `RankError: rank 1 (host, pid 1) is gone`. Started again on 1" in text
+
+
+def test_a_profile_counts_the_innermost_function_of_what_cloudckpt_does() -> None:
+    """Samples of others, and of what is made before a save is timed, are left out."""
+    folded = [
+        "main (benchmarks/case.py:9);save (/x/site-packages/cloudckpt/manager.py:5);send (/usr/lib/python3/ssl.py:7) 30",
+        "run (threading.py:1);put (/x/cloudckpt/storage/direct/wire.py:5) 60",
+        "run (threading.py:1);put (/x/cloudckpt/storage/direct/wire.py:9) 10",
+        "main (benchmarks/case.py:9);make_state (benchmarks/state.py:3) 500",
+        "main (benchmarks/case.py:9);prepare (/x/cloudckpt/manager.py:2);touch (/x/cloudckpt/tensors/arena.py:2) 400",
+        "broken",
+    ]
+    assert shares(folded) == [Share("put (cloudckpt/storage/direct/wire.py)", 0.7), Share("send (python3/ssl.py)", 0.3)]
+    assert shares([]) == []
+
+
+def test_the_page_tells_profiles_of_missed_bars_alone() -> None:
+    """By the bar's title; nothing of a bar that is met, and no section without any."""
+    rows = [{"bar": "save-s3-tls", "shares": [["send (python3/ssl.py)", 0.7]]}, {"bar": "lost", "shares": []}]
+    found = profile_section(rows, {"save-s3-tls": "save over TLS"})
+    assert "- **save over TLS**: `send (python3/ssl.py)` 70%" in found
+    assert "lost" not in found
+    assert profile_section(rows, {}) == ""
