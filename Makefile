@@ -12,7 +12,7 @@ DEPTH ?= 2
 SAMPLE ?= --sample
 WORKERS ?= 2
 # A file at a time, because its servers and ranks are kept for it; the long ones first, as tests/sampling.py has them.
-SHARE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SHARE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-s3 test full check cov unit integrations kill stories crash-full power soak fuzz audit model stories-long \
