@@ -49,7 +49,7 @@ demo-s3: .venv/.runtime ## the same on a real S3 server, which it starts on loop
 
 test: check cov unit ## everything a change must pass; of large families of cases a sample (make full runs them all)
 
-full: ## every suite with every case, the slow ones at full length; about three hours on 2 cores (an estimate)
+full: ## every case of every suite, slow ones and all trainers included; about three hours on 2 cores (an estimate)
 	$(MAKE) test SAMPLE=
 	$(MAKE) slow
 	$(MAKE) integrations
