@@ -10,6 +10,7 @@ hand, restore over damage and by name, the claim of what another process left, s
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ from cloudckpt import (
 from cloudckpt.core.policy import Policy
 from cloudckpt.pruning import prune
 from cloudckpt.repairing import repair_run
-from cloudckpt.storage import ManifestStore, MemoryStorage, Storage
+from cloudckpt.storage import LocalStorage, ManifestStore, MemoryStorage, Storage
 from cloudckpt.sweeping import gc_run, sweep_run
 from cloudckpt.testing import Crash, Fault, ScriptedStorage, check_store
 from cloudckpt.testing.scripted import Call
@@ -433,12 +434,43 @@ def sample(total: int, faults: int, stride: int, offset: int) -> dict[int, list[
     return found
 
 
+def prepared(story: Story, make: Callable[[], Storage]) -> Callable[[], Storage]:
+    """Makes storages that hold what was there before; in memory and on a disk it is made once, and then copied.
+
+    To make it takes longer than most stories. On a server a copy would be as many requests.
+    """
+    first = make()
+    if not isinstance(first, MemoryStorage | LocalStorage):
+        first.close()
+
+        def anew() -> Storage:
+            storage = make()
+            story.prepare(storage)
+            return storage
+
+        return anew
+    story.prepare(first)
+
+    def copied() -> Storage:
+        storage = make()
+        if isinstance(first, LocalStorage):
+            if first.exists:  # nothing was there before the first story
+                shutil.copytree(first.url, storage.url)
+            return storage
+        for item in first.list(""):
+            body = first.read(item.key, limit_bytes=10**9).body
+            storage.put(item.key, [body], size_bytes=len(body))
+        return storage
+
+    return copied
+
+
 def survive(story: Story, make: Callable[[], Storage], fault: Fault, points: Sequence[int]) -> int:
     """Fault these calls of a story in turn, and check what is left after each; how many were hit."""
     failures, hit = [], 0
+    ready = prepared(story, make)
     for number in points:
-        inner = make()
-        story.prepare(inner)
+        inner = ready()
         scripted = ScriptedStorage(inner, number, fault)
         told = live(story, scripted)
         scripted.land()
