@@ -26,7 +26,7 @@ def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **environment},
+        env={**{name: value for name, value in os.environ.items() if name != "COLUMNS"}, **environment},
     )
 
 
