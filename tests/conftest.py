@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import os
 import signal
 import uuid
@@ -53,6 +55,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=(1, 2, 3),
         help="how far the protocol model is searched: 1 as in CI",
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_read_once() -> Iterator[None]:
+    """What botocore knows of services is unpacked once a process: each client would do so again, and there are thousands.
+
+    A session of botocore already shares it among its clients; here the sessions share it as well.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(ImportError):
+            session = importlib.import_module("botocore.session")
+            patch.setattr(session, "create_loader", functools.cache(session.create_loader))
+        yield
 
 
 @pytest.fixture
