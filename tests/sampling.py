@@ -72,7 +72,9 @@ FAMILIES = (
     Family("tests/stories/test_bad_input_s3.py", 3),
     Family("tests/stories/test_copy.py", 2),
     Family("tests/security/test_secrets.py", 3),
-    Family("tests/terraform/test_aws_roles.py", 4),  # 3 roles, each of their statements taken away, 2 judges
+    Family("tests/terraform/test_aws_roles.py", 4),  # 3 roles, 2 judges
+    Family("tests/terraform/test_aws_statements.py", 4),  # each statement of each role taken away, 2 judges
+    Family("tests/terraform/test_aws_doctor.py", 4),  # the same, as the doctor sees it
     # -- one process
     Family("tests/tensors/test_overlap.py", 2),  # optimizers, and ways to step
     Family("tests/stories/test_staging.py", 2),
@@ -112,6 +114,8 @@ LONG_FIRST = (
     "tests/power/test_full_disks.py",
     "tests/storage/direct/test_review_c_s3.py",
     "tests/cli/test_cli.py",
+    "tests/terraform/test_aws_statements.py",
+    "tests/terraform/test_aws_doctor.py",
     "tests/terraform/test_aws_roles.py",
     "tests/storage/direct/test_s3_lane.py",
     "tests/security/test_secrets.py",

@@ -36,7 +36,21 @@ _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _PASSING = (ConnectionError, TimeoutError, EOFError, InterruptedError, fsspec.FSTimeoutError)
 #: They can be opened for writing by their class, and refuse it when it comes to it.
 _READ_ONLY = {"github", "reference"}
+#: Errors whose kind says what is wrong, even where they have no number.
+_TOLD = (*_MISSING, PermissionError, ConnectionError, TimeoutError, InterruptedError)
 _FOLDER_TRIES = 10
+
+
+class _NotBegunError(Exception):
+    """The folder of a file came or went while it was to be written; nothing of the file was.
+
+    Attributes:
+        problem: what the filesystem said.
+    """
+
+    def __init__(self, problem: OSError) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
 
 
 class GenericFsspecStorage:
@@ -193,22 +207,26 @@ class GenericFsspecStorage:
             self._ask(what, lambda filesystem: self._send(filesystem, staged.name, key, path))
 
     def _send(self, filesystem: Any, staged: str, key: str, path: str) -> None:
+        problem: OSError = FileNotFoundError(path)
         for _ in range(_FOLDER_TRIES):
             try:
                 _make_folder(filesystem, path.rpartition("/")[0])
                 self._send_into(filesystem, staged, key, path)
             except FileNotFoundError:
-                continue  # a delete beside this one has taken the folder, which was empty for a moment
-            return
-        raise FileNotFoundError(path)
+                problem = FileNotFoundError(path)  # a delete beside this has taken the folder, empty for a moment
+            except _NotBegunError as exc:
+                problem = exc.problem  # or has taken it, and another put has made it again
+            else:
+                return
+        raise problem
 
     def _send_into(self, filesystem: Any, staged: str, key: str, path: str) -> None:
         if not self._renames:
-            filesystem.put_file(staged, path)
+            _put_file(filesystem, staged, path, is_new=False)
             return
         temporary = self._path(grammar.temporary_key(key))
         try:
-            filesystem.put_file(staged, temporary)
+            _put_file(filesystem, staged, temporary, is_new=True)
             try:
                 filesystem.mv(temporary, path)
             except Exception:
@@ -320,6 +338,27 @@ class GenericFsspecStorage:
         """See ``Storage.close``."""
         with self._mutex:
             self._filesystem = None
+
+
+def _put_file(filesystem: Any, staged: str, target: str, *, is_new: bool) -> None:
+    """Send a file, and tell apart what failed before its first byte because its folder came or went meanwhile.
+
+    fsspec makes the folder once more by itself: it asks whether it is there, and makes it if not. In between another
+    put may have made it. A file system says "exists" to that; an SFTP server says no more than that it failed, and then
+    a file that is not there tells that not even its beginning was sent.
+
+    Args:
+        is_new: nothing is at ``target`` yet, so that what is there afterwards is of this call.
+    """
+    try:
+        filesystem.put_file(staged, target)
+    except FileExistsError as exc:
+        raise _NotBegunError(exc) from exc
+    except OSError as exc:
+        told = exc.errno is not None or isinstance(exc, _TOLD)
+        if told or not is_new or filesystem.exists(target):
+            raise
+        raise _NotBegunError(exc) from exc
 
 
 def _make_folder(filesystem: Any, folder: str) -> None:

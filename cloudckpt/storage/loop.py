@@ -16,12 +16,16 @@ from typing import Any, Generic, TypeVar
 
 from cloudckpt.errors import StorageError
 
-__all__ = ["Loop", "LoopClosed", "Running"]
+__all__ = ["Loop", "LoopClosed", "Running", "hang_up"]
 
 _T = TypeVar("_T")
 
 #: How long a cancelled request may take for its clean-up (one abort of a multipart upload), in seconds.
 CLEAN_UP_S = 10.0
+#: How long the connections may take to close, in seconds; nothing is asked over them any more.
+_CLOSE_S = 5.0
+#: Turns of the loop after which a connection that was closed or cut has let go of its socket: asyncio takes one or two.
+_TURNS_TO_CLOSE = 10
 
 
 class LoopClosed(Exception):  # noqa: N818 - a state of affairs
@@ -204,7 +208,7 @@ def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, inside: _Ins
         loop.call_soon_threadsafe(inside.ended.set)
     # The garbage collector may run this on the loop's own thread.
     if threading.current_thread() is not thread:
-        thread.join(CLEAN_UP_S)
+        thread.join(CLEAN_UP_S + _CLOSE_S)
 
 
 async def _until(ended: asyncio.Event, clean_up: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -214,10 +218,14 @@ async def _until(ended: asyncio.Event, clean_up: Callable[[], Coroutine[Any, Any
             for task in _others():
                 task.cancel()
             await _over()
+    # Whatever has become of the requests: one that does not end keeps no connection open.
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(_CLOSE_S):
             await clean_up()
             # A filesystem that is let go closes its session in a task of its own.
             await _over()
             await asyncio.get_running_loop().shutdown_asyncgens()
+    await hang_up()
 
 
 def _others() -> set[asyncio.Task[Any]]:
@@ -225,5 +233,22 @@ def _others() -> set[asyncio.Task[Any]]:
 
 
 async def _over() -> None:
+    # Not by gather: under a time-out it would wait on for a task that goes on after it was cancelled.
     while others := _others():
-        await asyncio.gather(*others, return_exceptions=True)
+        done, _ = await asyncio.wait(others)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # looked at, or asyncio complains that nobody did
+
+
+async def hang_up() -> None:
+    """Let go of every socket of the running loop, sent or not. For a loop's last turns: nothing can be asked after it.
+
+    Whoever closes a connection waits for what is still to be sent, and so for a peer that does not read. A loop that
+    ends meanwhile would leave the socket open.
+    """
+    # asyncio has no public list of them; a loop of another kind closes its own.
+    for transport in [*getattr(asyncio.get_running_loop(), "_transports", {}).values()]:
+        transport.abort()
+    for _ in range(_TURNS_TO_CLOSE):
+        await asyncio.sleep(0)

@@ -260,11 +260,10 @@ class RemoteStorage(ABC):
 
 
 async def _close_all(filesystems: _Filesystems, close: Callable[[Any], Awaitable[None]]) -> None:
-    for filesystem in (*filesystems.outdated, filesystems.current):
-        if filesystem is not None:
-            with contextlib.suppress(Exception):
-                await close(filesystem)
+    left = [found for found in (*filesystems.outdated, filesystems.current) if found is not None]
     filesystems.outdated, filesystems.current = [], None
+    # Side by side: one that does not end keeps no other open.
+    await asyncio.gather(*map(close, left), return_exceptions=True)
 
 
 async def each(

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
 
+from cloudckpt.storage.loop import hang_up
 from cloudckpt.testing.listening import serve_until
 
 __all__ = ["Action", "FaultProxy", "Injected", "Request"]
@@ -38,7 +39,6 @@ _S3_CODES = {
     501: "NotImplemented",
     503: "SlowDown",
 }
-_TURNS_TO_CLOSE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,8 +342,7 @@ async def _ended() -> None:
     for task in left:
         task.cancel()
     await asyncio.gather(*left, return_exceptions=True)
-    for _ in range(_TURNS_TO_CLOSE):  # what closes, closes in the turns after
-        await asyncio.sleep(0)
+    await hang_up()
 
 
 #: What aiohttp's client would add by itself.

@@ -44,7 +44,9 @@ class Result:
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run a command in this process, through the very entry point."""
-    monkeypatch.delenv("CLOUDCKPT_ROOT", raising=False)
+    # Neither a run nor a width of the shell that started the tests: what a pipe gets is as wide as it needs to be.
+    for name in ("CLOUDCKPT_ROOT", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
 
     def run(*arguments: str) -> Result:
         monkeypatch.setattr(sys, "argv", ["cloudckpt", *arguments])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **environment},
+        env={**{name: value for name, value in os.environ.items() if name != "COLUMNS"}, **environment},
     )
 
 
@@ -233,10 +234,27 @@ def test_a_reader_that_leaves_early_is_no_error(root: str) -> None:
         assert b"Traceback" not in done.stderr.read()
 
 
+#: Each command in a child of a process that has the program loaded, and ends as the program does.
+WITHOUT_TORCH = """
+import json, os, sys
+sys.modules["torch"] = sys.modules["numpy"] = None
+import cloudckpt.cli.app
+for arguments in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["cloudckpt", *arguments]
+        cloudckpt.cli.main()
+        sys.exit("the program came back")
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        sys.exit(f"{arguments} ended with {code}")
+    print("fine", file=sys.stderr)
+"""
+
+
 def test_no_command_loads_torch(root: str, tmp_path: Path) -> None:
     """Every command works where torch cannot be imported at all."""
-    block = "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None; "
-    for arguments in (
+    commands = [
         ["ls", root],
         ["show", "best", "-r", root],
         ["verify", root, "--deep"],
@@ -254,10 +272,12 @@ def test_no_command_loads_torch(root: str, tmp_path: Path) -> None:
         ["import", str(tmp_path / "checkpoint-2"), str(tmp_path / "new")],
         ["cost", root, "--every", "60"],
         ["watch", root, "--count", "1"],
-    ):
-        code = f"{block}sys.argv = ['cloudckpt', *{arguments!r}]; from cloudckpt.cli import main; main()"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines().count("fine") == len(commands)
 
 
 def test_brackets_are_shown_as_they_were_written(cli: Any, tmp_path: Path) -> None:

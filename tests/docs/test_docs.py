@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -10,14 +9,16 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cloudckpt.testing.servers import SeaweedFS, ServerMissing
+from cloudckpt.testing.servers import SeaweedFS
 
 ROOT = Path(__file__).parents[2]
+FORKSERVER = Path(__file__).with_name("forkserver.py")
 #: Decisions and the specification show what is no program.
 PAGES = [
     ROOT / "README.md",
@@ -75,88 +76,146 @@ def test_generated_parts_are_fresh() -> None:
         assert any(f"generated: {part} " in page.read_text() for page in (ROOT / "docs").rglob("*.md")), part
 
 
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """How programs are started.
+
+    Attributes:
+        python: before Python code and its arguments; every warning is an error.
+        cloudckpt: before the arguments of the command.
+    """
+
+    python: tuple[str, ...]
+    cloudckpt: tuple[str, ...]
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """A process each; on Linux each is forked from one that has torch loaded, which takes seconds every time."""
+    if sys.platform != "linux":  # elsewhere a fork of a process with libraries like these is not safe
+        yield Programs((sys.executable, "-W", "error", "-c"), (sys.executable, "-m", "cloudckpt"))
+        return
+    address = str(tmp_path_factory.mktemp("forkserver") / "socket")
+    with subprocess.Popen(
+        [sys.executable, str(FORKSERVER), "serve", address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            assert server.stdout.readline() == b"ready\n"
+            client = (sys.executable, "-I", "-S", str(FORKSERVER), "run", address)
+            yield Programs((*client, "code"), (*client, "cloudckpt"))
+        finally:
+            server.stdin.close()
+    assert server.returncode == 0
+
+
+def test_a_program_of_the_fork_server_is_a_program(programs: Programs, tmp_path: Path) -> None:
+    """It has folder, environment, arguments and streams of whoever starts it, and its exit code and warnings are told."""
+    code = "import os, sys; print(os.getcwd(), os.environ['A'], sys.argv[1:], sys.stdin.read(), __name__, end='')"
+    done = subprocess.run(
+        [*programs.python, code, "b c"],
+        cwd=tmp_path,
+        env={"A": "1", "PATH": os.environ["PATH"]},
+        input="in",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path} 1 ['b c'] in __main__"
+    for code, ends, said in (
+        ("raise SystemExit(3)", 3, ""),
+        ("import warnings; warnings.warn('old', FutureWarning)", 1, "FutureWarning: old"),
+        ("import atexit; atexit.register(print, 'last'); 1 / 0", 1, "ZeroDivisionError"),
+    ):
+        done = subprocess.run([*programs.python, code], capture_output=True, text=True, check=False)
+        assert done.returncode == ends
+        assert said in done.stderr
+    assert done.stdout == "last\n"
+    asked = subprocess.run([*programs.cloudckpt, "ls", "nowhere"], cwd=tmp_path, capture_output=True, check=False)
+    assert asked.returncode == 4
+    assert b"nowhere" in asked.stderr
+
+
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_block_runs(page: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_every_block_runs(
+    page: Path,
+    programs: Programs,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> None:
     """In an empty folder the Python of a page runs from top to bottom, warnings as errors, and then its commands do.
 
-    A page that names a bucket has a real S3 server of its own, with that bucket. The page of many ranks runs on two.
-    Whatever a command asks is answered with no.
+    A page that names a bucket has it, empty, on a real S3 server. The page of many ranks runs on two. Whatever a
+    command asks is answered with no.
     """
     text = page.read_text(encoding="utf-8")
     code, lines = "\n".join(BLOCK.findall(text)), commands(text)
-    with _surroundings("\n".join([code, *lines]), tmp_path_factory.mktemp("bin")) as environment:
-        if code:
-            _run_python(code, tmp_path, environment, many_ranks=page == MANY_RANKS)
-        _run_commands(lines, tmp_path, environment)
+    environment = _surroundings(programs, tmp_path_factory.mktemp("bin"))
+    if buckets := sorted(set(BUCKET.findall("\n".join([code, *lines])))):
+        server: SeaweedFS = request.getfixturevalue("seaweedfs")
+        for bucket in buckets:
+            _make_empty(server, bucket)
+        environment |= server.environment()
+    if code and page == MANY_RANKS:
+        tmp_path.joinpath("page.py").write_text(code, encoding="utf-8")
+        # Warnings are torchrun's and torch's own here.
+        many = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *AT_HOME)
+        _run([*many, "page.py"], tmp_path, environment)
+    elif code:
+        _run([*programs.python, code], tmp_path, environment)
+    if roots := sorted(set(DEMO_ROOT.findall("\n".join(lines)))):
+        _run([*programs.python, DEMO, *roots], tmp_path, environment)
+    variables: list[str] = []
+    for line in lines:
+        if line.startswith("export "):
+            variables.append(line)
+        else:
+            _run(["bash", "-euc", "\n".join([*variables, line])], tmp_path, environment)
 
 
-@contextlib.contextmanager
-def _surroundings(used: str, programs: Path) -> Iterator[dict[str, str]]:
-    """The environment of a page: ``cloudckpt`` on the path, nobody's credentials, and the buckets that it uses."""
-    program = programs / "cloudckpt"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cloudckpt "$@"\n', encoding="utf-8")
+def _surroundings(programs: Programs, folder: Path) -> dict[str, str]:
+    """The environment of a page: ``cloudckpt`` on the path, and nobody's credentials."""
+    program = folder / "cloudckpt"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(programs.cloudckpt)} "$@"\n', encoding="utf-8")
     program.chmod(0o755)
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("AWS_", "CLOUDCKPT_")) and not name.lower().endswith("_proxy")
     }
-    environment = {
+    return {
         **kept,
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }
-    with contextlib.ExitStack() as stack:
-        if buckets := sorted(set(BUCKET.findall(used))):
-            try:
-                server = stack.enter_context(SeaweedFS())
-            except ServerMissing as exc:
-                if os.environ.get("CI"):
-                    raise
-                pytest.skip(str(exc))
-            for bucket in buckets:
-                server.create_bucket(bucket)
-            environment |= server.environment()
-        yield environment
 
 
-def _run_python(code: str, folder: Path, environment: dict[str, str], *, many_ranks: bool) -> None:
-    command = [sys.executable, "-W", "error", "-c", code]
-    if many_ranks:
-        folder.joinpath("page.py").write_text(code, encoding="utf-8")
-        # Warnings are torchrun's and torch's own here.
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *AT_HOME, "page.py"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def _make_empty(server: SeaweedFS, bucket: str) -> None:
+    """Make a bucket, or take away what another page has left in it."""
+    server.create_bucket(bucket)
+    client = server.client()
+    try:
+        for found in client.get_paginator("list_objects_v2").paginate(Bucket=bucket).search("Contents[].Key"):
+            if found is not None:
+                client.delete_object(Bucket=bucket, Key=found)
+        for upload in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
+            client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    finally:
+        client.close()
 
 
-def _run_commands(lines: list[str], folder: Path, environment: dict[str, str]) -> None:
-    if roots := sorted(set(DEMO_ROOT.findall("\n".join(lines)))):
-        made = subprocess.run(
-            [sys.executable, "-c", DEMO, *roots],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert made.returncode == 0, made.stderr
-    variables: list[str] = []
-    for line in lines:
-        if line.startswith("export "):
-            variables.append(line)
-            continue
-        done = subprocess.run(
-            ["bash", "-euc", "\n".join([*variables, line])],
-            cwd=folder,
-            env=environment,
-            input="n\n",
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    done = subprocess.run(
+        command, cwd=folder, env=environment, input="n\n", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
 
 
 def test_links_lead_somewhere() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import subprocess
@@ -195,28 +196,46 @@ def test_options_that_are_wrong_are_refused_without_their_values(
     assert seen.secrets() == []
 
 
+#: Each command in a child of a process that has the program and its client of S3 loaded.
+COMMANDS = """
+import json, os, sys
+import s3fs
+import cloudckpt.cli.app
+for arguments in json.loads(sys.argv[1]):
+    print("asked for:", *arguments, flush=True)
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["cloudckpt", *arguments]
+        cloudckpt.cli.main()
+        sys.exit("the program came back")
+    os.waitpid(child, 0)
+"""
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize("command", [["ls"], ["doctor"], ["show", "latest"], ["verify"]])
 def test_the_command_line_shows_no_secret_of_the_environment(
-    s3_root: str, monkeypatch: pytest.MonkeyPatch, seen: Seen, command: list[str]
+    s3_root: str, monkeypatch: pytest.MonkeyPatch, seen: Seen
 ) -> None:
     """Neither on standard output nor on standard error, with a run and without one."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
+    commands = [[*words, "-r", s3_root] for words in (["ls"], ["doctor"], ["show", "latest"], ["verify"])]
     for there in (False, True):
         if there:
             with CheckpointManager(s3_root, settings=QUICK) as ckpts:
                 ckpts.save(1, state_of(1), block=True)
-        place = ["-r", s3_root]
         done = subprocess.run(
-            [sys.executable, "-m", "cloudckpt", *command, *place],
-            capture_output=True,
+            [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            check=False,
-            timeout=120,
+            check=True,
+            timeout=240,
         )
-        seen.texts += [done.stdout, done.stderr]
-        assert done.stdout or done.stderr
+        seen.texts.append(done.stdout)
+        said = done.stdout.split("asked for: ")[1:]
+        assert len(said) == len(commands)
+        assert all(len(text.splitlines()) > 1 for text in said), done.stdout
     assert seen.secrets() == []
 
 

@@ -248,6 +248,63 @@ def test_a_rename_that_refuses_or_fails_never_takes_the_old_object_with_it(
     assert [item.key for item in storage.list()] == ["manifest.json"]
 
 
+class Raced(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A folder whose files fail to be sent as over SFTP: by an error without a number."""
+
+    protocol = "raced"
+    #: So many files are not begun, for their folder has come meanwhile.
+    races: ClassVar[int] = 0
+    #: The first file breaks off with its beginning sent.
+    is_full: ClassVar[bool] = False
+    sent: ClassVar[int] = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("raced://")))
+
+    def put_file(self, path1: str, path2: str, callback: Any = None, **words: Any) -> None:
+        Raced.sent += 1
+        if Raced.sent <= Raced.races:
+            raise OSError("Failure")
+        if Raced.is_full:
+            Path(path2).write_bytes(b"h")
+            raise OSError("Failure")
+        super().put_file(path1, path2, callback, **words)
+
+
+@pytest.fixture
+def raced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """A storage on it, with nothing wrong yet."""
+    fsspec.register_implementation("raced", Raced, clobber=True)
+    for name, value in (("races", 0), ("is_full", False), ("sent", 0)):
+        monkeypatch.setattr(Raced, name, value)
+    return open_storage(f"raced://{tmp_path}/run")
+
+
+@pytest.mark.parametrize(("races", "lands"), [(0, True), (1, True), (9, True), (10, False)])
+def test_a_folder_that_comes_while_a_file_is_sent_ends_no_put(raced: Storage, races: int, lands: bool) -> None:
+    """Where fsspec fails over a folder that another put has made, the put is begun again, and not for ever."""
+    Raced.races = races
+    if lands:
+        raced.put("folder/object", [b"here"], size_bytes=4)
+        assert raced.read("folder/object", limit_bytes=10).body == b"here"
+    else:
+        with pytest.raises(StorageError, match="Failure"):
+            raced.put("folder/object", [b"here"], size_bytes=4)
+        assert [*raced.list()] == []
+    assert Raced.sent == min(races + 1, 10)
+
+
+def test_a_file_that_breaks_off_is_not_sent_again_by_a_put(raced: Storage) -> None:
+    """Once its beginning is there it is no matter of folders: whoever called decides, and nothing of it is left."""
+    Raced.is_full = True
+    with pytest.raises(StorageError, match="Failure") as told:
+        raced.put("folder/object", [b"here"], size_bytes=4)
+    assert told.value.retryable
+    assert Raced.sent == 1
+    assert [*raced.list()] == []
+
+
 def test_a_listing_that_is_refused_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fsspec leaves out because it may not list it: here a refused folder is an error, never a new run."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
+import socket
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -224,3 +226,52 @@ def test_a_store_that_takes_no_further_bytes_is_given_up() -> None:
         upload.send(iter([bytearray(10), bytearray(10)]), lambda _: None)
     stuck.loop.close()
     assert len(asked) < 10
+
+
+def test_a_peer_that_does_not_read_keeps_no_socket_open() -> None:
+    """Who closes a connection waits for what is not sent yet; the loop's end cuts it, and its socket is let go."""
+    made: list[asyncio.Transport] = []
+
+    async def let_go() -> None:
+        for transport in made:
+            transport.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+
+        async def send() -> None:
+            transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, host, port)
+            made.append(transport)
+            transport.write(bytes(1 << 26))
+
+        loop = Loop("test", let_go)
+        loop.run(send())
+        (transport,) = made
+        found = transport.get_extra_info("socket")
+        assert transport.get_write_buffer_size() > 0
+        assert found.fileno() >= 0
+        loop.close()
+        assert found.fileno() == -1
+
+
+def test_a_request_that_does_not_end_keeps_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections are given back in the end, whatever a request does with its being broken off."""
+    monkeypatch.setattr("cloudckpt.storage.loop.CLEAN_UP_S", 0.1)
+    begun, given_back = threading.Event(), threading.Event()
+
+    async def clean_up() -> None:
+        given_back.set()
+
+    async def stubborn() -> None:
+        begun.set()
+        while not given_back.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.05)
+
+    loop = Loop("test", clean_up)
+    running = Running(loop, stubborn).begin()
+    assert begun.wait(60)
+    loop.close()
+    assert given_back.is_set()
+    with contextlib.suppress(StorageError):  # it has ended meanwhile, or it is told that it was closed
+        running.result()

@@ -97,9 +97,11 @@ def fork(path: str) -> None:
         print(digest(model.weight), flush=True)
         begin([Copying(path="w", source=model.weight, target=shared(path))], [optimizer]).wait(60)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    held.set()
+    try:
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        held.set()  # or the end of this process waits for the copy
     step(model, optimizer)
     snapshot.wait(60)
     assert digest(target) == before != digest(model.weight)

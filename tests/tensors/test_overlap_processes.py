@@ -17,7 +17,14 @@ def start(name: str, file: Path, *more: object) -> subprocess.Popen[str]:
     """The worker as a process."""
     command = [sys.executable, "-W", "ignore", str(WORKER), name, str(file), *map(str, more)]
     return subprocess.Popen(
-        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        # These are about memory of the CPU. Where torch sees a GPU, every step asks it whether it captures a graph, and
+        # CUDA cannot be asked in a forked child.
+        env={"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
