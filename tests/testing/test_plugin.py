@@ -78,7 +78,7 @@ def test_another_projects_backend_inherits_the_contract(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(THEIR_BACKEND)
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout
-    assert "68 passed" in done.stdout
+    assert "69 passed" in done.stdout
 
 
 @pytest.mark.processes
