@@ -159,6 +159,8 @@ def figures(cases: Sequence[Case]) -> str:
 
 def skipped(cases: Sequence[Case]) -> str:
     """What could not be run, and why."""
+    if not cases:
+        return "No run has been recorded yet.\n"
     rows = [[c.story, c.fault, c.backend, c.note] for c in cases if c.outcome == "skipped"]
     return _table(["story", "fault", "backend", "why"], rows) if rows else "Nothing was skipped.\n"
 

@@ -1,4 +1,4 @@
-"""For tests of this package, of other storages, and of programs that use it: public, and needs ``cloudckpt[test]``.
+"""For tests of this package, of other storages, and of programs that use it: public, and needs ``cloudckpt[testing]``.
 
 Nothing is loaded before it is used, so importing this package needs neither pytest nor hypothesis.
 """

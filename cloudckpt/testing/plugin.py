@@ -1,6 +1,6 @@
 """A pytest plugin for everyone's tests: a fresh root to save to, on each kind of store, without an account.
 
-Loaded by pytest by itself once ``cloudckpt`` is installed; the servers need ``cloudckpt[test]``. Every fixture gives
+Loaded by pytest by itself once ``cloudckpt`` is installed; the servers need ``cloudckpt[testing]``. Every fixture gives
 a root of its own, empty, as the string that ``CheckpointManager`` takes. Servers run on 127.0.0.1, are started when
 a test first asks for one, and are shared by the session; the environment that points at them is set for the one test
 and inherited by the processes it starts.
