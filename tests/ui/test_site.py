@@ -19,7 +19,7 @@ import torch
 
 from cloudckpt import CheckpointManager
 from cloudckpt.cli.schema import SCHEMAS
-from cloudckpt.cli.ui import documents
+from cloudckpt.cli.ui import documents, reading
 from cloudckpt.cli.ui.server import PageServer
 from cloudckpt.errors import ConfigError
 from cloudckpt.storage import Storage
@@ -206,6 +206,26 @@ def test_a_fault_of_ours_is_an_answer_too(
     assert page.api("log").status == 200
 
 
+def test_a_look_that_failed_half_way_is_had_again(
+    page_of: Serve, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A change that was read, and then could not be answered, is in the next answer."""
+    page = page_of(run)
+    before = page.api("ls").json
+    manifest = Path(run) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"pinned": true', b'"pinned": false'))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with caplog.at_level(logging.ERROR, logger="cloudckpt"), monkeypatch.context() as patched:
+        patched.setattr(reading, "arrived_bytes", fail)
+        assert page.api("ls").status == 500
+    after = page.api("ls").json
+    assert [c["step"] for c in before["checkpoints"] if c["pinned"]] == [3]
+    assert [c["step"] for c in after["checkpoints"] if c["pinned"]] == []
+
+
 # -- who is let in ---------------------------------------------------------------------------------------------
 
 
@@ -335,11 +355,11 @@ def test_a_port_that_is_taken(page_of: Serve, run: str) -> None:
 
 
 def test_a_manifest_that_is_the_same_is_not_decoded_again(page_of: Serve, run: str) -> None:
-    """Two looks at one version give one manifest; a new version another one."""
+    """Two looks that find the same are one, which is spelled once; a new version is another one."""
     page = page_of(run)
     watched = page.site._place.run()
     first = watched.look()
-    assert watched.look().seen is first.seen
+    assert watched.look() is first
     manifest = Path(run) / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"pinned": true', b'"pinned": false'))
     assert watched.look().seen is not first.seen
