@@ -48,6 +48,13 @@ class Visit:
         self.tab.on("pageerror", lambda error: self.trouble.append(str(error)))
         self.tab.on("request", lambda request: self.places.add(urlsplit(request.url).netloc))
 
+    def check_barriers(self) -> None:
+        """What is shown now has no barrier that axe knows."""
+        said = list(self.trouble)
+        barriers = Axe().run(self.tab)
+        self.trouble[:] = said  # axe's own script may trip over our policy: what the console says of that is not ours
+        assert barriers.violations_count == 0, barriers.generate_report()
+
     def refresh(self) -> None:
         """What somebody does who does not want to wait."""
         self.tab.get_by_role("button", name="Refresh now").click()
@@ -124,6 +131,7 @@ def test_everything_is_there_and_can_be_read(
     expect(tab.locator("#chart-area .mark")).to_have_count(6)
     expect(tab.locator("#facts")).to_contain_text("step 2: 0.1000 (min)")
     expect(tab.locator("#journal li").first).to_contain_text("announce")
+    expect(rows_of(tab, "What if?")).to_have_count(5)
     expect(tab.get_by_role("alert")).to_be_hidden()
     assert ground(tab) == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
     page = "document.documentElement"
@@ -131,8 +139,7 @@ def test_everything_is_there_and_can_be_read(
     assert found.trouble == []
     SHOTS.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=SHOTS / f"run-{width}-{scheme}.png", full_page=True, caret="initial")
-    barriers = Axe().run(tab)  # whose own script may trip over our policy: what the console says now is not ours
-    assert barriers.violations_count == 0, barriers.generate_report()
+    found.check_barriers()
 
 
 def test_the_sliders_say_what_the_package_would_delete(visit: Callable[..., Visit], run: str) -> None:
@@ -192,6 +199,7 @@ def test_a_setting_that_cannot_be_used_has_no_plan(visit: Callable[..., Visit], 
     expect(steps).to_have_attribute("aria-invalid", "true")
     expect(rows).to_have_count(0)
     expect(tab.locator("#preview-command")).to_be_hidden()
+    found.check_barriers()
     steps.fill("2")
     expect(said).to_contain_text("1 checkpoint would be deleted")
     expect(steps).not_to_have_attribute("aria-invalid", "true")
@@ -298,6 +306,7 @@ def test_what_goes_wrong_is_said_above_what_was_seen(visit: Callable[..., Visit]
     expect(alert).to_contain_text("cloudckpt repair")
     expect(alert).to_contain_text("“Refresh now” tries again.")
     expect(rows).to_have_count(5)
+    found.check_barriers()
     manifest.write_bytes(whole)
     found.refresh()
     expect(alert).to_be_hidden()
@@ -319,6 +328,7 @@ def test_the_chart_by_keyboard(visit: Callable[..., Visit], run: str) -> None:
     tab.keyboard.press("ArrowRight")
     expect(picked).to_contain_text("step 2: loss 0.1000, best (best #1")
     expect(tab.locator("tr[aria-current=true]")).to_contain_text("tag:release")
+    found.check_barriers()
     tab.keyboard.press("End")
     expect(picked).to_contain_text("step 5")
     tab.keyboard.press("Escape")
@@ -409,9 +419,7 @@ def test_runs_below_a_prefix(visit: Callable[..., Visit], made: Path, tmp_path: 
     assert found.trouble == []
     SHOTS.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=SHOTS / "runs-400.png", full_page=True, caret="initial")
-    barriers = Axe().run(tab)  # whose own script may trip over our policy: what the console says now is not ours
-    assert barriers.violations_count == 0, barriers.generate_report()
-    found.trouble.clear()
+    found.check_barriers()
     tab.get_by_role("link", name="deep/c").click()
     expect(rows_of(tab, "Checkpoints")).to_have_count(5)
     expect(tab.locator("#run-title")).to_have_text(str(prefix / "deep" / "c"))

@@ -60,6 +60,9 @@ export class Preview {
     this.turn += 1;
     this.clear();
     Object.assign(this, { listing: null, shown: null, wanted: false });
+    text(by("preview-sum"), "");
+    by("preview-command").hidden = true;
+    this.rows([]);
     this.shortened.forget();
   }
 
@@ -167,8 +170,7 @@ export class Preview {
     Object.assign(this, { shown: null, wanted: false });
     text(by("preview-sum"), [...this.wrong].map((id) => ADVICE[id]).join(" "));
     by("preview-command").hidden = true;
-    by("preview-rows").replaceChildren();
-    this.shortened.of([]);
+    this.rows([]);
   }
 
   draw() {
@@ -183,9 +185,14 @@ export class Preview {
         : `Nothing would be deleted: ${kept} kept.`,
     );
     this.spell(plan.root, words);
+    this.rows([...plan.decisions].reverse());
+  }
+
+  rows(decisions) {
+    by("preview-table").hidden = decisions.length === 0; // a head above nothing
     keyed(
       by("preview-rows"),
-      this.shortened.of([...plan.decisions].reverse()),
+      this.shortened.of(decisions),
       (decision) => decision.checkpoint.name,
       () => element("tr"),
       (row, { checkpoint, keep, reasons }) =>

@@ -10,6 +10,7 @@ export function showListing(listing, { retired, picked, shorten }) {
   showUploads(listing);
   showHead(metrics);
   const shown = listing.checkpoints.filter((checkpoint) => retired || checkpoint.state !== "retired");
+  by("table").hidden = shown.length === 0; // a head above nothing
   keyed(
     by("table-rows"),
     shorten(shown.sort((one, other) => other.seq - one.seq)),
