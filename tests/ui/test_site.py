@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -21,8 +22,11 @@ from cloudckpt import CheckpointManager
 from cloudckpt.cli.schema import SCHEMAS
 from cloudckpt.cli.ui import documents, reading
 from cloudckpt.cli.ui.server import PageServer
+from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES
 from cloudckpt.errors import ConfigError
 from cloudckpt.storage import Storage
+from cloudckpt.testing.scripted import Fault, ScriptedStorage
+from cloudckpt.tools import open_store
 
 Serve = Callable[..., Any]
 
@@ -186,6 +190,48 @@ def test_a_run_in_trouble(page_of: Serve, run: str, tmp_path: Path) -> None:
     empty = page_of(str(tmp_path / "nothing")).api("ls")
     assert empty.status == 404
     assert "nothing was ever saved there" in empty.json["error"]
+
+
+def test_a_store_that_refuses(page_of: Serve, run: str) -> None:
+    """A refusal is passed on as one, never as an empty run; what was seen can still be had, and the next look is one."""
+    page = page_of(run, ScriptedStorage(open_store(run).unretried, at=1, fault=Fault.REFUSED))
+    assert page.api("ls").status == 200
+    refused = page.api("ls")
+    assert (refused.status, refused.json["kind"]) == (502, "StorageError")
+    assert page.api("log").status == 200
+    assert page.api("ls").status == 200
+
+
+def test_a_list_that_is_refused_hides_nothing(page_of: Serve, made: Path, tmp_path: Path) -> None:
+    """Where what lies below may not be listed, what is wrong with the root itself is said as well."""
+    prefix = tmp_path / "runs"
+    shutil.copytree(made, prefix / "a")
+    honest = page_of(str(prefix))
+    assert [found["name"] for found in honest.api("runs").json["runs"]] == ["a"]
+    verbs = honest.asked()
+    last_list = max(number for number, verb in enumerate(verbs) if verb == "list")
+    page = page_of(str(prefix), ScriptedStorage(open_store(str(prefix)).unretried, at=last_list, fault=Fault.REFUSED))
+    refused = page.api("runs")
+    assert refused.status == 502
+    assert "holds no run of ours" in refused.json["error"]
+    assert "cannot be listed" in refused.json["error"]
+    assert page.api("runs").status == 200
+
+
+def test_a_run_that_is_refused_hides_no_other(page_of: Serve, made: Path, tmp_path: Path) -> None:
+    """A manifest that the store does not give is the problem of that run; the others are listed, and can be shown."""
+    prefix = tmp_path / "runs"
+    shutil.copytree(made, prefix / "a")
+    (prefix / "b").mkdir()
+    manifest = prefix / "b" / "manifest.json"
+    manifest.touch()
+    os.truncate(manifest, MANIFEST_LIMIT_BYTES + 1)
+    page = page_of(str(prefix))
+    problems = {found["name"]: found["problem"] for found in page.api("runs").json["runs"]}
+    assert problems["a"] is None
+    assert "more than" in problems["b"]
+    assert page.api("ls", run="a").status == 200
+    assert page.api("ls", run="b").status == 502
 
 
 def test_a_fault_of_ours_is_an_answer_too(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from cloudckpt.core import keys
 from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest
 from cloudckpt.core.model import Manifest
-from cloudckpt.errors import CheckpointNotFoundError, FormatError, ObjectNotFoundError, StorageError
+from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, FormatError, ObjectNotFoundError, StorageError
 from cloudckpt.listing import RunSummary, arrived_bytes, find_runs
 from cloudckpt.storage import ManifestStore
 from cloudckpt.view import RunView
@@ -144,10 +144,17 @@ class Place:
         """
         try:
             self._here.look()
-        except (CheckpointNotFoundError, FormatError):
-            found = find_runs(self._here.store.storage)
+        except (CheckpointNotFoundError, FormatError) as why:
+            found = self._runs_below(why)
         else:
             found = ()
         with self._mutex:
             self._names = frozenset(run.name for run in found)
         return found
+
+    def _runs_below(self, why: CloudCkptError) -> tuple[RunSummary, ...]:
+        try:
+            return find_runs(self._here.store.storage)
+        except StorageError as exc:
+            # Both: who opened one run has to hear what is wrong with it, though nobody may list what is beside it.
+            raise StorageError(f"{why}\nWhat lies below it cannot be listed: {exc}", retryable=exc.retryable) from exc
