@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -322,6 +323,20 @@ def test_nobody_gets_in_without_the_token(page_of: Serve, run: str, path: str) -
 def test_a_target_that_is_no_path_of_ours(page_of: Serve, run: str, target: str) -> None:
     """Whatever stands in the request line is answered, and lets nobody in."""
     assert page_of(run).site.answer(target, hosts=["localhost"]).status == 404
+
+
+@pytest.mark.parametrize(
+    "said", [b"\r\n", b"NONSENSE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\r\n\r\n", b""]
+)
+def test_what_is_no_request_at_all(page_of: Serve, run: str, said: bytes) -> None:
+    """Whatever somebody writes to the port gets nothing of ours, and the page goes on."""
+    page = page_of(run)
+    with socket.create_connection(("127.0.0.1", page.server.server_port), timeout=60) as connection:
+        connection.sendall(said)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    assert page.site.path.strip("/").encode() not in answer
+    assert page.api("ls").status == 200
 
 
 def test_the_token_belongs_to_one_server(page_of: Serve, run: str) -> None:
