@@ -11,7 +11,7 @@ from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest
 from cloudckpt.core.model import Checkpoint, Manifest, State
 from cloudckpt.core.retention import metric_value
 from cloudckpt.core.selection import parse_selector, select
-from cloudckpt.errors import CheckpointNotFoundError, FormatError, ObjectNotFoundError
+from cloudckpt.errors import CheckpointNotFoundError, FormatError, ObjectNotFoundError, StorageError
 from cloudckpt.storage import ManifestStore, Storage
 from cloudckpt.view import placed
 
@@ -59,7 +59,7 @@ def find_runs(storage: Storage) -> tuple[RunSummary, ...]:
     """The runs below a storage's root, by name. Lists everything below it, and reads each manifest.
 
     Raises:
-        StorageError: the store refused.
+        StorageError: the store refused to list, or did not answer.
     """
     suffix = f"/{keys.MANIFEST}"
     names = [item.key.removesuffix(suffix) for item in storage.list("") if item.key.endswith(suffix)]
@@ -77,8 +77,10 @@ def _summary(storage: Storage, name: str) -> RunSummary | None:
         manifest = decode_manifest(body, what=f"{url}/{keys.MANIFEST}")
     except ObjectNotFoundError:
         return None  # deleted since it was listed
-    except FormatError as exc:
-        # The first line: one broken run must not hide the others.
+    except (FormatError, StorageError) as exc:
+        if isinstance(exc, StorageError) and exc.retryable:
+            raise  # the store is in trouble, not this run
+        # The first line: one run that is broken, or not for this user, must not hide the others.
         return RunSummary(name=name, url=url, problem=str(exc).partition("\n")[0])
     committed = manifest.committed
     best = _best(manifest, url)

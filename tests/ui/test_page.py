@@ -6,6 +6,7 @@ Chromium is Debian's package (``apt-get install chromium``), or any other that i
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -47,6 +48,13 @@ class Visit:
         self.tab.on("pageerror", lambda error: self.trouble.append(str(error)))
         self.tab.on("request", lambda request: self.places.add(urlsplit(request.url).netloc))
 
+    def check_barriers(self) -> None:
+        """What is shown now has no barrier that axe knows."""
+        said = list(self.trouble)
+        barriers = Axe().run(self.tab)
+        self.trouble[:] = said  # axe's own script may trip over our policy: what the console says of that is not ours
+        assert barriers.violations_count == 0, barriers.generate_report()
+
     def refresh(self) -> None:
         """What somebody does who does not want to wait."""
         self.tab.get_by_role("button", name="Refresh now").click()
@@ -63,6 +71,8 @@ def browser() -> Iterator[Browser]:
         if os.environ.get("CI"):
             pytest.fail(missing)
         pytest.skip(missing)
+    # How long a machine with other work may take; nothing waits for longer than it has to.
+    expect.set_options(timeout=30_000)
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=program)
         yield found
@@ -121,6 +131,7 @@ def test_everything_is_there_and_can_be_read(
     expect(tab.locator("#chart-area .mark")).to_have_count(6)
     expect(tab.locator("#facts")).to_contain_text("step 2: 0.1000 (min)")
     expect(tab.locator("#journal li").first).to_contain_text("announce")
+    expect(rows_of(tab, "What if?")).to_have_count(5)
     expect(tab.get_by_role("alert")).to_be_hidden()
     assert ground(tab) == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 24, 28)"}[scheme]
     page = "document.documentElement"
@@ -128,8 +139,7 @@ def test_everything_is_there_and_can_be_read(
     assert found.trouble == []
     SHOTS.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=SHOTS / f"run-{width}-{scheme}.png", full_page=True, caret="initial")
-    barriers = Axe().run(tab)  # whose own script may trip over our policy: what the console says now is not ours
-    assert barriers.violations_count == 0, barriers.generate_report()
+    found.check_barriers()
 
 
 def test_the_sliders_say_what_the_package_would_delete(visit: Callable[..., Visit], run: str) -> None:
@@ -174,6 +184,53 @@ def test_the_sliders_say_what_the_package_would_delete(visit: Callable[..., Visi
     assert box is not None
     newest.click(position={"x": 1, "y": box["height"] / 2})
     expect(said).to_contain_text("2 checkpoints would be deleted")
+    assert found.trouble == []
+
+
+def test_a_setting_that_cannot_be_used_has_no_plan(visit: Callable[..., Visit], run: str) -> None:
+    """A word that is no setting is said to be none, beside no plan of another one; one that is brings the plan back."""
+    found = visit(run)
+    tab = found.tab
+    said, rows, steps = tab.locator("#preview-sum"), rows_of(tab, "What if?"), tab.get_by_label("Keep every … steps")
+    tab.get_by_role("slider", name="Keep the newest").press("Home")
+    expect(rows).to_have_count(5)
+    steps.fill("0")
+    expect(said).to_contain_text("write a whole number")
+    expect(steps).to_have_attribute("aria-invalid", "true")
+    expect(rows).to_have_count(0)
+    expect(tab.locator("#preview-command")).to_be_hidden()
+    found.check_barriers()
+    steps.fill("2")
+    expect(said).to_contain_text("1 checkpoint would be deleted")
+    expect(steps).not_to_have_attribute("aria-invalid", "true")
+    expect(tab.locator("#preview-command code")).to_contain_text("--keep-last 1 --keep-every 2 --dry-run")
+    steps.fill("-1")
+    expect(said).to_contain_text("write a whole number")
+    tab.get_by_role("button", name="Back to the run").click()
+    expect(said).to_have_text("Nothing would be deleted: 5 kept.")
+    expect(steps).to_have_value("")
+    assert found.trouble == []
+
+
+def test_a_long_table_is_shortened_until_somebody_asks(visit: Callable[..., Visit], run: str) -> None:
+    """Of two thousand checkpoints the newest 500 are rows, and it says so; a button shows the others as well."""
+    manifest = Path(run) / "manifest.json"
+    document = json.loads(manifest.read_text())
+    like = document["entries"][0]
+    entries = [{**like, "id": f"{n:08x}", "step": n, "seq": n} for n in range(1, 2001)]
+    manifest.write_text(json.dumps({**document, "entries": entries, "next_seq": 2001, "best": [], "recent": []}))
+    found = visit(run)
+    tab = found.tab
+    for title, button in [("Checkpoints", "Show all checkpoints"), ("What if?", "Show the whole preview")]:
+        rows, more = rows_of(tab, title), tab.get_by_role("button", name=button)
+        expect(rows).to_have_count(500)
+        expect(rows.nth(0)).to_contain_text("2000")
+        expect(more.locator("..")).to_contain_text("The newest 500 of 2000 are shown.")
+        more.click()
+        expect(rows).to_have_count(2000)
+        expect(more).to_be_hidden()
+        expect(tab.get_by_role("heading", name=title, exact=True)).to_be_focused()
+    expect(tab.locator("#chart-area .mark")).to_have_count(2000)
     assert found.trouble == []
 
 
@@ -249,6 +306,7 @@ def test_what_goes_wrong_is_said_above_what_was_seen(visit: Callable[..., Visit]
     expect(alert).to_contain_text("cloudckpt repair")
     expect(alert).to_contain_text("“Refresh now” tries again.")
     expect(rows).to_have_count(5)
+    found.check_barriers()
     manifest.write_bytes(whole)
     found.refresh()
     expect(alert).to_be_hidden()
@@ -270,6 +328,7 @@ def test_the_chart_by_keyboard(visit: Callable[..., Visit], run: str) -> None:
     tab.keyboard.press("ArrowRight")
     expect(picked).to_contain_text("step 2: loss 0.1000, best (best #1")
     expect(tab.locator("tr[aria-current=true]")).to_contain_text("tag:release")
+    found.check_barriers()
     tab.keyboard.press("End")
     expect(picked).to_contain_text("step 5")
     tab.keyboard.press("Escape")
@@ -277,6 +336,71 @@ def test_the_chart_by_keyboard(visit: Callable[..., Visit], run: str) -> None:
     tab.locator("#metric").select_option("acc")
     expect(tab.get_by_role("heading", name="acc over steps")).to_be_visible()
     assert found.trouble == []
+
+
+def test_the_chart_of_values_that_are_hard_to_draw(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    """The largest numbers have places; a metric that was never a number has a sentence, and no other one's chart."""
+    root = str(tmp_path / "run")
+    with CheckpointManager(root, monitor="loss", mode="min", keep_last=None) as ckpts:
+        for step, loss in [(12_345_650, 1.7e308), (12_345_700, -1.7e308)]:
+            metrics = {"loss": loss, "spread": float("nan")}
+            ckpts.save(step, {"w": torch.ones(1)}, metrics=metrics, block=True)
+    found = visit(root)
+    tab = found.tab
+    marks, chosen = tab.locator("#chart-area .mark"), tab.locator("#metric")
+    expect(marks).to_have_count(2)
+    expect(tab.locator("#chart-area .tick").filter(has_text="12345650")).to_have_count(1)
+    assert found.trouble == []
+    chosen.select_option("spread")
+    expect(tab.locator("#chart-none")).to_contain_text("finite 'spread'")
+    expect(tab.get_by_role("heading", name="spread over steps")).to_be_visible()
+    expect(marks).to_have_count(0)
+    chosen.select_option("loss")
+    expect(tab.get_by_role("heading", name="loss over steps")).to_be_visible()
+    expect(marks).to_have_count(2)
+    expect(tab.locator("#chart-none")).to_be_hidden()
+
+
+def test_the_skip_link_leaves_the_address_alone(visit: Callable[..., Visit], run: str) -> None:
+    """The first stop of the Tab key leads to the content; an address with a place in it still shows the run."""
+    found = visit(run)
+    tab = found.tab
+    rows, address = rows_of(tab, "Checkpoints"), tab.url
+    expect(rows).to_have_count(5)
+    tab.keyboard.press("Tab")
+    expect(tab.get_by_role("link", name="Skip to the content")).to_be_focused()
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#main")).to_be_focused()
+    assert tab.url == address
+    tab.goto(f"{address}#main")
+    tab.reload()
+    expect(rows).to_have_count(5)
+    assert found.trouble == []
+
+
+def test_an_address_that_names_no_run(visit: Callable[..., Visit], made: Path, tmp_path: Path) -> None:
+    """It is said, with the way back to the list, which is made anew by either button; so is half of an escape."""
+    prefix = tmp_path / "runs"
+    shutil.copytree(made, prefix / "a")
+    found = visit(str(prefix))
+    tab = found.tab
+    rows, address = rows_of(tab, "Runs"), tab.url
+    expect(rows).to_have_count(1)
+    tab.goto(f"{address}#run=nobody")
+    expect(tab.get_by_role("alert")).to_contain_text("there is no run 'nobody'")
+    tab.get_by_role("link", name="All runs").click()
+    expect(rows).to_have_count(1)
+    expect(tab.locator("#main")).to_be_focused()
+    expect(tab.get_by_role("alert")).to_be_hidden()
+    shutil.copytree(made, prefix / "b")
+    found.refresh()
+    expect(rows).to_have_count(2)
+    shutil.copytree(made, prefix / "c")
+    tab.get_by_role("button", name="List again").click()
+    expect(rows).to_have_count(3)
+    tab.goto(f"{address}#run=%")
+    tab.reload()
+    expect(rows).to_have_count(3)
 
 
 def test_runs_below_a_prefix(visit: Callable[..., Visit], made: Path, tmp_path: Path) -> None:
@@ -295,9 +419,7 @@ def test_runs_below_a_prefix(visit: Callable[..., Visit], made: Path, tmp_path: 
     assert found.trouble == []
     SHOTS.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=SHOTS / "runs-400.png", full_page=True, caret="initial")
-    barriers = Axe().run(tab)  # whose own script may trip over our policy: what the console says now is not ours
-    assert barriers.violations_count == 0, barriers.generate_report()
-    found.trouble.clear()
+    found.check_barriers()
     tab.get_by_role("link", name="deep/c").click()
     expect(rows_of(tab, "Checkpoints")).to_have_count(5)
     expect(tab.locator("#run-title")).to_have_text(str(prefix / "deep" / "c"))

@@ -6,8 +6,10 @@ import hashlib
 import http.client
 import json
 import logging
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +21,13 @@ import torch
 
 from cloudckpt import CheckpointManager
 from cloudckpt.cli.schema import SCHEMAS
-from cloudckpt.cli.ui import documents
+from cloudckpt.cli.ui import documents, reading
 from cloudckpt.cli.ui.server import PageServer
+from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES
 from cloudckpt.errors import ConfigError
 from cloudckpt.storage import Storage
+from cloudckpt.testing.scripted import Fault, ScriptedStorage
+from cloudckpt.tools import open_store
 
 Serve = Callable[..., Any]
 
@@ -188,6 +193,48 @@ def test_a_run_in_trouble(page_of: Serve, run: str, tmp_path: Path) -> None:
     assert "nothing was ever saved there" in empty.json["error"]
 
 
+def test_a_store_that_refuses(page_of: Serve, run: str) -> None:
+    """A refusal is passed on as one, never as an empty run; what was seen can still be had, and the next look is one."""
+    page = page_of(run, ScriptedStorage(open_store(run).unretried, at=1, fault=Fault.REFUSED))
+    assert page.api("ls").status == 200
+    refused = page.api("ls")
+    assert (refused.status, refused.json["kind"]) == (502, "StorageError")
+    assert page.api("log").status == 200
+    assert page.api("ls").status == 200
+
+
+def test_a_list_that_is_refused_hides_nothing(page_of: Serve, made: Path, tmp_path: Path) -> None:
+    """Where what lies below may not be listed, what is wrong with the root itself is said as well."""
+    prefix = tmp_path / "runs"
+    shutil.copytree(made, prefix / "a")
+    honest = page_of(str(prefix))
+    assert [found["name"] for found in honest.api("runs").json["runs"]] == ["a"]
+    verbs = honest.asked()
+    last_list = max(number for number, verb in enumerate(verbs) if verb == "list")
+    page = page_of(str(prefix), ScriptedStorage(open_store(str(prefix)).unretried, at=last_list, fault=Fault.REFUSED))
+    refused = page.api("runs")
+    assert refused.status == 502
+    assert "holds no run of ours" in refused.json["error"]
+    assert "cannot be listed" in refused.json["error"]
+    assert page.api("runs").status == 200
+
+
+def test_a_run_that_is_refused_hides_no_other(page_of: Serve, made: Path, tmp_path: Path) -> None:
+    """A manifest that the store does not give is the problem of that run; the others are listed, and can be shown."""
+    prefix = tmp_path / "runs"
+    shutil.copytree(made, prefix / "a")
+    (prefix / "b").mkdir()
+    manifest = prefix / "b" / "manifest.json"
+    manifest.touch()
+    os.truncate(manifest, MANIFEST_LIMIT_BYTES + 1)
+    page = page_of(str(prefix))
+    problems = {found["name"]: found["problem"] for found in page.api("runs").json["runs"]}
+    assert problems["a"] is None
+    assert "more than" in problems["b"]
+    assert page.api("ls", run="a").status == 200
+    assert page.api("ls", run="b").status == 502
+
+
 def test_a_fault_of_ours_is_an_answer_too(
     page_of: Serve, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -204,6 +251,26 @@ def test_a_fault_of_ours_is_an_answer_too(
     assert answer.json["error"] == "cloudckpt itself failed: a bug"
     assert "RuntimeError" in caplog.text
     assert page.api("log").status == 200
+
+
+def test_a_look_that_failed_half_way_is_had_again(
+    page_of: Serve, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A change that was read, and then could not be answered, is in the next answer."""
+    page = page_of(run)
+    before = page.api("ls").json
+    manifest = Path(run) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"pinned": true', b'"pinned": false'))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with caplog.at_level(logging.ERROR, logger="cloudckpt"), monkeypatch.context() as patched:
+        patched.setattr(reading, "arrived_bytes", fail)
+        assert page.api("ls").status == 500
+    after = page.api("ls").json
+    assert [c["step"] for c in before["checkpoints"] if c["pinned"]] == [3]
+    assert [c["step"] for c in after["checkpoints"] if c["pinned"]] == []
 
 
 # -- who is let in ---------------------------------------------------------------------------------------------
@@ -256,6 +323,20 @@ def test_nobody_gets_in_without_the_token(page_of: Serve, run: str, path: str) -
 def test_a_target_that_is_no_path_of_ours(page_of: Serve, run: str, target: str) -> None:
     """Whatever stands in the request line is answered, and lets nobody in."""
     assert page_of(run).site.answer(target, hosts=["localhost"]).status == 404
+
+
+@pytest.mark.parametrize(
+    "said", [b"\r\n", b"NONSENSE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\r\n\r\n", b""]
+)
+def test_what_is_no_request_at_all(page_of: Serve, run: str, said: bytes) -> None:
+    """Whatever somebody writes to the port gets nothing of ours, and the page goes on."""
+    page = page_of(run)
+    with socket.create_connection(("127.0.0.1", page.server.server_port), timeout=60) as connection:
+        connection.sendall(said)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    assert page.site.path.strip("/").encode() not in answer
+    assert page.api("ls").status == 200
 
 
 def test_the_token_belongs_to_one_server(page_of: Serve, run: str) -> None:
@@ -335,11 +416,11 @@ def test_a_port_that_is_taken(page_of: Serve, run: str) -> None:
 
 
 def test_a_manifest_that_is_the_same_is_not_decoded_again(page_of: Serve, run: str) -> None:
-    """Two looks at one version give one manifest; a new version another one."""
+    """Two looks that find the same are one, which is spelled once; a new version is another one."""
     page = page_of(run)
     watched = page.site._place.run()
     first = watched.look()
-    assert watched.look().seen is first.seen
+    assert watched.look() is first
     manifest = Path(run) / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"pinned": true', b'"pinned": false'))
     assert watched.look().seen is not first.seen

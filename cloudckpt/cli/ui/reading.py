@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from cloudckpt.core import keys
 from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest
 from cloudckpt.core.model import Manifest
-from cloudckpt.errors import CheckpointNotFoundError, FormatError, ObjectNotFoundError, StorageError
+from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, FormatError, ObjectNotFoundError, StorageError
 from cloudckpt.listing import RunSummary, arrived_bytes, find_runs
 from cloudckpt.storage import ManifestStore
 from cloudckpt.view import RunView
@@ -40,7 +40,8 @@ class SeenRun(RunView):
 class WatchedRun:
     """One run that the page looks at again and again. Several requests at once queue here.
 
-    A manifest whose version (on S3 its ETag) has not changed is not decoded again.
+    A manifest whose version (on S3 its ETag) has not changed is not decoded again, and a look that finds all as it was
+    gives the same ``SeenRun``.
     """
 
     def __init__(self, store: ManifestStore) -> None:
@@ -74,22 +75,23 @@ class WatchedRun:
             return self._last or self._look()
 
     def _look(self) -> SeenRun:
-        manifest = self._manifest()
-        self._last = SeenRun(self.store, manifest, self._arrived(manifest))
+        manifest, version = self._manifest()
+        arrived = self._arrived(manifest)
+        if self._last is None or manifest is not self._last.seen or arrived != self._last.arrived:
+            self._last = SeenRun(self.store, manifest, arrived)
+        # With the look that it is the version of, and never before: a look that failed half-way must be had again.
+        self._version = version
         return self._last
 
-    def _manifest(self) -> Manifest:
+    def _manifest(self) -> tuple[Manifest, str]:
         try:
             found = self.store.storage.read(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
             if self._last is not None and found.version == self._version:
-                return self._last.seen
-            manifest = decode_manifest(found.body, what=f"{self.url}/{keys.MANIFEST}")
+                return self._last.seen, found.version
+            return decode_manifest(found.body, what=f"{self.url}/{keys.MANIFEST}"), found.version
         except (ObjectNotFoundError, FormatError):
             # What lies there instead, and what to do about it, is told by whoever opens a run for everybody else.
-            self._version = ""
-            return RunView(self.store).manifest()
-        self._version = found.version
-        return manifest
+            return RunView(self.store).manifest(), ""
 
     def _arrived(self, manifest: Manifest) -> Mapping[str, int]:
         try:
@@ -142,10 +144,17 @@ class Place:
         """
         try:
             self._here.look()
-        except (CheckpointNotFoundError, FormatError):
-            found = find_runs(self._here.store.storage)
+        except (CheckpointNotFoundError, FormatError) as why:
+            found = self._runs_below(why)
         else:
             found = ()
         with self._mutex:
             self._names = frozenset(run.name for run in found)
         return found
+
+    def _runs_below(self, why: CloudCkptError) -> tuple[RunSummary, ...]:
+        try:
+            return find_runs(self._here.store.storage)
+        except StorageError as exc:
+            # Both: who opened one run has to hear what is wrong with it, though nobody may list what is beside it.
+            raise StorageError(f"{why}\nWhat lies below it cannot be listed: {exc}", retryable=exc.retryable) from exc

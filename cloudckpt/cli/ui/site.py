@@ -16,6 +16,7 @@ import logging
 import re
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -25,7 +26,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from cloudckpt.cli.ui import documents
-from cloudckpt.cli.ui.reading import Place, WatchedRun
+from cloudckpt.cli.ui.reading import Place, SeenRun
 from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, ConfigError
 
 __all__ = ["Answer", "Site", "refusal"]
@@ -61,12 +62,13 @@ _API = "api/"
 #: More words than any document takes.
 _WORDS_LIMIT = 32
 
-#: name -> the document, from the last look at a run; ``ls`` alone looks anew.
-_OF_A_RUN: Mapping[str, Callable[[WatchedRun, Mapping[str, str]], dict[str, Any]]] = {
-    "ls": lambda run, _: documents.listing(run.look()),
-    "log": lambda run, _: documents.log(run.seen()),
-    "plot": lambda run, query: documents.plot(run.seen(), query.get("metric") or None),
-    "prune": lambda run, query: documents.preview(run.seen(), documents.words_of(query)),
+#: The document that looks at a run anew.
+_LOOK = "ls"
+#: name -> the document, from the last look.
+_OF_A_LOOK: Mapping[str, Callable[[SeenRun, Mapping[str, str]], dict[str, Any]]] = {
+    "log": lambda run, _: documents.log(run),
+    "plot": lambda run, query: documents.plot(run, query.get("metric") or None),
+    "prune": lambda run, query: documents.preview(run, documents.words_of(query)),
 }
 
 
@@ -114,6 +116,7 @@ class Site:
         self._token = secrets.token_urlsafe(24)
         self._ticket: str | None = secrets.token_urlsafe(24)
         self._mutex = threading.Lock()
+        self._spelled: weakref.WeakKeyDictionary[SeenRun, bytes] = weakref.WeakKeyDictionary()
         self.path = f"/{self._token}/"
         self.opening = f"/{_OPEN}/{self._ticket}"
 
@@ -166,7 +169,7 @@ class Site:
         except ValueError:
             return refusal(HTTPStatus.BAD_REQUEST, "the query cannot be read")
         try:
-            body = documents.encoded(self._made(name, words))
+            body = self._made(name, words)
         except CloudCkptError as exc:
             return _problem(_status(exc), type(exc).__name__, str(exc))
         except Exception as exc:  # noqa: BLE001 - a server goes on
@@ -178,12 +181,22 @@ class Site:
             return _answer(HTTPStatus.NOT_MODIFIED, _JSON, b"", ("ETag", etag))
         return _answer(HTTPStatus.OK, _JSON, body, ("ETag", etag))
 
-    def _made(self, name: str, words: Mapping[str, str]) -> dict[str, Any]:
+    def _made(self, name: str, words: Mapping[str, str]) -> bytes:
         if name == "runs":
-            return documents.runs(self._place.url, self._place.runs())
-        if (make := _OF_A_RUN.get(name)) is None:
-            raise ConfigError(f"there is no document {name!r}: ask for {', '.join(sorted({*_OF_A_RUN, 'runs'}))}")
-        return make(self._place.run(words.get("run", "")), words)
+            return documents.encoded(documents.runs(self._place.url, self._place.runs()))
+        if name not in {_LOOK, *_OF_A_LOOK}:
+            known = ", ".join(sorted({_LOOK, *_OF_A_LOOK, "runs"}))
+            raise ConfigError(f"there is no document {name!r}: ask for {known}")
+        run = self._place.run(words.get("run", ""))
+        if name == _LOOK:
+            return self._listed(run.look())
+        return documents.encoded(_OF_A_LOOK[name](run.seen(), words))
+
+    def _listed(self, run: SeenRun) -> bytes:
+        # Asked for every few seconds, and mostly nothing has changed: ten thousand checkpoints are spelled once.
+        if (body := self._spelled.get(run)) is None:
+            body = self._spelled[run] = documents.encoded(documents.listing(run))
+        return body
 
 
 def _status(exc: CloudCkptError) -> HTTPStatus:

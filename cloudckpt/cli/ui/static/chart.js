@@ -51,7 +51,13 @@ function bounds(values) {
   const [low, high] = extremes(values);
   if (high > low) return [low, high];
   const room = Math.abs(low) * 0.1 || 1;
-  return [low - room, high + room];
+  return [Math.max(low - room, -Number.MAX_VALUE), Math.min(high + room, Number.MAX_VALUE)];
+}
+
+/** Where a value lies between two bounds, from 0 to 1; of the largest numbers even the distance is infinite. */
+function share(value, low, high) {
+  const unit = Number.isFinite(high - low) ? 1 : 0.5;
+  return (value * unit - low * unit) / (high * unit - low * unit);
 }
 
 // Not Math.min(...values): ten thousand arguments are more than some engines take.
@@ -66,6 +72,7 @@ export class Chart {
     this.onpick = onpick;
     this.plot = null;
     this.places = [];
+    this.ring = null;
     this.picked = null;
     new ResizeObserver(() => this.draw()).observe(this.area);
     this.area.addEventListener("keydown", (event) => this.key(event));
@@ -77,28 +84,33 @@ export class Chart {
     by("legend").replaceChildren(...legend);
   }
 
-  /** Show a document of `plot`; the same one again changes nothing. */
+  /** Show a document of `plot`, or with null nothing; the same one again changes nothing. */
   show(plot) {
     const drawn = JSON.stringify(plot);
     if (drawn === this.drawn) return;
     this.drawn = drawn;
     this.plot = plot;
-    if (!plot.points.some((point) => point.name === this.picked)) this.pick(null);
+    if (!plot?.points.some((point) => point.name === this.picked)) this.pick(null);
     this.draw();
     this.tell();
   }
 
   draw() {
+    if (!this.plot) {
+      Object.assign(this, { places: [], ring: null });
+      this.area.replaceChildren();
+      return;
+    }
     const width = this.area.clientWidth;
     const height = this.area.clientHeight;
-    if (!this.plot || width < 50 || height < 50) return;
+    if (width < 50 || height < 50) return;
     const points = this.plot.points;
     const drawn = points.filter((point) => point.value !== null);
     const [left, right] = bounds(points.map((point) => point.step));
     const [low, high] = bounds(drawn.map((point) => point.value));
     const inside = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: height - MARGIN.bottom };
-    const x = (step) => inside.left + ((step - left) / (right - left)) * (inside.right - inside.left);
-    const y = (value) => inside.bottom - ((value - low) / (high - low)) * (inside.bottom - inside.top - 2 * SIZE) - SIZE;
+    const x = (step) => inside.left + share(step, left, right) * (inside.right - inside.left);
+    const y = (value) => inside.bottom - share(value, low, high) * (inside.bottom - inside.top - 2 * SIZE) - SIZE;
     // Gone with its metric, or not measured yet: only the step is known, so the mark is on the axis.
     this.places = points.map((point) => ({ point, x: x(point.step), y: point.value === null ? inside.bottom : y(point.value) }));
     const line = this.places.filter(({ point }) => point.value !== null && point.kind !== "failed");
@@ -112,7 +124,7 @@ export class Chart {
       ]),
       svg("line", { class: "axis", x1: inside.left, x2: inside.right, y1: inside.bottom, y2: inside.bottom }),
       ...ticks(left, right, Math.max(2, Math.floor(width / 120)), 1)
-        .filter(Number.isInteger)
+        .filter((step) => Number.isInteger(step) && step >= 0)
         .map((step) => svg("text", { class: "tick", x: x(step), y: height - 14, "text-anchor": "middle" }, short(step))),
       svg("text", { class: "tick", x: inside.right, y: height - 1, "text-anchor": "end" }, "step"),
       svg("polyline", { class: "curve", points: line.map((place) => `${place.x.toFixed(1)},${place.y.toFixed(1)}`).join(" ") }),
@@ -133,6 +145,8 @@ export class Chart {
   }
 
   key(event) {
+    // With another key they are the browser's own: back, or the end of the page.
+    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
     const last = this.places.length - 1;
     const now = this.places.findIndex(({ point }) => point.name === this.picked);
     const next = {
@@ -182,6 +196,7 @@ export class Chart {
   }
 }
 
+// As many digits as tell neighbours apart, and not those that binary fractions bring along.
 function short(value) {
-  return String(Number(value.toPrecision(6)));
+  return String(Number(value.toPrecision(12)));
 }

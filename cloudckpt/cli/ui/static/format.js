@@ -33,9 +33,10 @@ export function count(number, noun) {
   return `${number} ${noun}${number === 1 ? "" : "s"}`;
 }
 
-/** How long ago, on the clock of this machine. */
+/** How long ago, on the clock of this machine; the time itself if it is spelled as only Python can read it. */
 export function age(at) {
-  return `${duration(Math.max(0, (Date.now() - Date.parse(at)) / 1000))} ago`;
+  const then = Date.parse(at);
+  return Number.isNaN(then) ? at : `${duration(Math.max(0, (Date.now() - then) / 1000))} ago`;
 }
 
 /** Give a `time` element its time: how long ago, and on which day when asked. */
@@ -44,7 +45,7 @@ export function showTime(node, at) {
   if (node.textContent !== words) node.textContent = words;
   if (node.dateTime !== at) {
     node.dateTime = at;
-    node.title = new Date(at).toLocaleString();
+    node.title = Number.isNaN(Date.parse(at)) ? at : new Date(at).toLocaleString();
   }
 }
 

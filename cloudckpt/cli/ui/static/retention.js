@@ -1,19 +1,26 @@
 // "What would be deleted with keep_last=2?": the words are asked here, and decided by the package's own retention.
 
 import { get } from "./api.js";
-import { by, cells, element, keyed, text } from "./dom.js";
+import { attribute, by, cells, element, keyed, text } from "./dom.js";
 import { bytes, count, quoted } from "./format.js";
+import { Shortened } from "./shortened.js";
 
 // How a query writes "without this rule", which for the newest and the best means all of them.
 const NONE = "none";
 const HOUR = 3600;
-// Field -> the word of a query; word -> the option of the command line.
+// Field -> the word of a query.
 const WORDS = {
   "keep-last": "keep_last",
   "keep-best": "keep_best",
   "keep-every": "keep_every",
   "keep-within": "keep_within_s",
 };
+// Field -> what to write there instead of what cannot be used.
+const ADVICE = {
+  "keep-every": "Keep every … steps: write a whole number from 1 on, or nothing.",
+  "keep-within": "Keep … hours before the newest: write a number above 0, or nothing.",
+};
+// Word -> the option of the command line.
 const OPTIONS = {
   keep_last: "--keep-last",
   keep_best: "--keep-best",
@@ -28,7 +35,13 @@ export class Preview {
     this.fail = fail;
     // Only what somebody has moved is asked for; the rest is the stored policy's.
     this.words = {};
+    this.wrong = new Set(); // the fields in which something stands that cannot be used
     this.listing = null;
+    this.shown = null; // the plan that is shown, and the words that it is for
+    this.turn = 0; // one more for each run
+    this.asking = false;
+    this.wanted = false;
+    this.shortened = new Shortened("preview-more", "preview-title", () => this.draw());
     for (const id of Object.keys(WORDS)) {
       by(id).addEventListener("input", () => this.moved(id));
     }
@@ -38,15 +51,28 @@ export class Preview {
 
   /** Back to the run's own settings. */
   reset() {
-    this.words = {};
+    this.clear();
     if (this.listing) this.show(this.listing);
   }
 
   /** Another run is shown from now on: an answer about the one before comes too late. */
   forget() {
-    this.asking?.abort();
+    this.turn += 1;
+    this.clear();
+    Object.assign(this, { listing: null, shown: null, wanted: false });
+    text(by("preview-sum"), "");
+    by("preview-command").hidden = true;
+    this.rows([]);
+    this.shortened.forget();
+  }
+
+  clear() {
     this.words = {};
-    this.listing = null;
+    for (const id of this.wrong) {
+      by(id).value = "";
+      attribute(by(id), "aria-invalid", null);
+    }
+    this.wrong.clear();
   }
 
   /** Show a document of `ls`, and what the words that are set would delete of it. */
@@ -86,7 +112,7 @@ export class Preview {
 
   number(id, word, stored, unit = 1) {
     const field = by(id);
-    if (word in this.words || document.activeElement === field) return;
+    if (word in this.words || this.wrong.has(id) || document.activeElement === field) return;
     const shown = stored === null ? "" : String(stored / unit);
     if (field.value !== shown) field.value = shown;
   }
@@ -94,6 +120,7 @@ export class Preview {
   moved(id) {
     const field = by(id);
     const word = WORDS[id];
+    this.wrong.delete(id);
     if (field.type === "range") {
       this.words[word] = field.value === field.max ? NONE : field.value;
       this.say(id);
@@ -103,25 +130,52 @@ export class Preview {
       // "1e3" is a number here, and no integer there.
       this.words[word] = String(Number(field.value) * (word === "keep_within_s" ? HOUR : 1));
     } else {
-      text(by("preview-sum"), id === "keep-every" ? "Steps are whole numbers from 1 on." : "Hours are numbers above 0.");
-      return;
+      this.wrong.add(id);
     }
+    attribute(field, "aria-invalid", this.wrong.has(id) ? "true" : null);
     this.ask();
   }
 
+  // One question at a time, and then the newest: a slider that is dragged asks faster than a long run can be judged.
   async ask() {
-    this.asking?.abort();
-    const mine = new AbortController();
-    this.asking = mine;
+    if (this.wrong.size) {
+      this.refuse();
+      return;
+    }
+    this.wanted = true;
+    if (this.asking) return;
+    this.asking = true;
+    while (this.wanted) {
+      this.wanted = false;
+      await this.answer();
+    }
+    this.asking = false;
+  }
+
+  async answer() {
+    const { turn } = this;
+    const words = { ...this.words };
     try {
-      const { document: plan } = await get("prune", { run: this.run(), ...this.words }, { signal: mine.signal });
-      if (!mine.signal.aborted) this.draw(plan);
+      const { document: plan } = await get("prune", { run: this.run(), ...words });
+      if (turn !== this.turn || this.wrong.size) return;
+      this.shown = { plan, words };
+      this.draw();
     } catch (error) {
-      if (error.name !== "AbortError") this.fail(error);
+      if (turn === this.turn) this.fail(error);
     }
   }
 
-  draw(plan) {
+  // No plan beside a setting that it is not for.
+  refuse() {
+    Object.assign(this, { shown: null, wanted: false });
+    text(by("preview-sum"), [...this.wrong].map((id) => ADVICE[id]).join(" "));
+    by("preview-command").hidden = true;
+    this.rows([]);
+  }
+
+  draw() {
+    if (!this.shown) return;
+    const { plan, words } = this.shown;
     const gone = plan.decisions.filter((decision) => !decision.keep);
     const kept = plan.decisions.length - gone.length;
     text(
@@ -130,10 +184,15 @@ export class Preview {
         ? `${count(gone.length, "checkpoint")} would be deleted (${bytes(plan.size_bytes)}), ${kept} kept.`
         : `Nothing would be deleted: ${kept} kept.`,
     );
-    this.spell(plan.root);
+    this.spell(plan.root, words);
+    this.rows([...plan.decisions].reverse());
+  }
+
+  rows(decisions) {
+    by("preview-table").hidden = decisions.length === 0; // a head above nothing
     keyed(
       by("preview-rows"),
-      [...plan.decisions].reverse(),
+      this.shortened.of(decisions),
       (decision) => decision.checkpoint.name,
       () => element("tr"),
       (row, { checkpoint, keep, reasons }) =>
@@ -147,11 +206,12 @@ export class Preview {
   }
 
   // The command that shows, and carries out, the same; it has no way to say "all" or "off".
-  spell(root) {
-    const said = Object.entries(this.words);
+  spell(root, words) {
+    const said = Object.entries(words);
     const sayable = said.every(([, value]) => value !== NONE);
     by("preview-command").hidden = !sayable;
-    const words = said.flatMap(([word, value]) => [OPTIONS[word], value]);
-    text(by("preview-command").querySelector("code"), ["cloudckpt", "gc", quoted(root), ...words, "--dry-run"].join(" "));
+    const options = said.flatMap(([word, value]) => [OPTIONS[word], value]);
+    const command = ["cloudckpt", "gc", quoted(root), ...options, "--dry-run"];
+    text(by("preview-command").querySelector("code"), command.join(" "));
   }
 }

@@ -3,16 +3,17 @@
 import { attribute, by, cells, element, keyed, text } from "./dom.js";
 import { bytes, count, metric, showTime } from "./format.js";
 
-/** Show a document of `ls`: all of it but the chart and the preview. */
-export function showListing(listing, { retired, picked }) {
+/** Show a document of `ls`: all of it but the chart and the preview. `shorten` gives those of many rows that are shown. */
+export function showListing(listing, { retired, picked, shorten }) {
   const metrics = [...new Set(listing.checkpoints.flatMap((checkpoint) => Object.keys(checkpoint.metrics)))].sort();
   showFacts(listing);
   showUploads(listing);
   showHead(metrics);
   const shown = listing.checkpoints.filter((checkpoint) => retired || checkpoint.state !== "retired");
+  by("table").hidden = shown.length === 0; // a head above nothing
   keyed(
     by("table-rows"),
-    shown.sort((one, other) => other.seq - one.seq),
+    shorten(shown.sort((one, other) => other.seq - one.seq)),
     (checkpoint) => checkpoint.name,
     () => element("tr"),
     (row, checkpoint) => showRow(row, checkpoint, metrics, listing, picked),
@@ -135,7 +136,7 @@ function showAge(inside, at) {
 
 function because(checkpoint) {
   if (checkpoint.state === "committed") return checkpoint.kept_because.join(", ");
-  return checkpoint.state === "retired" ? `not kept: ${checkpoint.retired_because}` : "";
+  return checkpoint.state === "retired" ? ["not kept", checkpoint.retired_because].filter(Boolean).join(": ") : "";
 }
 
 function state(checkpoint, arrived) {
