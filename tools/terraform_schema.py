@@ -204,7 +204,7 @@ def extract(wheel: Path, wanted: Mapping[str, set[str]]) -> dict[str, Any]:
     found: dict[str, dict[str, Block]] = {"resource": {}, "data": {}}
     for folder, text in _sources(wheel):
         name = _TYPE_NAME.search(text)
-        kind = "data" if folder.startswith("data-") else "resource"
+        kind = "data" if folder.startswith(f"data-{match[1]}-") else "resource"
         if name is None or name[1] not in wanted[kind]:
             continue
         source = _Source(text)

@@ -39,6 +39,8 @@ CONFIGURATION: dict[str, tuple[str, ...]] = {
     "aws": ("region", "profile"),
     "google": ("project", "region", "zone"),
 }
+#: Where a provider is whose configuration does not say.
+REGION = "us-east-1"
 #: What data sources answer.
 ANSWERS: dict[str, dict[str, Any]] = {
     "aws_partition": {"partition": "aws", "dns_suffix": "amazonaws.com", "id": "aws"},
@@ -106,6 +108,8 @@ class Provider(rpc.ProviderServicer):  # type: ignore[misc]  # generated, withou
     def __init__(self, name: str) -> None:
         self._excerpt = json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
         self._configuration = {"attributes": dict.fromkeys(CONFIGURATION[name], _WORD), "blocks": {}}
+        # What the real provider knows in a plan already: aws 6 writes its own region into every resource.
+        self._known: dict[str, Any] = {"region": REGION}
 
     def _attributes(self, kind: str, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self._excerpt[kind][name]["attributes"]
@@ -141,7 +145,8 @@ class Provider(rpc.ProviderServicer):  # type: ignore[misc]  # generated, withou
         return pb.ValidateDataResourceConfig.Response()
 
     def ConfigureProvider(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002 - the protocol's
-        """There is nothing to connect to."""
+        """There is nothing to connect to; the region is kept for what is planned next."""
+        self._known["region"] = (_unpacked(request.config) or {}).get("region") or REGION
         return pb.ConfigureProvider.Response()
 
     def UpgradeResourceState(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002 - the protocol's
@@ -158,7 +163,7 @@ class Provider(rpc.ProviderServicer):  # type: ignore[misc]  # generated, withou
         if value is not None and prior is None:
             for name, said in self._attributes("resource", request.type_name).items():
                 if said["computed"] and value.get(name) is None:
-                    value[name] = UNKNOWN
+                    value[name] = self._known.get(name, UNKNOWN)
         return pb.PlanResourceChange.Response(planned_state=_packed(value))
 
     def ApplyResourceChange(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002 - the protocol's
