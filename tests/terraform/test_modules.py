@@ -14,9 +14,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from cloudckpt.core.rights import Role
 from tests.terraform.iam import MODULES, ROOT, filled_in
@@ -31,16 +32,16 @@ Run = Callable[..., str]
 pytestmark = pytest.mark.processes
 
 
-def _need_terraform() -> str:
-    if TERRAFORM is None:
-        pytest.skip("neither terraform (1.7 or newer) nor tofu (1.8 or newer) is installed; no package of PyPI has one")
-    return TERRAFORM
-
-
-def _fail_in_ci(reason: str) -> None:
+def _fail_in_ci(reason: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def _need_terraform() -> str:
+    if TERRAFORM is None:
+        _fail_in_ci("neither terraform (1.7 or newer) nor tofu (1.8 or newer) is installed; no package of PyPI has one")
+    return TERRAFORM
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +56,11 @@ def stub() -> Iterator[str]:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdin is not None
-        found = process.stdout.readline()
-        yield found.strip()
+        # Without this line Terraform would look for the providers in the registry, and say nothing of the stub.
+        found = process.stdout.readline().strip()
+        if not found:
+            pytest.fail(f"the stub ended with {process.wait()} before it served; its traceback stands above")
+        yield found
         process.stdin.close()
 
 
@@ -94,11 +98,23 @@ def initialised(run: Run, folder: Path) -> Path:
     return folder
 
 
-def planned(run: Run, folder: Path, **variables: Any) -> dict[str, dict[str, Any]]:
-    """The planned values of every resource, by address."""
+def plan_of(run: Run, folder: Path, **variables: Any) -> dict[str, Any]:
+    """What a plan says of resources and outputs."""
     (initialised(run, folder) / "terraform.tfvars.json").write_text(json.dumps(variables))
     run(folder, "plan", "-input=false", "-no-color", "-out=plan")
-    document = json.loads(run(folder, "show", "-json", "plan"))
+    values: dict[str, Any] = json.loads(run(folder, "show", "-json", "plan"))["planned_values"]
+    return values
+
+
+def outputs(run: Run, folder: Path, **variables: Any) -> dict[str, Any]:
+    """The outputs that a plan knows, by name."""
+    found = plan_of(run, folder, **variables)["outputs"]
+    return {name: output["value"] for name, output in found.items() if "value" in output}
+
+
+def planned(run: Run, folder: Path, **variables: Any) -> dict[str, dict[str, Any]]:
+    """The planned values of every resource, by address."""
+    root = plan_of(run, folder, **variables)["root_module"]
 
     def resources(module: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         for resource in module.get("resources", ()):
@@ -106,7 +122,7 @@ def planned(run: Run, folder: Path, **variables: Any) -> dict[str, dict[str, Any
         for child in module.get("child_modules", ()):
             yield from resources(child)
 
-    return dict(resources(document["planned_values"]["root_module"]))
+    return dict(resources(root))
 
 
 def test_everything_is_formatted() -> None:
@@ -127,12 +143,24 @@ def test_every_resource_and_argument_is_in_the_providers_schema(folder: str, pla
     assert (found["valid"], found["diagnostics"]) == (True, [])
 
 
-def test_an_argument_that_does_not_exist_is_found(place: Path, run: Run) -> None:
-    """The stub's schemas are strict: a misspelt argument and a missing one are errors."""
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("restrict_public_buckets = true", "restrict_public_bucket = true", "Unsupported argument"),
+        ("  policy = local.guard\n", "", "Missing required argument"),
+        ("    abort_incomplete_multipart_upload {", "    abort_incomplete_multipart_uploads {", "Unsupported block type"),
+        ("block_public_acls       = true", 'block_public_acls       = "perhaps"', "Incorrect attribute value type"),
+        ('resource "aws_s3_bucket_logging"', 'resource "aws_s3_bucket_log"', "Invalid resource type"),
+    ],
+)
+def test_what_the_schema_does_not_have_is_an_error(old: str, new: str, said: str, place: Path, run: Run) -> None:
+    """The stub's schemas are strict: names of resources, blocks and arguments, types, and what must be given."""
     folder = place / "modules" / "aws"
     text = (folder / "main.tf").read_text()
-    (folder / "main.tf").write_text(text.replace("restrict_public_buckets", "restrict_public_bucket"))
-    assert "restrict_public_bucket" in run(initialised(run, folder), "validate", "-json", fails=True)
+    assert text.count(old) == 1
+    (folder / "main.tf").write_text(text.replace(old, new))
+    found = json.loads(run(initialised(run, folder), "validate", "-json", fails=True))
+    assert said in {diagnostic["summary"] for diagnostic in found["diagnostics"]}
 
 
 @pytest.mark.parametrize("module", ["aws", "gcp"])
@@ -263,6 +291,57 @@ def test_the_gke_example_plans(place: Path, run: Run) -> None:
         f"{pool}/subject/ns/training/sa/trainer-sweeper",
     ]
     assert not [address for address in found if "service_account_key" in address]
+
+
+def test_the_manifests_of_the_gke_example_are_kubernetes_own(place: Path, run: Run) -> None:
+    """What is piped to kubectl is YAML: two service accounts, the job in one's name and the nightly gc in the other's."""
+    found = outputs(
+        run,
+        place / "examples" / "gcp-gke",
+        project="p",
+        location="europe-west4",
+        bucket_name="ckpt-test",
+        image="image",
+    )
+    trainer, sweeper, job, timer = yaml.safe_load_all(found["manifests"])
+    assert [document["kind"] for document in (trainer, sweeper, job, timer)] == [
+        "ServiceAccount",
+        "ServiceAccount",
+        "Job",
+        "CronJob",
+    ]
+    assert {document["metadata"]["namespace"] for document in (trainer, sweeper, job, timer)} == {"training"}
+    pod = job["spec"]["template"]["spec"]
+    assert pod["serviceAccountName"] == trainer["metadata"]["name"] == "trainer"
+    environment = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
+    assert environment == {"CLOUDCKPT_ROOT": "gs://ckpt-test/runs/demo", "GOOGLE_CLOUD_PROJECT": "p"}
+    assert environment["CLOUDCKPT_ROOT"] == found["cloudckpt_root"]
+    nightly = timer["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert nightly["serviceAccountName"] == sweeper["metadata"]["name"]
+    assert found["cloudckpt_root"] in nightly["containers"][0]["command"][-1]
+    compile(nightly["containers"][0]["command"][-1], "the sweeper's command", "exec")
+
+
+@pytest.mark.parametrize(
+    ("module", "fixture", "variables"),
+    [("aws", "s3_root", {}), ("gcp", "gcs_root", {"project": "p", "location": "europe-west4"})],
+)
+def test_the_outputs_feed_the_program(
+    module: str, fixture: str, variables: dict[str, str], place: Path, run: Run, request: pytest.FixtureRequest
+) -> None:
+    """With the variables that a module puts out, and no root, the doctor goes to the bucket and is content."""
+    root = request.getfixturevalue(fixture)
+    found = outputs(run, place / "modules" / module, bucket_name=root.split("/")[2], prefix="run", **variables)
+    assert found["cloudckpt_root"] == root
+    done = subprocess.run(
+        [sys.executable, "-m", "cloudckpt", "doctor", "--role", "trainer", "--json"],
+        env={**os.environ, **found["environment"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["root"] == root
 
 
 def test_the_excerpts_have_every_type_that_is_used() -> None:
