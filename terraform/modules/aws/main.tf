@@ -16,6 +16,7 @@ resource "aws_s3_bucket" "this" {
   #checkov:skip=CKV_AWS_144:Checkpoints can be made again; a copy in another region is a decision about money, not a default
   #checkov:skip=CKV2_AWS_62:Nobody waits for an event of each object; the manifest says what happened
   #checkov:skip=CKV_AWS_18:Access logs are a variable; they need a bucket that this module must not choose
+  #checkov:skip=CKV_AWS_145:S3 encrypts with its own keys, which cost nothing; a KMS key is a variable for whoever must hold it
   bucket        = var.bucket_name
   force_destroy = false
   tags          = var.tags
