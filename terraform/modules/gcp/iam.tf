@@ -12,6 +12,9 @@ locals {
     "api.getAttribute(\"storage.googleapis.com/objectListPrefix\", \"\").startsWith(\"${local.key_prefix}\")",
   ])
 
+  # At most 30 characters of lower case, which a role's id need not be.
+  account_prefix = substr(replace(lower(var.role_id_prefix), "/[^a-z0-9]/", "-"), 0, 22)
+
   # Keys that are known in a plan, whatever is behind them.
   members = merge([
     for role, who in local.who : merge(
@@ -28,7 +31,7 @@ resource "google_service_account" "this" {
   for_each = toset([for role, who in local.who : role if who.service_account])
 
   project      = var.project
-  account_id   = "ckpt-${each.key}"
+  account_id   = "${local.account_prefix}-${each.key}"
   display_name = substr("cloudckpt ${each.key} on ${local.root}", 0, 100)
 }
 

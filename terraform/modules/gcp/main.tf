@@ -55,7 +55,7 @@ resource "google_storage_bucket" "this" {
   }
 
   dynamic "encryption" {
-    for_each = var.kms_key == null ? [] : [var.kms_key]
+    for_each = var.kms_key == null ? [] : [var.kms_key.id]
 
     content {
       default_kms_key_name = encryption.value
@@ -86,7 +86,7 @@ data "google_storage_project_service_account" "bucket" {
 resource "google_kms_crypto_key_iam_member" "bucket" {
   count = var.kms_key == null ? 0 : 1
 
-  crypto_key_id = var.kms_key
+  crypto_key_id = var.kms_key.id
   role          = "roles/cloudkms.cryptoKeyEncrypterDecrypter"
   member        = "serviceAccount:${data.google_storage_project_service_account.bucket[0].email_address}"
 }

@@ -36,9 +36,11 @@ variable "prefix" {
 }
 
 variable "kms_key" {
-  description = "A Cloud KMS key of your own to encrypt with (projects/…/cryptoKeys/…); null for keys that Google manages."
-  type        = string
-  default     = null
+  description = "A Cloud KMS key of your own to encrypt with, by its id (projects/…/cryptoKeys/…), which may be made in the same plan; null for keys that Google manages."
+  type = object({
+    id = string
+  })
+  default = null
 }
 
 variable "versioning" {
@@ -84,13 +86,13 @@ variable "abort_multipart_days" {
 }
 
 variable "role_id_prefix" {
-  description = "What the custom roles' ids begin with. An id that was deleted cannot be used again for weeks."
+  description = "What the ids of custom roles and service accounts begin with: another one for each bucket of a project. A role's id that was deleted cannot be used again for weeks."
   type        = string
   default     = "cloudckpt"
 
   validation {
-    condition     = can(regex("^[a-zA-Z0-9_.]{3,40}$", var.role_id_prefix))
-    error_message = "Use 3 to 40 letters, digits, underscores and dots."
+    condition     = can(regex("^[a-zA-Z][a-zA-Z0-9_.]{2,39}$", var.role_id_prefix))
+    error_message = "Use 3 to 40 letters, digits, underscores and dots, a letter first."
   }
 }
 

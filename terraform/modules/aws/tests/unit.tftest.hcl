@@ -135,6 +135,29 @@ run "who" {
   }
 }
 
+run "logs_and_endpoint" {
+  command = apply
+
+  variables {
+    access_logs = { bucket = "ckpt-logs" }
+    gateway_endpoint = {
+      vpc_id          = "vpc-1"
+      region          = "eu-west-1"
+      route_table_ids = ["rtb-1"]
+    }
+  }
+
+  assert {
+    condition     = aws_s3_bucket_logging.this[0].target_bucket == "ckpt-logs" && aws_s3_bucket_logging.this[0].target_prefix == "s3-access/"
+    error_message = "Access logs go somewhere else."
+  }
+
+  assert {
+    condition     = aws_vpc_endpoint.s3[0].service_name == "com.amazonaws.eu-west-1.s3" && aws_vpc_endpoint.s3[0].vpc_endpoint_type == "Gateway"
+    error_message = "The endpoint is not the one that costs nothing."
+  }
+}
+
 run "whole_bucket" {
   command = plan
 

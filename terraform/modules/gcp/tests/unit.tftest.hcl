@@ -85,13 +85,45 @@ run "who" {
     condition     = toset(keys(google_service_account.this)) == toset(["reader"])
     error_message = "A service account is missing, or made for nobody."
   }
+
+  assert {
+    condition     = google_service_account.this["reader"].account_id == "cloudckpt-reader"
+    error_message = "The service account is named otherwise than the roles."
+  }
+}
+
+run "another_bucket_of_the_project" {
+  command = apply
+
+  variables {
+    role_id_prefix = "Team_A.checkpoints_of_everybody"
+    trainer        = { service_account = true }
+  }
+
+  assert {
+    condition     = google_service_account.this["trainer"].account_id == "team-a-checkpoints-of--trainer"
+    error_message = "Two buckets would make one service account, or its id is longer than the 30 characters there may be."
+  }
+}
+
+run "without_versions" {
+  command = apply
+
+  variables {
+    versioning = false
+  }
+
+  assert {
+    condition     = !anytrue(flatten([for r in google_storage_bucket.this.lifecycle_rule : [for a in r.action : a.type == "Delete"]]))
+    error_message = "Something is deleted although there are no old versions."
+  }
 }
 
 run "own_key" {
   command = apply
 
   variables {
-    kms_key = "projects/p/locations/europe-west4/keyRings/r/cryptoKeys/k"
+    kms_key = { id = "projects/p/locations/europe-west4/keyRings/r/cryptoKeys/k" }
   }
 
   assert {
