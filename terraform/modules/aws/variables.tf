@@ -91,6 +91,11 @@ variable "trainer" {
   }
 
   validation {
+    condition     = alltrue([for i in var.trainer.irsa : can(regex("^arn:[a-z-]+:iam::[0-9]{12}:oidc-provider/.", i.oidc_provider_arn))])
+    error_message = "Give the ARN of the cluster's OIDC provider: arn:aws:iam::ACCOUNT:oidc-provider/…."
+  }
+
+  validation {
     condition     = alltrue([for p in var.trainer.principals : can(regex("^([0-9]{12}|arn:[a-z-]+:(iam|sts)::[0-9]{12}:[^*]+)$", p))])
     error_message = "Name each principal, by ARN or account number: a wildcard would trust everybody."
   }
@@ -120,6 +125,11 @@ variable "reader" {
   }
 
   validation {
+    condition     = alltrue([for i in var.reader.irsa : can(regex("^arn:[a-z-]+:iam::[0-9]{12}:oidc-provider/.", i.oidc_provider_arn))])
+    error_message = "Give the ARN of the cluster's OIDC provider: arn:aws:iam::ACCOUNT:oidc-provider/…."
+  }
+
+  validation {
     condition     = alltrue([for p in var.reader.principals : can(regex("^([0-9]{12}|arn:[a-z-]+:(iam|sts)::[0-9]{12}:[^*]+)$", p))])
     error_message = "Name each principal, by ARN or account number: a wildcard would trust everybody."
   }
@@ -146,6 +156,11 @@ variable "sweeper" {
   validation {
     condition     = alltrue([for i in var.sweeper.irsa : !strcontains("${i.namespace}${i.service_account}", "*")])
     error_message = "Name each service account: a wildcard would let any pod of the cluster delete."
+  }
+
+  validation {
+    condition     = alltrue([for i in var.sweeper.irsa : can(regex("^arn:[a-z-]+:iam::[0-9]{12}:oidc-provider/.", i.oidc_provider_arn))])
+    error_message = "Give the ARN of the cluster's OIDC provider: arn:aws:iam::ACCOUNT:oidc-provider/…."
   }
 
   validation {

@@ -210,6 +210,22 @@ run "a_wildcard_for_a_service_account_is_refused" {
   expect_failures = [var.trainer]
 }
 
+run "an_oidc_provider_is_given_by_its_arn" {
+  command = plan
+
+  variables {
+    trainer = {
+      irsa = [{
+        oidc_provider_arn = "https://oidc.eks.eu-west-1.amazonaws.com/id/ABC"
+        namespace         = "train"
+        service_account   = "trainer"
+      }]
+    }
+  }
+
+  expect_failures = [var.trainer]
+}
+
 run "a_day_is_too_soon_to_abort_uploads" {
   command = plan
 
