@@ -98,7 +98,7 @@ def _packed(value: Any) -> Any:
     return pb.DynamicValue(msgpack=msgpack.packb(value))
 
 
-class Provider(rpc.ProviderServicer):  # type: ignore[misc]  # generated, without types
+class Provider(rpc.ProviderServicer):  # type: ignore[misc, unused-ignore]  # generated, without types
     """One provider.
 
     Args:
@@ -193,7 +193,7 @@ class Provider(rpc.ProviderServicer):  # type: ignore[misc]  # generated, withou
         return pb.GetFunctions.Response()
 
 
-class Controller(controller_rpc.GRPCControllerServicer):  # type: ignore[misc]  # the same
+class Controller(controller_rpc.GRPCControllerServicer):  # type: ignore[misc, unused-ignore]  # the same
     """The plugin library's own service: Terraform says when it is done with a plugin that it has started itself."""
 
     def Shutdown(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002 - the protocol's
@@ -201,7 +201,7 @@ class Controller(controller_rpc.GRPCControllerServicer):  # type: ignore[misc]  
         return controller.Empty()
 
 
-class Stdio(stdio_rpc.GRPCStdioServicer):  # type: ignore[misc]  # the same
+class Stdio(stdio_rpc.GRPCStdioServicer):  # type: ignore[misc, unused-ignore]  # the same
     """The plugin library's own service for a plugin's output."""
 
     def StreamStdio(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002 - the protocol's
