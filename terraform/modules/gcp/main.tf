@@ -3,6 +3,13 @@
 locals {
   key_prefix = var.prefix == "" ? "" : "${var.prefix}/"
   root       = var.prefix == "" ? "gs://${var.bucket_name}" : "gs://${var.bucket_name}/${var.prefix}"
+
+  # By how a name ends. Everything else, such as the probes of the doctor, would stay for good without the last line.
+  recovery_days = {
+    ".safetensors" = var.recovery_days.data
+    ".json"        = var.recovery_days.manifest
+    ""             = max(var.recovery_days.data, var.recovery_days.manifest)
+  }
 }
 
 resource "google_storage_bucket" "this" {
@@ -39,7 +46,7 @@ resource "google_storage_bucket" "this" {
   # Old versions only (ARCHIVED). What is live is decided by the manifest and by nothing else: a rule by age deletes the
   # best checkpoint of a run that has not improved for a while.
   dynamic "lifecycle_rule" {
-    for_each = var.versioning ? { ".safetensors" = var.recovery_days.data, ".json" = var.recovery_days.manifest } : {}
+    for_each = var.versioning ? local.recovery_days : {}
 
     content {
       action {
@@ -48,7 +55,7 @@ resource "google_storage_bucket" "this" {
 
       condition {
         days_since_noncurrent_time = lifecycle_rule.value
-        matches_suffix             = [lifecycle_rule.key]
+        matches_suffix             = lifecycle_rule.key == "" ? [] : [lifecycle_rule.key]
         with_state                 = "ARCHIVED"
       }
     }

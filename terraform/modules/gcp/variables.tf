@@ -50,7 +50,7 @@ variable "versioning" {
 }
 
 variable "recovery_days" {
-  description = "Days for which old versions stay, and are paid for: of payload (data, which churns) and of manifests and indexes (manifest)."
+  description = "Days for which old versions stay, and are paid for: of payload (data, which churns) and of manifests and indexes (manifest); of anything else the longer of the two."
   type = object({
     data     = optional(number, 1)
     manifest = optional(number, 30)

@@ -31,6 +31,14 @@ run "defaults" {
   }
 
   assert {
+    condition = anytrue(flatten([
+      for r in google_storage_bucket.this.lifecycle_rule : [for c in r.condition : length(c.matches_suffix) == 0 && c.days_since_noncurrent_time == 30]
+      if anytrue([for a in r.action : a.type == "Delete"])
+    ]))
+    error_message = "Old versions with another ending stay for good."
+  }
+
+  assert {
     condition     = anytrue(flatten([for r in google_storage_bucket.this.lifecycle_rule : [for a in r.action : a.type == "AbortIncompleteMultipartUpload"]]))
     error_message = "Unfinished uploads are not cleaned up."
   }
