@@ -6,6 +6,7 @@ and a green run is no proof that one takes what is planned.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import os
@@ -238,7 +239,7 @@ def test_the_planned_permissions_are_those_of_the_table(place: Path, run: Run) -
 
 
 def test_the_spot_example_plans(place: Path, run: Run) -> None:
-    """The example for EC2 makes the bucket with all its guard rails, the policies, and one job's identity."""
+    """The example for EC2 makes the bucket with all its guard rails, the policies, and one job's identity; its script is bash."""
     found = planned(
         run,
         place / "examples" / "aws-spot",
@@ -268,6 +269,13 @@ def test_the_spot_example_plans(place: Path, run: Run) -> None:
         "aws_launch_template.trainer",
         "aws_autoscaling_group.trainer",
     }
+    # What the instance runs: the region is the provider's own, which a plan knows.
+    script = base64.b64decode(found["aws_launch_template.trainer"]["user_data"]).decode()
+    assert 'export AWS_DEFAULT_REGION="eu-west-1"\n' in script
+    assert 'export CLOUDCKPT_ROOT="s3://ckpt-test/runs"\n' in script
+    assert script.endswith("\npython train.py\n")
+    read = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert (read.returncode, read.stderr) == (0, "")
 
 
 def test_the_gke_example_plans(place: Path, run: Run) -> None:
