@@ -120,14 +120,14 @@ terraform-docs: .venv/.dev ## write policies, permissions and the tables of the 
 oldest: ## the suites of the stores and of many ranks with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest
 	tools/test_oldest.sh
 
-slow: .venv/.dev ## every slow suite at full length
+slow: .venv/.dev .venv-checkov/bin/checkov ## every slow suite at full length
 	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow -s --kills $(KILLS)
 
 # Some four minutes on 2 cores, by estimates in seconds of one worker: crashes of a history on four stores 20, of every
 # operation on stores and on the wire 120, faults at requests 45, somebody else in between 20; kill -9 24 times, and 12 on
 # S3, 40; twelve zombies on S3 25; a killed rank twenty times 40; signals under torchrun 60; 300 saves with faults and 75
 # over the wire 30; six power cuts under each file system 45; full disks 20; signals to data loaders 20; checkov 15.
-ci-extra: .venv/.dev ## the slow suites, shorter
+ci-extra: .venv/.dev .venv-checkov/bin/checkov ## the slow suites, shorter
 	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow $(SHARE) $(SAMPLE) --kills 24 --stride 50 --soak 300
 
 spec: .venv/.dev ## write the examples of docs/spec/v1.md and the generated tables anew

@@ -114,6 +114,7 @@ LONG_FIRST = (
     "tests/power/test_full_disks.py",
     "tests/storage/direct/test_review_c_s3.py",
     "tests/cli/test_cli.py",
+    "tests/terraform/test_modules.py",
     "tests/terraform/test_aws_statements.py",
     "tests/terraform/test_aws_doctor.py",
     "tests/terraform/test_aws_roles.py",
