@@ -95,7 +95,15 @@ def main() -> None:
         with_model_checkpoint(asked.root, asked.work, asked.top_k, asked.steps)
         return
     detector = DivergenceDetector("val_loss", "min") if asked.explode_after else None
-    cloud = CloudCheckpoint(asked.root, monitor="val_loss", mode="min", keep_best=1, keep_last=2, divergence=detector)
+    cloud = CloudCheckpoint(
+        asked.root,
+        every_n_train_steps=asked.every or None,
+        divergence=detector,
+        monitor="val_loss",
+        mode="min",
+        keep_best=1,
+        keep_last=2,
+    )
     trainer = pl.Trainer(
         max_steps=asked.steps,
         accelerator="cpu",
