@@ -98,7 +98,7 @@ def test_gc_takes_what_is_gone_already_for_done(cli: Any, run: str) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("command", [["gc", "--keep-best", "0", "--keep-last", "1"], ["rm", "2", "-r"]], ids=["gc", "rm"])
+@pytest.mark.parametrize("command", [["gc", "--keep-best", "0", "--keep-last", "1"], ["rm", "2", "-r"]])
 def test_a_clean_up_that_was_interrupted_is_finished_by_the_next(
     cli: Any, run: str, command: list[str], number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
