@@ -25,6 +25,7 @@ __all__ = ["CloudCheckpoint", "CloudCheckpointIO"]
 
 logger = logging.getLogger("cloudckpt")
 
+_AsyncCheckpointIO: Any = host_module("plugins").AsyncCheckpointIO
 _Checkpoint: Any = host_module("callbacks").Checkpoint
 _ModelCheckpoint: Any = host_module("callbacks").ModelCheckpoint
 
@@ -82,10 +83,17 @@ class CloudCheckpoint(_Checkpoint):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Look whether the trainer saves through us, and through us only."""
         io = trainer.strategy.checkpoint_io
+        elsewhere = False
         while io is not self.io and hasattr(io, "checkpoint_io"):
+            elsewhere = elsewhere or isinstance(io, _AsyncCheckpointIO)
             io = io.checkpoint_io
         if io is not self.io:
             raise ConfigError("CloudCheckpoint saves nothing without its plugin: Trainer(plugins=[cloud.io], ...)")
+        if elsewhere:
+            # It would save in a thread, where the metrics of this step are gone, and would not have the run closed.
+            raise ConfigError(
+                "saves are in the background already: pass Trainer(plugins=[cloud.io], ...) without AsyncCheckpointIO"
+            )
         self.io.is_resuming = stage == "fit"
         if stage == "fit":
             self._saved_at, self._measured = -1, {}

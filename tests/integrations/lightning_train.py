@@ -113,7 +113,7 @@ def main() -> None:
         enable_model_summary=False,
         default_root_dir=asked.work,
         callbacks=[cloud, Watch(cloud, asked.hold_after, asked.explode_after)],
-        plugins=[cloud.io],
+        plugins=[pl.plugins.AsyncCheckpointIO(cloud.io) if asked.wrapped else cloud.io],
     )
     model = Classifier()
     latest = asked.ckpt_path or cloud.latest()

@@ -93,3 +93,13 @@ def test_what_lightning_removes_the_run_keeps(new_place: Callable[[], Place], tm
     assert best.tags == (word(lines, "top"),)
     assert f"{best.metrics['val_loss']:.6f}" == word(lines, "score") == word(lines, "validated")
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_plugin_that_saves_in_a_thread_of_its_own_is_refused(new_place: Callable[[], Place], tmp_path: Path) -> None:
+    """Around ours it would lose each step's metrics: the error, before the first step, says what to leave out."""
+    place = new_place()
+    job = start(SCRIPT, place, tmp_path / "work", "--wrapped")
+    job.process.communicate(timeout=240)
+    assert job.process.returncode == 1
+    assert "saves are in the background already" in job.errors()
+    assert cloudckpt.open(place.root, storage_options=place.options).checkpoints() == ()
