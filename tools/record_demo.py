@@ -1,6 +1,7 @@
 """Record ``make demo`` as a picture of a terminal: the demonstration runs, and what it printed becomes an SVG.
 
     python tools/record_demo.py                  writes docs/pictures/demo.svg and prints the line for the README
+    python tools/record_demo.py --command "cloudckpt ls ./runs/demo" --output ls.svg     the same of one command
 
 It runs in a temporary folder. What it prints is changed in three ways only: that folder is written as ``.``; blank
 lines and the reference run before the demonstration proper are left out; and a part longer than a few lines is cut in
@@ -13,6 +14,7 @@ import argparse
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -41,13 +43,7 @@ def run_demo() -> str:
         subprocess.CalledProcessError: it failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        environment = {
-            **{name: value for name, value in os.environ.items() if name != "NO_COLOR"},
-            "COLUMNS": str(MOST_COLUMNS),
-            "FORCE_COLOR": "1",
-            "TERM": "xterm-256color",
-            "TMPDIR": folder,  # so that no other place is named either
-        }
+        environment = {**_on_a_terminal(), "TMPDIR": folder}  # so that no other place is named either
         command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--root", "./runs/demo"]
         done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         places = {folder, str(Path(folder).resolve())}
@@ -55,6 +51,24 @@ def run_demo() -> str:
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place, ".")
     return text
+
+
+def run_command(line: str) -> str:
+    """A command as it is typed, and below it what it prints on a terminal, colours included.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    words = shlex.split(line)
+    program = [sys.executable, "-m", "cloudckpt", *words[1:]] if words[0] == "cloudckpt" else words
+    done = subprocess.run(program, env=_on_a_terminal(), stdout=subprocess.PIPE, text=True, check=True)
+    return f"$ {line}\n{done.stdout}"
+
+
+def _on_a_terminal() -> dict[str, str]:
+    """This environment, as it is in a terminal that shows colours."""
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    return {**inherited, "COLUMNS": str(MOST_COLUMNS), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
 
 
 def parts(text: str) -> list[list[str]]:
@@ -78,25 +92,38 @@ def shortened(lines: Sequence[str], *, most: int = MOST_LINES) -> list[str]:
     return [*lines[:head], f"⋮ {len(lines) - head - tail} lines", *lines[len(lines) - tail :]]
 
 
-def picture(lines: Sequence[str]) -> str:
+def picture(lines: Sequence[str], *, title: str = "make demo") -> str:
     """An SVG of a terminal that shows these lines. It names no font of another host."""
     width = min(MOST_COLUMNS, max(len(_ESCAPE.sub("", line)) for line in lines))
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text.from_ansi("\n".join(lines)))
     # Equal output gives an equal file.
-    return _FONT.sub("", console.export_svg(title="make demo", unique_id="demo"))
+    return _FONT.sub("", console.export_svg(title=title, unique_id="demo"))
+
+
+def write(target: Path, svg: str) -> None:
+    """Into a folder that need not be there yet."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(svg, encoding="utf-8", newline="\n")
 
 
 def main() -> None:
     """Run the demonstration and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=TARGET, help="the file to write")
-    target: Path = parser.parse_args().output
+    parser.add_argument("--command", help="record this command instead")
+    asked = parser.parse_args()
+    target: Path = asked.output
+    if asked.command is not None:
+        if target == TARGET:
+            parser.error("--command: say with --output which file to write")
+        write(target, picture(run_command(asked.command).splitlines(), title=asked.command))
+        print(f"wrote {target}")
+        return
     lines = [line for heading, *rest in parts(run_demo()) for line in (heading, *shortened(rest))]
     if not lines:
         raise SystemExit(f"the demonstration printed no line that begins with {FIRST!r}: nothing to draw")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(picture(lines), encoding="utf-8", newline="\n")
+    write(target, picture(lines))
     print(f"wrote {target} ({len(lines)} lines); in the README:")
     print("![A run is killed in mid-save, resumed, and compared](docs/pictures/demo.svg)")
 

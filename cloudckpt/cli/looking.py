@@ -195,11 +195,12 @@ def log(
     place: Place = None,
     root: Root = None,
     json: Json = False,
+    quiet: Quiet = False,
     count: Annotated[int, typer.Option("-n", min=1, help="How many events, the newest.")] = 30,
 ) -> None:
     """Print what happened to the run, newest last.
 
-    Example: cloudckpt log ./runs/demo -n 10
+    With -q each line is an event and the save it is about. Example: cloudckpt log ./runs/demo -n 10
     """
     view = view_at(root_of(place, root))
     events = view.journal()[-count:]
@@ -209,6 +210,9 @@ def log(
     console = output()
     for event in events:
         name = f" checkpoint-{event.step}.{event.id}" if event.id else ""
+        if quiet:
+            sys.stdout.write(f"{event.event}{name}\n")
+            continue
         detail = f": {event.detail}" if event.detail else ""
         console.print(f"{event.at}  r{event.revision:<5} {event.event}{name}{detail}", markup=False)
 

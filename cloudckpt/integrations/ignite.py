@@ -16,6 +16,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ignite.engine import Events
 from ignite.handlers.checkpoint import BaseSaveHandler
 
 from cloudckpt.manager import CheckpointManager
@@ -29,7 +30,8 @@ class CloudSaver(BaseSaveHandler):
     """Saves what Ignite's ``Checkpoint`` collects, each object a component, as of the trainer's iteration.
 
     Every rank calls it, as Ignite has every rank call its handler. A score with a name becomes a metric of that name,
-    and every number among the trainer's and the evaluator's metrics as well.
+    and every number among the trainer's and the evaluator's metrics as well; of the evaluator's those that it measured at
+    the very iteration that is saved, before or after the save.
 
     Args:
         ckpts: the run; close it when the training has ended.
@@ -41,6 +43,9 @@ class CloudSaver(BaseSaveHandler):
         self._ckpts = ckpts
         self._trainer = trainer
         self._evaluator = evaluator
+        self._evaluated_at = self._saved_at = -1
+        if evaluator is not None:
+            evaluator.add_event_handler(Events.COMPLETED, self._evaluated)
 
     def __call__(self, checkpoint: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
         """Save it; back once it is copied, and uploaded in the background."""
@@ -49,10 +54,19 @@ class CloudSaver(BaseSaveHandler):
         name = said.get("basename", "checkpoint")
         if name != "checkpoint" and not name.endswith("_checkpoint"):
             state = {name: checkpoint}  # of a single object Ignite passes on its bare state
-        metrics = {**_numbers(self._trainer), **_numbers(self._evaluator)}
+        step = self._trainer.state.iteration
+        # An engine goes on to show what it measured last, at whichever step that was.
+        metrics = {**_numbers(self._trainer), **(_numbers(self._evaluator) if self._evaluated_at == step else {})}
         if said.get("score_name"):
             metrics[said["score_name"]] = float(said["priority"])
-        self._ckpts.save(self._trainer.state.iteration, state, metrics=metrics, tags=[filename])
+        self._ckpts.save(step, state, metrics=metrics, tags=[filename])
+        self._saved_at = step
+
+    def _evaluated(self, engine: Any) -> None:  # noqa: ARG002 - a handler's shape
+        """The evaluator has measured: that is of this step, which may be saved already."""
+        self._evaluated_at = self._trainer.state.iteration
+        if self._saved_at == self._evaluated_at and self._ckpts.is_rank_zero:
+            self._ckpts.report_metrics(self._saved_at, _numbers(self._evaluator))
 
     def remove(self, filename: str) -> None:
         """Ignite needs it no longer; whether it goes is for the run's rules to say."""

@@ -25,6 +25,7 @@ __all__ = ["CloudCheckpoint", "CloudCheckpointIO"]
 
 logger = logging.getLogger("cloudckpt")
 
+_AsyncCheckpointIO: Any = host_module("plugins").AsyncCheckpointIO
 _Checkpoint: Any = host_module("callbacks").Checkpoint
 _ModelCheckpoint: Any = host_module("callbacks").ModelCheckpoint
 
@@ -55,9 +56,10 @@ class CloudCheckpoint(_Checkpoint):
         self.io = CloudCheckpointIO(root, **words)
         self._every = every_n_train_steps
         self._divergence = divergence
-        self._saved_at = self._validated_at = -1
-        self._validated: set[str] = set()
-        self._known_before: set[str] = set()
+        self._saved_at = -1
+        #: Metric of a validation -> the step at which it was measured last.
+        self._measured: dict[str, int] = {}
+        self._known_before: dict[str, Any] = {}
 
     def latest(self, select: str | int = "latest") -> str | None:
         """The name of the checkpoint to go on from, for ``fit(ckpt_path=...)``; None on a first run.
@@ -81,11 +83,20 @@ class CloudCheckpoint(_Checkpoint):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Look whether the trainer saves through us, and through us only."""
         io = trainer.strategy.checkpoint_io
+        elsewhere = False
         while io is not self.io and hasattr(io, "checkpoint_io"):
+            elsewhere = elsewhere or isinstance(io, _AsyncCheckpointIO)
             io = io.checkpoint_io
         if io is not self.io:
             raise ConfigError("CloudCheckpoint saves nothing without its plugin: Trainer(plugins=[cloud.io], ...)")
+        if elsewhere:
+            # It would save in a thread, where the metrics of this step are gone, and would not have the run closed.
+            raise ConfigError(
+                "saves are in the background already: pass Trainer(plugins=[cloud.io], ...) without AsyncCheckpointIO"
+            )
         self.io.is_resuming = stage == "fit"
+        if stage == "fit":
+            self._saved_at, self._measured = -1, {}
         others = [c for c in trainer.callbacks if isinstance(c, _ModelCheckpoint)]
         if others and trainer.is_global_zero:
             logger.warning("ModelCheckpoint saves to the same run; its save_top_k deletes nothing: keep_best= decides")
@@ -113,34 +124,50 @@ class CloudCheckpoint(_Checkpoint):
         if self._every is None and not _validates_within(trainer):
             self._save(trainer)
 
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Take note that the step which is gone on from is in the run.
+
+        Under ``max_steps`` Lightning ends the epoch of that step a second time, without another validation: a save
+        there would be the same checkpoint again, without its metrics.
+        """
+        if self.io.is_resuming:
+            self._saved_at = int(checkpoint["global_step"])
+
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Remember what was known before."""
-        self._known_before = set(trainer.callback_metrics)
+        self._known_before = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Take note of what was measured; save, if it is time; look whether training has diverged."""
         if trainer.sanity_checking or not self.io.is_resuming:
             return
-        metrics = _numbers(trainer.callback_metrics)
-        self._validated |= set(metrics) - self._known_before
-        self._validated_at = trainer.global_step
+        # What was measured is a new object, also where its number is the same; what was not is the one from before.
+        known, before = trainer.callback_metrics, self._known_before
+        measured = {name for name, value in known.items() if value is not before.get(name)}
+        self._known_before = {}
+        self._measured |= dict.fromkeys(measured, trainer.global_step)
+        metrics = self._of_this_step(trainer)
         if self._every is None and _validates_within(trainer):
             self._save(trainer)
         elif self._saved_at == trainer.global_step and trainer.is_global_zero:
-            self.io.ckpts.report_metrics(self._saved_at, {n: v for n, v in metrics.items() if n in self._validated})
+            self.io.ckpts.report_metrics(self._saved_at, {n: v for n, v in metrics.items() if n in measured})
         if self._divergence is not None:
             found = self._divergence.update(trainer.global_step, metrics)
             if trainer.strategy.reduce_boolean_decision(found is not None, all=False):
                 trainer.should_stop = True
                 self._mark(trainer)
 
+    def _of_this_step(self, trainer: Any) -> dict[str, float]:
+        """All metrics but those that a validation measured at another step: Lightning still has them."""
+        step = trainer.global_step
+        known = _numbers(trainer.callback_metrics)
+        return {name: value for name, value in known.items() if self._measured.get(name, step) == step}
+
     def _save(self, trainer: Any) -> None:
         if trainer.fast_dev_run or trainer.global_step in {0, self._saved_at}:
             return
         self._saved_at = trainer.global_step
-        # What was validated before is still there, and is none of this step's.
-        stale = self._validated if self._validated_at != trainer.global_step else set()
-        self.io.metrics = {n: v for n, v in _numbers(trainer.callback_metrics).items() if n not in stale}
+        self.io.metrics = self._of_this_step(trainer)
         try:
             trainer.save_checkpoint(f"step={trainer.global_step}.ckpt")
         finally:

@@ -40,8 +40,8 @@ class PreemptionGuard:
                     break
 
     It keeps a flag and a deadline and does nothing else: what is saved, and with which code the process ends, is the
-    loop's business. Notices are best effort on every cloud; what bounds the work that can be lost is how often you
-    save.
+    loop's business (``exit_code`` is there for it). Notices are best effort on every cloud; what bounds the work that
+    can be lost is how often you save.
 
     Args:
         signals: which signals are notices, by name, or names with the seconds of each: ``{"SIGUSR1": 110}``. Handlers
@@ -156,6 +156,15 @@ class PreemptionGuard:
     def noticed(self) -> bool:
         """Whether this process alone was told to stop: good for leaving a long evaluation early, not for a save."""
         return bool(self._noted or self._reasons)
+
+    @property
+    def exit_code(self) -> int:
+        """For ``sys.exit``, if whoever starts the job tells a training that stopped from one that ended by its code.
+
+        143 once the ranks stop, whatever told them to: what shells and schedulers know of a process that SIGTERM ended.
+        0 before. The same on every rank.
+        """
+        return 0 if self._stop is None else 128 + signal.SIGTERM
 
     # -- beginning and end -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from cloudckpt.config import Settings
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Buffer, Versioned
 from cloudckpt.storage.loop import Loop, LoopClosed, Running
-from cloudckpt.storage.retry import Backoff
+from cloudckpt.storage.retry import Backoff, given_up
 
 __all__ = ["RemoteStorage", "crc32c_b64", "crc32c_of", "each", "parts_of"]
 
@@ -174,13 +174,17 @@ class RemoteStorage(ABC):
             cap_s=self._settings.retry_cap_s,
         )
         pauses = backoff.pauses()
+        tries = 0
         while True:
             try:
+                tries += 1
                 return await attempt()
             except StorageError as exc:
-                pause = next(pauses, None) if exc.retryable else None
-                if pause is None:
+                if not exc.retryable:
                     raise
+                pause = next(pauses, None)
+                if pause is None:
+                    raise given_up(exc, tries, backoff.deadline_s) from exc
             await asyncio.sleep(pause)
 
     # -- small objects ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from cloudckpt.storage.base import (
     Versioned,
 )
 
-__all__ = ["Backoff", "RetryingStorage"]
+__all__ = ["Backoff", "RetryingStorage", "given_up"]
 
 _T = TypeVar("_T")
 
@@ -65,6 +65,11 @@ class Backoff:
         for number, pause in enumerate(pauses, 1):
             self.sleep(pause)
             yield number
+
+
+def given_up(last: StorageError, tries: int, deadline_s: float) -> StorageError:
+    """What is told of a request that was refused until its deadline: the last answer, and how often it was tried."""
+    return StorageError(f"{last} (tried {tries} times in {deadline_s:g} s)", retryable=True)
 
 
 class RetryingStorage:

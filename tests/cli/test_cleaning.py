@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,8 @@ from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
 from cloudckpt.core.model import Checkpoint, State
 from cloudckpt.core.policy import PolicyWords
-from cloudckpt.errors import ConfigError
-from cloudckpt.storage import ManifestStore, MemoryStorage, Storage
+from cloudckpt.errors import ConfigError, StorageError
+from cloudckpt.storage import LocalStorage, ManifestStore, MemoryStorage, Storage
 from cloudckpt.testing import check_store
 from cloudckpt.testing.servers import MotoServer
 from cloudckpt.tools import open_store
@@ -91,6 +95,34 @@ def test_gc_takes_what_is_gone_already_for_done(cli: Any, run: str) -> None:
     shutil.rmtree(next(Path(run).glob("checkpoint-2.*")))
     done = cli("gc", run, "--yes")
     assert (done.code, done.err) == (0, "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", [["gc", "--keep-best", "0", "--keep-last", "1"], ["rm", "2", "-r"]])
+def test_a_clean_up_that_was_interrupted_is_finished_by_the_next(
+    cli: Any, run: str, command: list[str], number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C or SIGTERM between two deletes: its own exit code, a run that can be read, and the next gc does the rest."""
+    plain = LocalStorage.delete
+
+    def interrupted(self: LocalStorage, keys: Iterable[str]) -> dict[str, StorageError]:
+        asked = list(keys)
+        failed = plain(self, asked)
+        if any(key.startswith("checkpoint-") for key in asked):
+            os.kill(os.getpid(), number)
+        return failed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "delete", interrupted)
+        broken = cli(*command, run, "--yes")
+    assert broken.code == code
+    assert "Traceback" not in broken.err
+    assert [*Path(run).glob("checkpoint-2.*")] != [], "it was in the middle"
+    assert steps(run) == [3, 4]
+    assert cli("verify", run).code == 0
+    assert cli("gc", run, "--yes").code == 0
+    assert [*Path(run).glob("checkpoint-2.*")] == []
+    assert "nothing was changed" in cli("gc", run, "--yes").out
 
 
 def test_rm_asks_and_refuses_what_is_precious(cli: Any, run: str) -> None:
@@ -208,6 +240,82 @@ def test_the_preview_of_gc_is_what_gc_does(
         d.checkpoint.id for d in done.plan.decisions if not d.keep
     ]
     check_store(storage)
+
+
+def _files(run: Path) -> set[str]:
+    """What lies in a run; copies of the manifest aside, because each write of it may rotate them."""
+    found = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    return {key for key in found if keys.parse(key).kind is not keys.Kind.COPY}
+
+
+def _told(document: Any) -> dict[str, Any]:
+    """What a document of gc says that goes, and what stays."""
+    return {
+        "retired by the rules": [d["checkpoint"]["id"] for d in document["decisions"] if not d["keep"]],
+        "kept": [d["checkpoint"]["id"] for d in document["decisions"] if d["keep"]],
+        "retired": {checkpoint["id"] for checkpoint in document["retired"]},
+        "objects": {key for key in document["objects"] if keys.parse(key).kind is not keys.Kind.COPY},
+        "foreign": document["foreign"],
+        "uploads": document["aborted_uploads"],
+        "failed": document["failed"],
+    }
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(
+    losses=st.lists(st.sampled_from([0.1, 0.2, 0.3, math.nan]), min_size=1, max_size=4),
+    numbers=st.fixed_dictionaries(
+        {},
+        optional={
+            "--keep-last": st.integers(1, 3),
+            "--keep-best": st.integers(0, 2),
+            "--keep-every": st.integers(1, 3),
+        },
+    ),
+    pinned=st.sets(st.integers(0, 3)),
+    marked=st.sets(st.integers(0, 3)),
+    pruned=st.booleans(),
+    strangers=st.sets(st.sampled_from(["checkpoint-9.0a1b2c3d/m-00000-of-00001.safetensors", "notes.txt"])),
+)
+def test_gc_yes_does_what_gc_dry_run_said(
+    cli: Any,
+    tmp_path: Path,
+    losses: list[float],
+    numbers: dict[str, int],
+    pinned: set[int],
+    marked: set[int],
+    *,
+    pruned: bool,
+    strangers: set[str],
+) -> None:
+    """As commands, whatever is in a run and whatever numbers are given: one document is the other, and the disk agrees."""
+    run = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
+    with CheckpointManager(str(run), monitor="loss", mode="min", keep_last=None, keep_best=1) as ckpts:
+        for step, loss in enumerate(losses):
+            ckpts.save(step, {"w": torch.zeros(2)}, metrics={"loss": loss}, block=True)
+        for step in sorted(pinned & set(range(len(losses)))):
+            ckpts.pin(step)
+        for step in sorted(marked & set(range(len(losses)))):
+            ckpts.mark(step, "diverged")
+    if pruned:
+        assert cli("prune", str(run), "--keep-last", "1", "--yes", "-q").code == 0
+    for stranger in strangers:
+        (run / stranger).parent.mkdir(exist_ok=True)
+        (run / stranger).write_bytes(b"x")
+    words = [word for name, value in numbers.items() for word in (name, str(value))]
+    before = _files(run)
+    planned = cli("gc", str(run), *words, "--dry-run", "--json")
+    assert (planned.code, _files(run)) == (0, before)
+    done = cli("gc", str(run), *words, "--yes", "--json")
+    assert done.code == 0
+    assert _told(done.json) == _told(planned.json)
+    assert before - _files(run) == _told(planned.json)["objects"]
+    assert _told(cli("gc", str(run), *words, "--dry-run", "--json").json)["objects"] == set()
+    check_store(open_store(str(run)).storage)
 
 
 def test_numbers_without_a_metric_are_refused(cli: Any, tmp_path: Path) -> None:

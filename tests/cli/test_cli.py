@@ -93,11 +93,14 @@ def test_best_by_any_metric(cli: Any, root: str) -> None:
 
 
 def test_log_prints_the_journal(cli: Any, root: str) -> None:
-    """Log prints the last events, newest last, in text and as JSON."""
+    """Log prints the last events, newest last, in text, for scripts and as JSON."""
     lines = cli("log", root, "-n", "3").out.splitlines()
     assert [line.split()[2] for line in lines][-3:] == ["tag", "pin", "close:"]
     events = [event["event"] for event in cli("log", root, "--json").json["events"]]
     assert events[0] == "claim"
+    short = cli("log", root, "-q").out.splitlines()
+    assert [line.split()[0] for line in short] == events[-30:]
+    assert any(line.startswith("commit checkpoint-4.") for line in short)
     assert {"announce", "commit", "retire", "delete"} <= set(events)
 
 
@@ -278,6 +281,53 @@ def test_no_command_loads_torch(root: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines().count("fine") == len(commands)
+
+
+#: What takes long to load or belongs to an extra: no command loads it before it is asked for.
+HEAVY = {"torch", "numpy", "pandas", "matplotlib", "plotext", "s3fs", "gcsfs", "aiohttp", "aiobotocore", "botocore"}
+
+
+def test_the_program_starts_without_what_takes_long(root: str) -> None:
+    """No client of a store, no picture and no tensor library is loaded by the program itself, nor by ls of a folder."""
+    code = (
+        "import sys; sys.argv = ['cloudckpt', 'ls', sys.argv[1]]\n"
+        "import cloudckpt.cli.app\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+        "try: cloudckpt.cli.main()\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    assert loaded >= {"cloudckpt", "typer", "fsspec"}
+    assert loaded & HEAVY == set()
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["cloudckpt", "p"], {"pin", "plot", "prune", "pull"}),
+        (["cloudckpt", "ver"], {"verify"}),
+        (["cloudckpt", "show", "be"], {"best"}),
+        (["cloudckpt", "gc", "--dry"], {"--dry-run"}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_selectors(typed: list[str], offered: set[str]) -> None:
+    """What bash asks of the program that ``--install-completion`` has taught it, when somebody presses Tab."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv = ['cloudckpt']; from cloudckpt.cli import main; main()"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            **os.environ,
+            "_CLOUDCKPT_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(typed),
+            "COMP_CWORD": str(len(typed) - 1),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == offered
 
 
 def test_brackets_are_shown_as_they_were_written(cli: Any, tmp_path: Path) -> None:

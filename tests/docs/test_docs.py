@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ MANY_RANKS = ROOT / "docs" / "guide" / "distributed.md"
 AT_HOME = ["--local-addr", "127.0.0.1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
 #: Blocks that are run. Those to be read only are written as ``py`` and ``bash``.
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+TO_READ = re.compile(r"```py\n(.*?)```", re.DOTALL)
 SHELL = re.compile(r"```sh\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9-]+)")
@@ -216,6 +218,38 @@ def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -
         command, cwd=folder, env=environment, input="n\n", capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}{done.stderr}"
+
+
+def _defined(module: str) -> set[str]:
+    """The names that a module of ours defines or has from elsewhere, without importing what it needs."""
+    place = ROOT.joinpath(*module.split("."))
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_blocks_that_are_not_run_are_python_and_name_what_there_is() -> None:
+    """What needs a trainer, a bucket or the reader's own code parses, and what it takes from us is there."""
+    blocks = [(page, block) for page in PAGES for block in TO_READ.findall(page.read_text(encoding="utf-8"))]
+    assert blocks
+    missing = []
+    for page, block in blocks:
+        for node in ast.walk(ast.parse(block, filename=page.name)):
+            if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("cloudckpt"):
+                names = {alias.name for alias in node.names} - _defined(node.module)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cloudckpt":
+                names = {node.attr} - _defined("cloudckpt")
+            else:
+                continue
+            missing += [f"{page.name}: {name}" for name in sorted(names)]
+    assert missing == []
 
 
 def test_links_lead_somewhere() -> None:

@@ -8,6 +8,9 @@ from types import ModuleType
 from xml.etree import ElementTree as ET
 
 import pytest
+import torch
+
+from cloudckpt import CheckpointManager
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,3 +51,17 @@ def test_the_picture_is_an_svg_of_these_lines(recording: ModuleType) -> None:
     assert "@font-face" not in drawn
     assert "url(" not in drawn.replace("url(#", "")
     assert recording.picture(["\x1b[32mok\x1b[0m  saved", "--- the end"]) == drawn
+
+
+@pytest.mark.parametrize(("command", "shown"), [("ls", "KEPT BECAUSE"), ("plot", "loss of")])
+def test_a_command_can_be_recorded_as_well(recording: ModuleType, tmp_path: Path, command: str, shown: str) -> None:
+    """What the command prints in a terminal that shows colours, below the command as it was typed."""
+    run = tmp_path / "run"
+    with CheckpointManager(run, monitor="loss", mode="min") as ckpts:
+        for step, loss in enumerate([0.5, 0.2, 0.3]):
+            ckpts.save(step, {"w": torch.zeros(2)}, metrics={"loss": loss}, block=True)
+    text = recording.run_command(f"cloudckpt {command} {run}")
+    assert text.startswith(f"$ cloudckpt {command} {run}\n")
+    assert "\x1b[" in text
+    words = "".join(ET.fromstring(recording.picture(text.splitlines(), title=command)).itertext())
+    assert shown in words.replace("\xa0", " ")

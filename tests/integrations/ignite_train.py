@@ -33,6 +33,20 @@ def main() -> None:
 
     trainer = Engine(step)
 
+    def measure(engine: Engine, batch: Any) -> float:
+        inputs, answers = batch
+        with torch.no_grad():
+            return nn.functional.cross_entropy(model(inputs), answers).item()
+
+    evaluator = Engine(measure)
+    held_out = DataLoader(TensorDataset(pixels[1500:1564].float() / 16, labels[1500:1564]), batch_size=64)
+
+    def keep_val_loss(engine: Engine) -> None:
+        engine.state.metrics["val_loss"] = engine.state.output
+
+    def evaluate(engine: Engine) -> None:
+        evaluator.run(held_out)
+
     def keep_loss(engine: Engine) -> None:
         engine.state.metrics["loss"] = engine.state.output
 
@@ -42,10 +56,13 @@ def main() -> None:
             hold()
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, keep_loss)
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep_val_loss)
     with CheckpointManager(asked.root, monitor="loss", mode="min", keep_best=1, keep_last=2) as ckpts:
-        handler = CloudSaver(ckpts, trainer)
+        handler = CloudSaver(ckpts, trainer, evaluator)
         to_save = {"model": model, "optimizer": optimizer, "trainer": trainer}
         trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(to_save, handler, n_saved=None))
+        if asked.evaluate:
+            trainer.add_event_handler(Events.EPOCH_COMPLETED(every=asked.evaluate), evaluate)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, wait_to_be_killed)
         if (values := handler.load()) is not None:
             Checkpoint.load_objects(to_load=to_save, checkpoint=values)

@@ -95,7 +95,15 @@ def main() -> None:
         with_model_checkpoint(asked.root, asked.work, asked.top_k, asked.steps)
         return
     detector = DivergenceDetector("val_loss", "min") if asked.explode_after else None
-    cloud = CloudCheckpoint(asked.root, monitor="val_loss", mode="min", keep_best=1, keep_last=2, divergence=detector)
+    cloud = CloudCheckpoint(
+        asked.root,
+        every_n_train_steps=asked.every or None,
+        divergence=detector,
+        monitor="val_loss",
+        mode="min",
+        keep_best=1,
+        keep_last=2,
+    )
     trainer = pl.Trainer(
         max_steps=asked.steps,
         accelerator="cpu",
@@ -105,7 +113,7 @@ def main() -> None:
         enable_model_summary=False,
         default_root_dir=asked.work,
         callbacks=[cloud, Watch(cloud, asked.hold_after, asked.explode_after)],
-        plugins=[cloud.io],
+        plugins=[pl.plugins.AsyncCheckpointIO(cloud.io) if asked.wrapped else cloud.io],
     )
     model = Classifier()
     latest = asked.ckpt_path or cloud.latest()

@@ -31,3 +31,12 @@ def test_a_killed_engine_goes_on_at_its_iteration(new_place: Callable[[], Place]
     assert best.metrics["loss"] == min(c.metrics["loss"] for c in kept)
     assert kept[-1].tags == ("checkpoint_20.pt",)
     assert list(run.index("latest").structure) == ["model", "optimizer", "trainer"]
+
+
+def test_a_step_has_what_was_measured_at_it(new_place: Callable[[], Place], tmp_path: Path) -> None:
+    """Evaluated after every second save: step 20 has its val_loss, and step 15 has none of step 10's."""
+    place = new_place()
+    finished(start(SCRIPT, place, tmp_path / "work", "--evaluate", "2"))
+    kept = {c.step: set(c.metrics) for c in cloudckpt.open(place.root, storage_options=place.options).checkpoints()}
+    assert kept[15] == {"loss"}
+    assert kept[20] == {"loss", "val_loss"}

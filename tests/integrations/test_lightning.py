@@ -31,7 +31,8 @@ def test_a_killed_training_goes_on_from_the_last_epoch(new_place: Callable[[], P
     assert word(resumed, "weights") == word(undisturbed, "weights")
     kept = run.checkpoints()
     assert [c.step for c in kept][-2:] == [15, 20]
-    assert len(kept) <= 3
+    assert len({c.step for c in kept}) == len(kept) <= 3, "step 10 is not saved again by a training that begins there"
+    assert all(set(c.metrics) == {"val_loss"} for c in kept), "each with what was measured at its step"
     best = run.best()
     assert best is not None
     assert best.metrics["val_loss"] == min(c.metrics["val_loss"] for c in kept)
@@ -39,6 +40,18 @@ def test_a_killed_training_goes_on_from_the_last_epoch(new_place: Callable[[], P
     assert all("step=" in tag for c in kept for tag in c.tags)
     assert set(run.index("latest").structure) >= {"state_dict", "optimizer_states", "loops", "global_step"}
     assert not list(tmp_path.rglob("*.ckpt")), "nothing is left on the disk"
+
+
+def test_a_step_has_what_was_measured_at_it(new_place: Callable[[], Place], tmp_path: Path) -> None:
+    """Saved every third step, validated every fifth: of what is saved, 15 alone has a val_loss, the one measured there."""
+    counted, epochs = new_place(), new_place()
+    finished(start(SCRIPT, counted, tmp_path / "counted", "--every", "3"))
+    finished(start(SCRIPT, epochs, tmp_path / "epochs", "--steps", "15"))
+    kept = {c.step: c.metrics for c in cloudckpt.open(counted.root, storage_options=counted.options).checkpoints()}
+    assert set(kept) == {12, 15, 18}, "the best, the last two, and the newest two without the metric"
+    measured = cloudckpt.open(epochs.root, storage_options=epochs.options).select(15).metrics["val_loss"]
+    assert kept[15] == {"val_loss": measured}
+    assert "val_loss" not in {*kept[12], *kept[18]}
 
 
 def test_a_training_that_diverges_is_stopped_and_not_resumed_from(
@@ -80,3 +93,13 @@ def test_what_lightning_removes_the_run_keeps(new_place: Callable[[], Place], tm
     assert best.tags == (word(lines, "top"),)
     assert f"{best.metrics['val_loss']:.6f}" == word(lines, "score") == word(lines, "validated")
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_plugin_that_saves_in_a_thread_of_its_own_is_refused(new_place: Callable[[], Place], tmp_path: Path) -> None:
+    """Around ours it would lose each step's metrics: the error, before the first step, says what to leave out."""
+    place = new_place()
+    job = start(SCRIPT, place, tmp_path / "work", "--wrapped")
+    job.process.communicate(timeout=240)
+    assert job.process.returncode == 1
+    assert "saves are in the background already" in job.errors()
+    assert cloudckpt.open(place.root, storage_options=place.options).checkpoints() == ()

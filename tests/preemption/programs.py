@@ -24,8 +24,8 @@ def say(what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
-def train(root: str, signals: dict[str, float], save_every: int = 10) -> None:
-    """Train for ever, or until told to stop."""
+def train(root: str, signals: dict[str, float], save_every: int = 10, *, tell: bool = False) -> None:
+    """Train for ever, or until told to stop; ``tell`` that by the exit code."""
     state = {"w": torch.zeros(1000)}
     with PreemptionGuard(signals=signals) as guard, CheckpointManager(root, keep_last=1) as ckpts:
         resumed = ckpts.restore(state)
@@ -37,11 +37,13 @@ def train(root: str, signals: dict[str, float], save_every: int = 10) -> None:
             if guard.should_stop(step):
                 ckpts.save(step, state, deadline_s=guard.left_s)
                 say({"stopped": step, "reason": guard.reason})
-                return
+                break
             if (step + 1) % save_every == 0:
                 ckpts.save(step, state).wait()
                 say({"saved": step})
             step += 1
+    if tell:
+        sys.exit(guard.exit_code)
 
 
 class Numbers(Dataset[torch.Tensor]):

@@ -51,6 +51,7 @@ def test_a_signal_is_a_flag_and_a_deadline() -> None:
     with PreemptionGuard(signals={USR1: 100}, listeners=[heard]) as guard:
         assert not guard.should_stop(1)
         assert (guard.left_s, guard.reason, guard.noticed) == (None, None, False)
+        assert guard.exit_code == 0
         signal.raise_signal(signal.SIGUSR1)
         assert guard.noticed
         assert guard.should_stop(2)
@@ -62,6 +63,7 @@ def test_a_signal_is_a_flag_and_a_deadline() -> None:
         assert guard.left_s is not None
         assert guard.left_s <= left_s
         assert guard.reason == USR1
+        assert guard.exit_code == 143
     noticed, agreed = heard.next(), heard.next()
     assert isinstance(noticed, StopNoticed)
     assert isinstance(agreed, StopAgreed)

@@ -91,6 +91,18 @@ def test_sigterm_ends_a_training_after_its_step_and_loses_none(start: Callable[.
     assert again.end()[0] == 0
 
 
+def test_the_exit_code_says_that_it_stopped(start: Callable[..., Program], tmp_path: Path) -> None:
+    """A training that ends with ``guard.exit_code`` ends with 143 once it was told to stop, and its save is there."""
+    program = start("train", root=str(tmp_path / "run"), signals={"SIGTERM": 100}, tell=True)
+    program.hears("saved")
+    program.process.terminate()
+    stopped = program.hears("stopped")
+    assert program.end()[0] == 143
+    newest = cloudckpt.open(tmp_path / "run").latest()
+    assert newest is not None
+    assert newest.step == stopped
+
+
 def test_a_second_signal_does_not_end_it_sooner(start: Callable[..., Program], tmp_path: Path) -> None:
     """An impatient scheduler: whatever comes while the last save is made, it is made."""
     program = start("train", root=str(tmp_path / "run"), signals={"SIGTERM": 100, "SIGUSR1": 100})

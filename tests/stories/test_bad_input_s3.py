@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from moto import mock_aws
 
 import cloudckpt
-from cloudckpt import CheckpointManager, ConfigError, Settings, StorageError, UnsafeStorageError
+from cloudckpt import CheckpointManager, ConfigError, SaveError, Settings, StorageError, UnsafeStorageError
 from cloudckpt.storage import Conditions, S3Storage, open_storage
 from cloudckpt.testing import FaultProxy, check_store
 from cloudckpt.testing.servers import MotoServer, RcloneS3, SeaweedFS
@@ -177,6 +178,27 @@ def test_c7_no_listing_is_stale(s3_root: str, s3_server: MotoServer) -> None:
     assert len({item.key.partition("/")[0] for item in ours.list("checkpoint-")}) == 2
     assert [c.step for c in cloudckpt.open(s3_root).checkpoints()] == [1, 2]
     ours.close()
+
+
+def test_a_part_that_is_never_taken_is_told_by_name(s3_faults: FaultProxy, faulty_s3_root: str) -> None:
+    """The error of the save has step, object, part, the store's answer, and how often it was tried in the time there is."""
+    s3_faults.inject("status", method="PUT", match="partNumber=2", status=503, times=None)
+    settings = Settings(
+        part_size_bytes=5 * 1024 * 1024,
+        retry_base_s=0.01,
+        retry_cap_s=0.05,
+        storage_deadline_s=0.5,
+        request_timeout_s=5,
+    )
+    with CheckpointManager(faulty_s3_root, settings=settings) as ckpts:
+        with pytest.raises(SaveError, match="saving step 1 to ") as told:
+            ckpts.save(1, {"model": {"w": torch.arange(3_000_000.0)}}, block=True)
+        assert [*ckpts.checkpoints()] == []
+    said = str(told.value)
+    assert re.search(r"/checkpoint-1\.\w+/model-00000-of-00001\.safetensors", said), said
+    assert "part 2" in said
+    assert "503" in said
+    assert re.search(r"tried \d+ times in 0\.5 s", said), said
 
 
 def test_credentials_that_stay_expired(s3_faults: FaultProxy, faulty_s3_root: str) -> None:

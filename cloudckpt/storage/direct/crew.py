@@ -14,7 +14,7 @@ from typing import TypeVar
 from cloudckpt.errors import StorageError
 from cloudckpt.storage.direct.computing import Computing
 from cloudckpt.storage.direct.threads import BrokenOff, Stop, Threads
-from cloudckpt.storage.retry import Backoff
+from cloudckpt.storage.retry import Backoff, given_up
 
 __all__ = ["Attempts", "BrokenOff", "Crew", "Stop"]
 
@@ -298,7 +298,9 @@ class Attempts:
                 self._stop.check()  # a socket that was closed under the request is no failure of its own
                 if is_throttled(exc):
                     self._gate.refused()
-                pause = next(pauses, None) if exc.retryable else None
-                if pause is None:
+                if not exc.retryable:
                     raise
+                pause = next(pauses, None)
+                if pause is None:
+                    raise given_up(exc, self.count, self._backoff.deadline_s) from exc
                 self._stop.sleep(pause)
