@@ -30,8 +30,8 @@ class CloudSaver(BaseSaveHandler):
     """Saves what Ignite's ``Checkpoint`` collects, each object a component, as of the trainer's iteration.
 
     Every rank calls it, as Ignite has every rank call its handler. A score with a name becomes a metric of that name,
-    and every number among the trainer's and the evaluator's metrics as well; of the evaluator's those that it measured at
-    the very iteration that is saved, before or after the save.
+    and every number among the trainer's and the evaluator's metrics as well; of the evaluator's those that it measured
+    at the very iteration that is saved, before or after the save.
 
     Args:
         ckpts: the run; close it when the training has ended.

@@ -149,7 +149,11 @@ def test_every_resource_and_argument_is_in_the_providers_schema(folder: str, pla
     [
         ("restrict_public_buckets = true", "restrict_public_bucket = true", "Unsupported argument"),
         ("  policy = local.guard\n", "", "Missing required argument"),
-        ("    abort_incomplete_multipart_upload {", "    abort_incomplete_multipart_uploads {", "Unsupported block type"),
+        (
+            "    abort_incomplete_multipart_upload {",
+            "    abort_incomplete_multipart_uploads {",
+            "Unsupported block type",
+        ),
         ("block_public_acls       = true", 'block_public_acls       = "perhaps"', "Incorrect attribute value type"),
         ('resource "aws_s3_bucket_logging"', 'resource "aws_s3_bucket_log"', "Invalid resource type"),
     ],
