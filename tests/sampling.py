@@ -94,6 +94,7 @@ LONG_FIRST = (
     "tests/distributed/test_jobs.py",
     "tests/docs/test_docs.py",
     "tests/storage/test_s3.py",
+    "tests/distributed/test_torchrun_kills.py",
     "tests/distributed/test_kill_loop.py",
     "tests/distributed/test_torchrun_signals.py",
     "tests/crash/test_kill.py",

@@ -109,7 +109,7 @@ def test_mutants_and_searches_are_counted(tool: ModuleType, tmp_path: Path) -> N
         case.points, case.figures = 8000, {"steps": 20000, "stores recovered": 30, "all of them": 0}
     with Recording(path, "tests/x.py::test_b")("blind_overwrite", "a protocol mutant", "the model") as case:
         case.points = 1
-    with pytest.raises(ZeroDivisionError), Recording(path, "tests/x.py::test_b")("new", "a protocol mutant", "the model"):
+    with pytest.raises(ZeroDivisionError), Recording(path, "tests/x.py::test_b")("m", "a protocol mutant", "the model"):
         1 / 0  # noqa: B018 - it was not noticed
     with Recording(path, "tools/mutation.py")("cloudckpt/core/edits.py", "a code mutant", "no store") as case:
         case.points, case.figures = 50, {"noticed": 48}
