@@ -1,6 +1,6 @@
 """Write the tables of ``docs/reliability.md`` from what was run, or check that they are from nothing else.
 
-    python -m pytest tests/crash tests/model -m "slow or not slow" --record runs.jsonl     (all suites: CONTRIBUTING.md)
+    python -m pytest tests/crash tests/model -m "slow or not slow" --record runs.jsonl     (all of them: docs/reliability.md)
     python tools/mutation.py run --record runs.jsonl
     python tools/reliability.py --add runs.jsonl     take them over into docs/reliability.jsonl, and write the tables
     python tools/reliability.py --write              write the tables
