@@ -267,8 +267,11 @@ def run(target: Target, work: Path, *, every: int = 1, again: bool = False) -> R
     if not session.exists():
         config.write_text(_config(target), encoding="utf-8")
         _cosmic_ray("baseline", config.name, cwd=place)  # fails if a test fails without any change
-        _cosmic_ray("init", config.name, session.name, cwd=place)
-        _leave_out(target, place, session, every)
+        listing = place / "listing.sqlite"  # a session is one once everything that is left out is marked
+        listing.unlink(missing_ok=True)
+        _cosmic_ray("init", config.name, listing.name, cwd=place)
+        _leave_out(target, place, listing, every)
+        listing.rename(session)
     _cosmic_ray("exec", config.name, session.name, cwd=place)
     return read_result(target, work)
 
