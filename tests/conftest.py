@@ -62,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--record", type=_from_here, default=None, help="append what was run to this file, a line of JSON each"
     )
     parser.addoption(
-        "--stories", default="ci", choices=("ci", "long"), help="how many stories the stateful suite tells"
+        "--stories", default="ci", choices=("ci", "some", "long"), help="how many stories the stateful suite tells"
     )
     parser.addoption(
         "--model-depth",

@@ -199,6 +199,7 @@ def figures(cases: Sequence[Case]) -> str:
     rows.append(["cases run", len(ran)])
     rows.append(["cases that failed", sum(c.outcome == "failed" for c in ran)])
     rows.append(["cases skipped", len(cases) - len(ran)])
+    rows.append(["minutes that they took, one after the other", f"{sum(c.seconds for c in ran) / 60:.0f}"])
     text = _table(["figure", "value"], rows)
     long = [c for c in ran if c.figures and c.fault not in _OWN_TABLES and "control" not in c.story]
     if long:

@@ -10,12 +10,12 @@ from tests.records import Recording
 from tests.stateful.machine import RunMachine
 
 #: How many stories are told, and how long each may be.
-PROFILES = {"ci": (60, 30), "long": (5_000, 60)}
+PROFILES = {"ci": (60, 30), "some": (1_000, 50), "long": (5_000, 60)}
 
 
 @pytest.mark.timeout(0)
 def test_no_story_breaks_an_invariant(pytestconfig: pytest.Config, record: Recording) -> None:
-    """I1 to I12, after every step of every story; ``--stories long`` tells thousands of them."""
+    """I1 to I12, after every step of every story; ``--stories some`` tells a thousand of them, ``long`` thousands."""
     stories, steps = PROFILES[str(pytestconfig.getoption("--stories"))]
     with record("two jobs, people and readers beside each other", "random histories", "memory") as case:
 
