@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
-from cloudckpt import CheckpointManager
+from cloudckpt import CheckpointManager, Settings
 from cloudckpt.pulling import pull_checkpoint
 from cloudckpt.storage import ManifestStore, MemoryStorage, Storage
 
-__all__ = ["SCENARIOS", "contents", "damage", "pull", "saved"]
+__all__ = ["SCENARIOS", "contents", "damage", "pull", "save"]
 
 STEP = 3
+QUICK = Settings(retry_base_s=0.001, retry_cap_s=0.01)
 #: What is pulled: all of it, some components, or all of it over a damaged copy.
 SCENARIOS: dict[str, list[str] | None] = {
     "all of it": None,
@@ -36,9 +37,8 @@ SCENARIOS: dict[str, list[str] | None] = {
 _CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
-def saved() -> MemoryStorage:
-    """A run with one checkpoint, of three components."""
-    storage = MemoryStorage()
+def save(storage: Storage) -> None:
+    """Make a run with one checkpoint, of three components."""
     state = {
         "model": {"w": torch.arange(5000.0), "b": torch.ones(3, dtype=torch.bfloat16)},
         "optimizer": {"m": torch.full((2000,), 2.0), "lr": 0.1},
@@ -46,12 +46,11 @@ def saved() -> MemoryStorage:
     }
     with CheckpointManager(storage) as ckpts:
         ckpts.save(STEP, state, metrics={"loss": 0.5}, block=True)
-    return storage
 
 
 def pull(storage: Storage, into: Path, components: list[str] | None) -> Path:
     """Pull it; the folder."""
-    return pull_checkpoint(ManifestStore(storage), STEP, into, components=components).folder
+    return pull_checkpoint(ManifestStore(storage, QUICK), STEP, into, components=components).folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -107,7 +106,8 @@ def end_of(pid: int) -> int:
 def main(place: Path, scenario: str) -> int:
     """Kill a pull at every call; how many there were."""
     components = SCENARIOS[scenario]
-    storage = saved()
+    storage = MemoryStorage()
+    save(storage)
     wanted = contents(pull(storage, place / "fine", components))
     damaged = scenario == "over a damaged copy"
     for at in itertools.count():

@@ -6,28 +6,38 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cloudckpt import CloudCkptError
+from cloudckpt.storage import Storage
 from cloudckpt.testing import Crash, Fault, ScriptedStorage
-from tests.crash.pull_worker import SCENARIOS, contents, damage, pull, saved
+from tests.crash.pull_worker import SCENARIOS, contents, damage, pull, save
 from tests.records import Recording
 
 ROOT = Path(__file__).parents[2]
+STORES = ("moto", "seaweedfs", "gcs", "fake-gcs-server")
 
 
 @pytest.mark.parametrize("fault", list(Fault))
 @pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("kind", ["memory", *(pytest.param(kind, marks=pytest.mark.slow) for kind in STORES)])
 def test_a_pull_survives_every_fault_at_every_request(
-    scenario: str, fault: Fault, tmp_path: Path, record: Recording
+    kind: str,
+    scenario: str,
+    fault: Fault,
+    tmp_path: Path,
+    new_storage: Callable[[str], Storage],
+    record: Recording,
 ) -> None:
     """Whatever request fails, and however: no half a checkpoint has the final name, and the next pull goes on."""
     components, damaged = SCENARIOS[scenario], scenario == "over a damaged copy"
-    storage = saved()
+    storage = new_storage(kind)
+    save(storage)
     before = {item.key: item.size_bytes for item in storage.list("")}
-    with record(f"pull: {scenario}", fault, "memory") as case:
+    with record(f"pull: {scenario}", fault, kind) as case:
         wanted = contents(pull(storage, tmp_path / "fine", components))
 
         def prepared(name: str) -> Path:
