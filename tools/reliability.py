@@ -89,6 +89,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
+def _number(value: float) -> str:
+    """Whole numbers in full: a manifest has 4312345 bytes, and not 4.31234e+06."""
+    return f"{value:.0f}" if value == round(value) else f"{value:g}"
+
+
 def _cell(cases: Sequence[Case]) -> str:
     """How often, and how it ended: what failed is named before what held, and what was skipped is not passed over."""
     if not cases:
@@ -130,8 +135,8 @@ def model(cases: Sequence[Case]) -> str:
         [
             case.story,
             case.points,
-            f"{case.figures.get('steps', 0):g}",
-            f"{case.figures.get('stores recovered', 0):g}",
+            _number(case.figures.get("steps", 0)),
+            _number(case.figures.get("stores recovered", 0)),
             "yes" if case.figures.get("all of them") else "no, stopped at the bound",
             case.outcome,
         ]
@@ -152,7 +157,7 @@ def mutants(cases: Sequence[Case]) -> str:
     for case in cases:
         if case.fault == _CODE_MUTANT:
             noticed = case.figures.get("noticed", 0)
-            rows.append([f"`{case.story}`", case.points, f"{noticed:g}", f"{case.points - noticed:g}", case.note])
+            rows.append([f"`{case.story}`", case.points, _number(noticed), _number(case.points - noticed), case.note])
     return _table(["what", "mutants", "noticed", "survived", "remark"], rows) if rows else _NOTHING
 
 
@@ -167,7 +172,7 @@ def controls(cases: Sequence[Case]) -> str:
     """What must go wrong, so that the rest means something."""
     chosen = [case for case in cases if "control" in case.story]
     rows = [
-        [case.story, case.fault, case.backend, case.points, ", ".join(f"{v:g} {k}" for k, v in case.figures.items())]
+        [case.story, case.fault, case.backend, case.points, ", ".join(f"{_number(v)} {k}" for k, v in case.figures.items())]
         for case in chosen
         if case.outcome == "held"
     ]
@@ -195,7 +200,7 @@ def figures(cases: Sequence[Case]) -> str:
     rows.append(["mistakes in the protocol that were caught", f"{caught} of {len(made)}"])
     changed = [c for c in ran if c.fault == _CODE_MUTANT]
     noticed = sum(c.figures.get("noticed", 0) for c in changed)
-    rows.append(["changes of the code that were noticed", f"{noticed:g} of {sum(c.points for c in changed)}"])
+    rows.append(["changes of the code that were noticed", f"{_number(noticed)} of {sum(c.points for c in changed)}"])
     rows.append(["cases run", len(ran)])
     rows.append(["cases that failed", sum(c.outcome == "failed" for c in ran)])
     rows.append(["cases skipped", len(cases) - len(ran)])
@@ -206,7 +211,7 @@ def figures(cases: Sequence[Case]) -> str:
         text += "\n" + _table(
             ["case", "fault", "backend", "figures"],
             [
-                [c.story, c.fault, c.backend, ", ".join(f"{name}: {value:g}" for name, value in c.figures.items())]
+                [c.story, c.fault, c.backend, ", ".join(f"{name}: {_number(value)}" for name, value in c.figures.items())]
                 for c in long
             ],
         )

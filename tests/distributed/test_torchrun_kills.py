@@ -55,7 +55,7 @@ def kill(job: Job, victim: int | None) -> None:
     pids = {rank: pid for rank, (pid, _) in begun(job).items()}
     if victim is None:
         job.process.kill()
-    for pid in pids.values() if victim is None else [pids[victim]]:
+    for pid in [*pids.values()] if victim is None else [pids[victim]]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

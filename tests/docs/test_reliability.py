@@ -126,3 +126,13 @@ def test_mutants_and_searches_are_counted(tool: ModuleType, tmp_path: Path) -> N
     assert "| changes of the code that were noticed | 48 of 50 |" in found
     assert "| points at which a call or a request was broken | 1 |" in found
     assert "| real processes killed or stopped | 0 |" in found
+
+
+def test_large_figures_are_written_in_full(tool: ModuleType, tmp_path: Path) -> None:
+    """Bytes to the last one; seconds as they were measured."""
+    path = tmp_path / "runs.jsonl"
+    with Recording(path, "tests/x.py::test_a")("a save on top of many", "none", "memory") as case:
+        case.points, case.figures = 10_002, {"bytes": 4_312_345, "announce and commit, s": 0.187}
+    found = tool.figures(tool.read(path))
+    assert "bytes: 4312345" in found
+    assert "announce and commit, s: 0.187" in found
