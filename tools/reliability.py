@@ -1,6 +1,6 @@
 """Write the tables of ``docs/reliability.md`` from what was run, or check that they are from nothing else.
 
-    python -m pytest tests/crash tests/model -m "slow or not slow" --record runs.jsonl     (all of them: docs/reliability.md)
+    python -m pytest tests/crash tests/model --record runs.jsonl    (what else: docs/reliability.md)
     python tools/mutation.py run --record runs.jsonl
     python tools/reliability.py --add runs.jsonl     take them over into docs/reliability.jsonl, and write the tables
     python tools/reliability.py --write              write the tables
@@ -171,11 +171,11 @@ def fuzzing(cases: Sequence[Case]) -> str:
 def controls(cases: Sequence[Case]) -> str:
     """What must go wrong, so that the rest means something."""
     chosen = [case for case in cases if "control" in case.story]
-    rows = [
-        [case.story, case.fault, case.backend, case.points, ", ".join(f"{_number(v)} {k}" for k, v in case.figures.items())]
-        for case in chosen
-        if case.outcome == "held"
-    ]
+    rows: list[list[object]] = []
+    for case in chosen:
+        if case.outcome == "held":
+            found = ", ".join(f"{_number(value)} {name}" for name, value in case.figures.items())
+            rows.append([case.story, case.fault, case.backend, case.points, found])
     head = ["control", "fault", "backend", "points", "found"]
     return _table(head, rows) if rows else _NOTHING
 
@@ -208,13 +208,9 @@ def figures(cases: Sequence[Case]) -> str:
     text = _table(["figure", "value"], rows)
     long = [c for c in ran if c.figures and c.fault not in _OWN_TABLES and "control" not in c.story]
     if long:
-        text += "\n" + _table(
-            ["case", "fault", "backend", "figures"],
-            [
-                [c.story, c.fault, c.backend, ", ".join(f"{name}: {_number(value)}" for name, value in c.figures.items())]
-                for c in long
-            ],
-        )
+        told = [", ".join(f"{name}: {_number(value)}" for name, value in c.figures.items()) for c in long]
+        rows = [[c.story, c.fault, c.backend, own] for c, own in zip(long, told, strict=True)]
+        text += "\n" + _table(["case", "fault", "backend", "figures"], rows)
     machines = sorted({case.where for case in ran if case.where})
     return text + "".join(f"\nMade on: {machine}.\n" for machine in machines)
 
