@@ -258,7 +258,7 @@ def _forget_survivors(session: Path) -> None:
         connection.execute("DELETE FROM work_results WHERE upper(test_outcome) = 'SURVIVED'")
 
 
-def run(target: Target, work: Path, *, every: int = 1, again: bool = False) -> Result:
+def run(target: Target, work: Path, *, every: int = 1, again: bool = False, baseline: bool = True) -> Result:
     """Try all mutants of a target that were not tried yet, or of a sample of them; ``again``: survivors as well."""
     place = _copy(target, work, again=again)
     config, session = place / "cosmic-ray.toml", place / "cosmic-ray.sqlite"
@@ -266,7 +266,8 @@ def run(target: Target, work: Path, *, every: int = 1, again: bool = False) -> R
         _forget_survivors(session)
     if not session.exists():
         config.write_text(_config(target), encoding="utf-8")
-        _cosmic_ray("baseline", config.name, cwd=place)  # fails if a test fails without any change
+        if baseline:
+            _cosmic_ray("baseline", config.name, cwd=place)  # fails if a test fails without any change
         listing = place / "listing.sqlite"  # a session is one once everything that is left out is marked
         listing.unlink(missing_ok=True)
         _cosmic_ray("init", config.name, listing.name, cwd=place)
@@ -305,6 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="how many targets are worked on at once")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every Nth change only, in a place apart")
     parser.add_argument("--again", action="store_true", help="try survivors once more, with the tests as they are now")
+    parser.add_argument(
+        "--no-baseline", dest="baseline", action="store_false", help="the tests are known to pass without a change"
+    )
     parser.add_argument("--record", type=Path, help="append what was found to this file, a line of JSON a target")
     options = parser.parse_args(argv)
     targets = read_targets()
@@ -319,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def act(target: Target) -> Result:
         if options.command == "run":
-            return run(target, work, every=options.every, again=options.again)
+            return run(target, work, every=options.every, again=options.again, baseline=options.baseline)
         return read_result(target, work)
 
     with ThreadPoolExecutor(options.jobs) as pool:
