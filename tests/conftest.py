@@ -44,6 +44,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def _from_here(text: str) -> Path:
+    """A file where it was asked for, wherever a test may go."""
+    return Path(text).absolute()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How often the kill suite kills a real process."""
     parser.addoption("--kills", type=int, default=24, help="at how many moments the kill suite kills a trainer")
@@ -53,9 +58,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuts", type=int, default=6, help="how often the power is cut on each file system")
     parser.addoption("--soak", type=int, default=1000, help="how many saves the long runs make")
     parser.addoption("--fuzz-seconds", type=float, default=2.0, help="for how long each parser is fuzzed")
-    parser.addoption("--record", type=Path, default=None, help="append what was run to this file, a line of JSON each")
     parser.addoption(
-        "--stories", default="ci", choices=("ci", "long"), help="how many stories the stateful suite tells"
+        "--record", type=_from_here, default=None, help="append what was run to this file, a line of JSON each"
+    )
+    parser.addoption(
+        "--stories", default="ci", choices=("ci", "some", "long"), help="how many stories the stateful suite tells"
     )
     parser.addoption(
         "--model-depth",

@@ -52,7 +52,7 @@ FAMILIES = (
     Family("tests/model/test_mutants.py", 3),
     # -- the same, slow: in ci-extra
     Family("tests/crash/test_stop_at_every_call.py::test_every_store_survives_every_fault_at_every_call", 4),
-    Family("tests/crash/test_every_operation_on_stores.py", 3),  # 15 operations, 3 servers
+    Family("tests/crash/test_every_operation_on_stores.py", 3),  # 15 operations, 3 or 4 servers
     Family("tests/crash/test_pause_at_every_call.py::test_somebody_else_between_any_two_calls", 4),
     Family("tests/power/test_power_cuts.py::test_without_syncing_the_same_cuts_lose_saves", 3),  # the control
     # -- many ranks
@@ -94,6 +94,7 @@ LONG_FIRST = (
     "tests/distributed/test_jobs.py",
     "tests/docs/test_docs.py",
     "tests/storage/test_s3.py",
+    "tests/distributed/test_torchrun_kills.py",
     "tests/distributed/test_kill_loop.py",
     "tests/distributed/test_torchrun_signals.py",
     "tests/crash/test_kill.py",

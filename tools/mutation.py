@@ -2,11 +2,16 @@
 
     python tools/mutation.py run                   every target of tests/mutation/targets.toml; goes on where it stopped
     python tools/mutation.py run manifest garbage  these
+    python tools/mutation.py run --every 10        a sample: every tenth change of each target
+    python tools/mutation.py run --again           those that had survived, with the tests as they are now
     python tools/mutation.py report                what is known by now
+    python tools/mutation.py report --record FILE  the same as lines for tools/reliability.py
 
 Made with cosmic-ray (``pip install "cloudckpt[mutation]"``), which changes files in place: each target is worked on in
 a copy of its own, below ``--work``, so that nothing here is touched and several targets can run side by side. Whatever
 survives must stand in ``tests/mutation/survivors.toml`` with the reason why it is harmless; otherwise this ends with 1.
+
+A run may be broken off at any moment, by a signal too: the next one goes on, with the module as it was at first.
 """
 
 from __future__ import annotations
@@ -14,8 +19,10 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import json
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -23,6 +30,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +41,10 @@ SURVIVORS = ROOT / "tests/mutation/survivors.toml"
 
 #: Texts are for people: another word in a message is no other decision.
 _NOT_A_DECISION = ("StringReplacer",)
+#: Why a change was not tried.
+_NO_DECISION, _NOT_DRAWN = "no decision", "not drawn"
+#: The module as it was when its changes were listed: a run that is broken off leaves one of them behind.
+_ORIGINAL = "mutated-module-as-it-was.txt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,12 +137,41 @@ class Result:
     survivors: frozenset[Survivor]
 
     def __str__(self) -> str:
-        tried = sum(self.outcomes.values()) - self.outcomes["skipped"] - self.outcomes["pending"]
+        drawn = f", {self.outcomes[_NOT_DRAWN]} not drawn" if self.outcomes[_NOT_DRAWN] else ""
         return (
-            f"{self.target.module}: {tried} tried, {tried - self.outcomes['survived']} noticed, "
+            f"{self.target.module}: {self.tried} tried, {self.noticed} noticed, "
             f"{self.outcomes['survived']} survived, {self.outcomes['skipped']} left out (types and texts), "
-            f"{self.outcomes['pending']} to go"
+            f"{self.outcomes['pending']} to go{drawn}"
         )
+
+    @property
+    def tried(self) -> int:
+        """How many changes were made."""
+        return self.outcomes.total() - sum(self.outcomes[name] for name in ("skipped", "pending", _NOT_DRAWN))
+
+    @property
+    def noticed(self) -> int:
+        """How many of those a test noticed."""
+        return self.tried - self.outcomes["survived"]
+
+    def line(self, left: Sequence[str]) -> str:
+        """A case for ``tools/reliability.py``. It holds if nothing is left to do."""
+        notes = []
+        if self.outcomes["survived"] and not left:
+            notes.append("each survivor has a reason")
+        if self.outcomes[_NOT_DRAWN]:
+            notes.append(f"a sample: {self.outcomes[_NOT_DRAWN]} more were not tried")
+        case = {
+            "story": self.target.module,
+            "fault": "a code mutant",
+            "backend": "no store",
+            "test": "tools/mutation.py",
+            "points": self.tried,
+            "outcome": "failed" if left else "held",
+            "note": "; ".join(notes),
+            "figures": {"noticed": self.noticed},
+        }
+        return json.dumps(case, sort_keys=True)
 
 
 def complaints(results: Sequence[Result], listed: dict[Survivor, str]) -> Iterator[str]:
@@ -143,9 +184,8 @@ def complaints(results: Sequence[Result], listed: dict[Survivor, str]) -> Iterat
                 f"{survivor.module}: no test notices {survivor.operator}:\n"
                 f"    - {survivor.before}\n    + {survivor.after}"
             )
-        tried = sum(result.outcomes.values()) - result.outcomes["pending"]
         known = {s for s in listed if s.module == result.target.module}
-        if tried and not result.outcomes["pending"]:
+        if result.tried and not result.outcomes["pending"] and not result.outcomes[_NOT_DRAWN]:
             for survivor in sorted(known - result.survivors):
                 yield f"{survivor.module}: is noticed by now, and still listed as harmless: {survivor.after}"
 
@@ -157,15 +197,25 @@ def _cosmic_ray(*arguments: str, cwd: Path) -> None:
     subprocess.run([sys.executable, "-m", "cosmic_ray.cli", *arguments], cwd=cwd, check=True)
 
 
-def _copy(target: Target, work: Path) -> Path:
-    """A copy of what git knows, for this target alone."""
+def _copy(target: Target, work: Path, *, again: bool) -> Path:
+    """A copy of what git knows, for this target alone; ``again``: as it is now.
+
+    Raises:
+        SystemExit: the module is not the one whose changes were listed.
+    """
     place = work / target.name
-    if not place.exists():
+    if again or not place.exists():
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True)
         for name in filter(None, listed.stdout.decode().split("\0")):
             if (ROOT / name).is_file():
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, place / name)
+    original = place / _ORIGINAL
+    if not original.exists():
+        shutil.copy2(ROOT / target.module, original)
+    if original.read_bytes() != (ROOT / target.module).read_bytes():
+        raise SystemExit(f"{target.module} has changed since its mutants were listed: remove {place} and run again")
+    shutil.copy2(original, place / target.module)
     return place
 
 
@@ -179,28 +229,50 @@ def _config(target: Target) -> str:
     )
 
 
-def _leave_out(target: Target, place: Path, session: Path) -> None:
-    """Mark what is no decision as skipped."""
+def _leave_out(target: Target, place: Path, session: Path, every: int) -> None:
+    """Mark what is no decision as skipped, and of the others all but every so-manyth, in the order of the source."""
     work_db, work_item = (importlib.import_module(f"cosmic_ray.{name}") for name in ("work_db", "work_item"))
     spans = annotation_spans((place / target.module).read_text(encoding="utf-8"))
     with work_db.use_db(str(session), work_db.WorkDB.Mode.open) as found:
-        for item in found.pending_work_items:
-            mutation = item.mutations[0]
+        items = [(item.job_id, item.mutations[0]) for item in found.pending_work_items]
+        items.sort(key=lambda item: (item[1].start_pos, item[1].operator_name, item[1].occurrence))
+        decisions = 0
+        for job_id, mutation in items:
             is_text = any(word in mutation.operator_name for word in _NOT_A_DECISION)
+            why = None
             if is_text or inside(tuple(mutation.start_pos), tuple(mutation.end_pos), spans):
-                skipped = work_item.WorkResult(output="no decision", worker_outcome=work_item.WorkerOutcome.SKIPPED)
-                found.set_result(item.job_id, skipped)
+                why = _NO_DECISION
+            else:
+                if decisions % every:
+                    why = _NOT_DRAWN
+                decisions += 1
+            if why is not None:
+                found.set_result(
+                    job_id, work_item.WorkResult(output=why, worker_outcome=work_item.WorkerOutcome.SKIPPED)
+                )
 
 
-def run(target: Target, work: Path) -> Result:
-    """Try all mutants of a target that were not tried yet."""
-    place = _copy(target, work)
+def _forget_survivors(session: Path) -> None:
+    """Have them tried again. Cosmic-ray can only overwrite a result, and what has one is not tried."""
+    with closing(sqlite3.connect(session)) as connection, connection:
+        connection.execute("DELETE FROM work_results WHERE upper(test_outcome) = 'SURVIVED'")
+
+
+def run(target: Target, work: Path, *, every: int = 1, again: bool = False, baseline: bool = True) -> Result:
+    """Try all mutants of a target that were not tried yet, or of a sample of them; ``again``: survivors as well."""
+    place = _copy(target, work, again=again)
     config, session = place / "cosmic-ray.toml", place / "cosmic-ray.sqlite"
+    if again and session.exists():
+        _forget_survivors(session)
     if not session.exists():
         config.write_text(_config(target), encoding="utf-8")
-        _cosmic_ray("baseline", config.name, cwd=place)  # fails if a test fails without any change
-        _cosmic_ray("init", config.name, session.name, cwd=place)
-        _leave_out(target, place, session)
+        if baseline:
+            _cosmic_ray("baseline", config.name, cwd=place)  # fails if a test fails without any change
+        listing = place / "listing.sqlite"  # a session is one once everything that is left out is marked
+        listing.unlink(missing_ok=True)
+        _cosmic_ray("init", config.name, listing.name, cwd=place)
+        _leave_out(target, place, listing, every)
+        listing.rename(session)
     _cosmic_ray("exec", config.name, session.name, cwd=place)
     return read_result(target, work)
 
@@ -216,6 +288,8 @@ def read_result(target: Target, work: Path) -> Result:
             outcomes["pending"] = len([*found.pending_work_items])
             for item, result in found.completed_work_items:
                 outcome = "skipped" if result.test_outcome is None else str(result.test_outcome.value)
+                if result.output == _NOT_DRAWN:
+                    outcome = _NOT_DRAWN
                 outcomes[outcome] += 1
                 if outcome == "survived":
                     before, after = changed_lines(result.diff or "")
@@ -230,19 +304,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="TARGET")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "cloudckpt-mutation")
     parser.add_argument("--jobs", type=int, default=2, help="how many targets are worked on at once")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="every Nth change only, in a place apart")
+    parser.add_argument("--again", action="store_true", help="try survivors once more, with the tests as they are now")
+    parser.add_argument(
+        "--no-baseline", dest="baseline", action="store_false", help="the tests are known to pass without a change"
+    )
+    parser.add_argument("--record", type=Path, help="append what was found to this file, a line of JSON a target")
     options = parser.parse_args(argv)
     targets = read_targets()
     known = {target.name for target in targets}
     if unknown := [name for name in options.names if name not in known]:
         parser.error(f"no such target: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    if options.every < 1:
+        parser.error(f"--every {options.every}: expected 1 or more")
     chosen = [target for target in targets if not options.names or target.name in options.names]
-    options.work.mkdir(parents=True, exist_ok=True)
-    act = run if options.command == "run" else read_result
+    work = options.work if options.every == 1 else options.work / f"every-{options.every}"
+    work.mkdir(parents=True, exist_ok=True)
+
+    def act(target: Target) -> Result:
+        if options.command == "run":
+            return run(target, work, every=options.every, again=options.again, baseline=options.baseline)
+        return read_result(target, work)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = [*pool.map(lambda target: act(target, options.work), chosen)]
+        results = [*pool.map(act, chosen)]
     listed = read_survivors()
     for result in results:
         print(result)
+    if options.record is not None:
+        with options.record.open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{r.line([*complaints([r], listed)])}\n" for r in results if r.tried)
     left = [*complaints(results, listed)]
     print("\n".join(left) or "every survivor has a reason")
     return 1 if left else 0

@@ -1,6 +1,7 @@
 """Write the tables of ``docs/reliability.md`` from what was run, or check that they are from nothing else.
 
-    python -m pytest tests/crash tests/power tests/security tests/soak -m "slow or not slow" --record runs.jsonl
+    python -m pytest tests/crash tests/model --record runs.jsonl    (what else: docs/reliability.md)
+    python tools/mutation.py run --record runs.jsonl
     python tools/reliability.py --add runs.jsonl     take them over into docs/reliability.jsonl, and write the tables
     python tools/reliability.py --write              write the tables
     python tools/reliability.py                      exit 1 and a diff if they are stale
@@ -26,8 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "docs" / "reliability.jsonl"
 PAGE = ROOT / "docs" / "reliability.md"
 _BLOCK = re.compile(r"(<!-- from runs: ([a-z-]+) -->\n)(.*?)(<!-- /from runs -->)", re.DOTALL)
+#: What the suites call what is no fault at a call, so that it is shown and counted by itself.
+_SEARCHED, _HISTORIES = "searched", "random histories"
+_PROTOCOL_MUTANT, _CODE_MUTANT = "a protocol mutant", "a code mutant"
+_OWN_TABLES = ("fuzz", _SEARCHED, _PROTOCOL_MUTANT, _CODE_MUTANT)
+_BESIDE = ("looked at", "in between")
 #: Faults that are counted in a line of their own, or are none.
-_OTHERS = ("fuzz", "kill", "SIGSTOP", "power cut", "none", "5 %")
+_OTHERS = (*_OWN_TABLES, _HISTORIES, *_BESIDE, "kill", "SIGSTOP", "power cut", "none", "5 %")
+_NOTHING = "No run has been recorded yet.\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +89,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
+def _number(value: float) -> str:
+    """Whole numbers in full: a manifest has 4312345 bytes, and not 4.31234e+06."""
+    return f"{value:.0f}" if value == round(value) else f"{value:g}"
+
+
 def _cell(cases: Sequence[Case]) -> str:
     """How often, and how it ended: what failed is named before what held, and what was skipped is not passed over."""
     if not cases:
@@ -96,63 +108,109 @@ def _cell(cases: Sequence[Case]) -> str:
     return f"{sum(case.points for case in ran)} held" + (f", {skipped} skipped" if skipped else "")
 
 
+def _command(cases: Iterable[Case]) -> str:
+    """What to type to have these again: the whole files, slow cases and all."""
+    return "`python -m pytest " + " ".join(sorted({case.test.partition("::")[0] for case in cases})) + "`"
+
+
 def crash_matrix(cases: Sequence[Case]) -> str:
-    """Story and fault by backend: points run and outcome."""
-    chosen = [case for case in cases if case.fault != "fuzz" and "control" not in case.story]
+    """Story and fault by backend: points run and outcome; and the command."""
+    chosen = [case for case in cases if case.fault not in _OWN_TABLES and "control" not in case.story]
     if not chosen:
-        return "No run has been recorded yet.\n"
+        return _NOTHING
     backends = sorted({case.backend for case in chosen})
     cells: defaultdict[tuple[str, str], defaultdict[str, list[Case]]] = defaultdict(lambda: defaultdict(list))
     for case in chosen:
         cells[case.story, case.fault][case.backend].append(case)
-    rows = [[*name, *(_cell(by[backend]) for backend in backends)] for name, by in sorted(cells.items())]
-    return _table(["story", "fault", *backends], rows)
+    rows = [
+        [*name, *(_cell(by[backend]) for backend in backends), _command(case for of in by.values() for case in of)]
+        for name, by in sorted(cells.items())
+    ]
+    return _table(["story", "fault", *backends, "command"], rows)
+
+
+def model(cases: Sequence[Case]) -> str:
+    """How far each scenario of the protocol was searched. The same scenario at another depth replaces it."""
+    rows = [
+        [
+            case.story,
+            case.points,
+            _number(case.figures.get("steps", 0)),
+            _number(case.figures.get("stores recovered", 0)),
+            "yes" if case.figures.get("all of them") else "no, stopped at the bound",
+            case.outcome,
+        ]
+        for case in cases
+        if case.fault == _SEARCHED
+    ]
+    head = ["scenario", "states", "steps", "stores recovered", "all that can be reached", "outcome"]
+    return _table(head, rows) if rows else _NOTHING
+
+
+def mutants(cases: Sequence[Case]) -> str:
+    """What was made wrong on purpose, how often, and how often a test noticed."""
+    rows: list[list[object]] = []
+    known = [case for case in cases if case.fault == _PROTOCOL_MUTANT and case.outcome != "skipped"]
+    if known:
+        caught = sum(case.outcome == "held" for case in known)
+        rows.append(["mistakes in the protocol, made by hand", len(known), caught, len(known) - caught, ""])
+    for case in cases:
+        if case.fault == _CODE_MUTANT:
+            noticed = case.figures.get("noticed", 0)
+            rows.append([f"`{case.story}`", case.points, _number(noticed), _number(case.points - noticed), case.note])
+    return _table(["what", "mutants", "noticed", "survived", "remark"], rows) if rows else _NOTHING
 
 
 def fuzzing(cases: Sequence[Case]) -> str:
     """Targets and executions."""
     chosen = [case for case in cases if case.fault == "fuzz"]
     rows = [[case.story, case.points, f"{case.seconds:.0f}", case.outcome] for case in chosen]
-    return _table(["target", "executions", "seconds", "outcome"], rows) if rows else "No run has been recorded yet.\n"
+    return _table(["target", "executions", "seconds", "outcome"], rows) if rows else _NOTHING
 
 
 def controls(cases: Sequence[Case]) -> str:
     """What must go wrong, so that the rest means something."""
     chosen = [case for case in cases if "control" in case.story]
-    rows = [
-        [case.story, case.fault, case.backend, case.points, ", ".join(f"{v:g} {k}" for k, v in case.figures.items())]
-        for case in chosen
-        if case.outcome == "held"
-    ]
+    rows: list[list[object]] = []
+    for case in chosen:
+        if case.outcome == "held":
+            found = ", ".join(f"{_number(value)} {name}" for name, value in case.figures.items())
+            rows.append([case.story, case.fault, case.backend, case.points, found])
     head = ["control", "fault", "backend", "points", "found"]
-    return _table(head, rows) if rows else "No run has been recorded yet.\n"
+    return _table(head, rows) if rows else _NOTHING
 
 
 def figures(cases: Sequence[Case]) -> str:
     """Sums over everything, and the figures of the long runs."""
     if not cases:
-        return "No run has been recorded yet.\n"
+        return _NOTHING
     ran = [case for case in cases if case.outcome != "skipped"]
     kinds: dict[str, Callable[[Case], bool]] = {
+        "states of the protocol that were searched": lambda c: c.fault == _SEARCHED,
+        "random histories that were told": lambda c: c.fault == _HISTORIES,
         "points at which a call or a request was broken": lambda c: not any(word in c.fault for word in _OTHERS),
+        "moments at which somebody else was at work": lambda c: any(word in c.fault for word in _BESIDE),
         "fuzz executions": lambda c: c.fault == "fuzz",
-        "power cuts": lambda c: c.fault == "power cut",
+        "power cuts": lambda c: c.fault == "power cut" and "control" not in c.story,
         "real processes killed or stopped": lambda c: "kill" in c.fault or "SIGSTOP" in c.fault,
     }
     rows: list[list[object]] = [[name, sum(c.points for c in ran if chosen(c))] for name, chosen in kinds.items()]
+    made = [c for c in ran if c.fault == _PROTOCOL_MUTANT]
+    caught = sum(c.outcome == "held" for c in made)
+    rows.append(["mistakes in the protocol that were caught", f"{caught} of {len(made)}"])
+    changed = [c for c in ran if c.fault == _CODE_MUTANT]
+    noticed = sum(c.figures.get("noticed", 0) for c in changed)
+    rows.append(["changes of the code that were noticed", f"{_number(noticed)} of {sum(c.points for c in changed)}"])
     rows.append(["cases run", len(ran)])
     rows.append(["cases that failed", sum(c.outcome == "failed" for c in ran)])
     rows.append(["cases skipped", len(cases) - len(ran)])
+    rows.append(["minutes that they took, one after the other", f"{sum(c.seconds for c in ran) / 60:.0f}"])
     text = _table(["figure", "value"], rows)
-    long = [case for case in ran if case.figures and "control" not in case.story]
+    long = [c for c in ran if c.figures and c.fault not in _OWN_TABLES and "control" not in c.story]
     if long:
-        text += "\n" + _table(
-            ["case", "fault", "backend", "figures"],
-            [
-                [c.story, c.fault, c.backend, ", ".join(f"{name}: {value:g}" for name, value in c.figures.items())]
-                for c in long
-            ],
-        )
+        told = [", ".join(f"{name}: {_number(value)}" for name, value in c.figures.items()) for c in long]
+        rows = [[c.story, c.fault, c.backend, own] for c, own in zip(long, told, strict=True)]
+        text += "\n" + _table(["case", "fault", "backend", "figures"], rows)
     machines = sorted({case.where for case in ran if case.where})
     return text + "".join(f"\nMade on: {machine}.\n" for machine in machines)
 
@@ -160,13 +218,15 @@ def figures(cases: Sequence[Case]) -> str:
 def skipped(cases: Sequence[Case]) -> str:
     """What could not be run, and why."""
     if not cases:
-        return "No run has been recorded yet.\n"
+        return _NOTHING
     rows = [[c.story, c.fault, c.backend, c.note] for c in cases if c.outcome == "skipped"]
     return _table(["story", "fault", "backend", "why"], rows) if rows else "Nothing was skipped.\n"
 
 
 TABLES: dict[str, Callable[[Sequence[Case]], str]] = {
     "crash-matrix": crash_matrix,
+    "model": model,
+    "mutants": mutants,
     "fuzzing": fuzzing,
     "controls": controls,
     "figures": figures,

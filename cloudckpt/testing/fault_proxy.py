@@ -25,7 +25,7 @@ from cloudckpt.testing.listening import serve_until
 __all__ = ["Action", "FaultProxy", "Injected", "Request"]
 
 Action = Literal[
-    "drop_before", "drop_after", "status", "truncate", "flip", "flip_request", "hang", "hold_after", "delay"
+    "drop_before", "drop_after", "status", "truncate", "flip", "flip_request", "hang", "hold_after", "delay", "late"
 ]
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-connection"}
 _S3_CODES = {
@@ -76,6 +76,7 @@ class Injected:
     _seen: int = 0
     _hit: threading.Event = field(default_factory=threading.Event)
     _released: threading.Event = field(default_factory=threading.Event)
+    _landed: threading.Event = field(default_factory=threading.Event)
     _wake: Callable[[], None] = lambda: None
     _remove: Callable[[], None] = lambda: None
 
@@ -84,9 +85,14 @@ class Injected:
         return self._hit.wait(timeout)
 
     def release(self) -> None:
-        """Let what ``hang`` or ``hold_after`` keeps go on."""
+        """Let what ``hang``, ``hold_after`` or ``late`` keeps go on."""
         self._released.set()
         self._wake()
+
+    def land(self, timeout: float = 30.0) -> bool:
+        """Release what ``late`` keeps, and wait until the server has answered it; False after ``timeout`` seconds."""
+        self.release()
+        return self._landed.wait(timeout)
 
     def remove(self) -> None:
         """No further request is broken by it."""
@@ -163,7 +169,8 @@ class FaultProxy:
             action: ``drop_before`` closes the connection and forwards nothing; ``drop_after`` forwards, and closes
                 without an answer; ``status`` answers by itself; ``truncate`` cuts the answer's body in half;
                 ``flip`` turns one bit of it; ``flip_request`` turns one of the request's; ``hang`` never answers;
-                ``hold_after`` forwards, and answers when released; ``delay`` forwards later.
+                ``hold_after`` forwards, and answers when released; ``delay`` forwards later; ``late`` forwards when
+                released, though the client may have given up and gone.
             method: only requests of this method.
             match: only requests in whose ``path?query`` this regular expression is found.
             when: only requests for which this is true.
@@ -287,6 +294,14 @@ class FaultProxy:
             await _body(incoming)
             self._answered(request, fault.status)
             return _refusal(request, fault)
+        if fault.action == "late":
+            body = await _body(incoming)  # as long as there is somebody to send it
+            await self._released(fault)
+            try:
+                status, headers, body = await self._ask(incoming, body)
+            finally:
+                fault._landed.set()  # noqa: SLF001 - the same
+            return await _sent(incoming, status, headers, body)
         if fault.action == "delay":
             await asyncio.sleep(fault.delay_s)
             return await self._forwarded(incoming, request)
@@ -312,12 +327,15 @@ class FaultProxy:
         self._answered(request, status)
         return await _sent(incoming, status, headers, body)
 
-    async def _ask(self, incoming: web.BaseRequest, *, flipped: bool = False) -> tuple[int, Any, bytes]:
+    async def _ask(
+        self, incoming: web.BaseRequest, body: bytes | None = None, *, flipped: bool = False
+    ) -> tuple[int, Any, bytes]:
         from multidict import CIMultiDict  # noqa: PLC0415 - comes with aiohttp
         from yarl import URL  # noqa: PLC0415 - comes with aiohttp
 
         sent = CIMultiDict((k, v) for k, v in incoming.headers.items() if k.lower() not in {*_HOP_BY_HOP, "expect"})
-        body = await _body(incoming)
+        if body is None:
+            body = await _body(incoming)
         if flipped and body:
             body = _flipped(body)
         async with self._session.request(

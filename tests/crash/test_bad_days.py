@@ -345,7 +345,7 @@ def test_only_our_own_unfinished_uploads_are_aborted(
     server = request.getfixturevalue(kind)
     bucket = f"up-{uuid.uuid4().hex[:8]}"
     server.create_bucket(bucket)
-    with record(f"uploads left by kill -9, then {by}", "kill -9", kind) as case:
+    with record(f"{by}, after a job that died", "its uploads are unfinished", kind) as case:
         storage = S3Storage(bucket, "run", server.storage_options(), QUICK)
         storage.conditions = Conditions.HONOURED
         scripted = ScriptedStorage(storage, 4, Fault.CRASH_BEFORE)  # read, list, create, announce, and no put

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.timeout(3600)
 OFFSETS = {story.name: 7 * number for number, story in enumerate(STORIES)}
 
 
-@pytest.mark.parametrize("kind", ["moto", "seaweedfs", "gcs"])
+@pytest.mark.parametrize("kind", ["moto", "seaweedfs", "gcs", "fake-gcs-server"])
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
 def test_every_operation_survives_on_every_store(
     story: Story, kind: str, new_storage: Callable[[str], Storage], pytestconfig: pytest.Config, record: Recording

@@ -33,6 +33,10 @@ FAULTS: dict[str, tuple[Action, dict[str, Any]]] = {
     "503": ("status", {"status": 503}),
     "truncated": ("truncate", {}),
 }
+#: Gives a request up soon, so that it can land after that.
+HASTY = Settings(
+    retry_base_s=0.001, retry_cap_s=0.01, manifest_deadline_s=10, storage_deadline_s=10, request_timeout_s=0.7
+)
 PART = 5 * 1024 * 1024
 
 
@@ -123,6 +127,51 @@ def test_no_save_fails_by_a_fault_at_any_request(
     """Every request of the history; ``--stride`` thins it out."""
     with record("a history of two jobs, on the wire", fault, wire.name) as case:
         case.points = survive(wire, fault, int(pytestconfig.getoption("--stride")))
+
+
+def survive_late(wire: Wire, stride: int) -> int:
+    """Keep every ``stride``-th request of the history until it is over, and let it land then. How many those were."""
+    total = requests_of_a_history(wire)
+    failures = []
+    points = range(0, total, stride)
+    for number in points:
+        through, past = wire.pair(HASTY)
+        wire.proxy.clear()
+        late = wire.proxy.inject("late", skip=number, times=1)
+        history = History(through, HASTY)
+        history.run()
+        landed = late.land()
+        hit = wire.proxy.requests[number]
+        wire.proxy.clear()
+        try:
+            assert late.hits == 1
+            assert landed, "it never reached the server"
+            assert [c.step for c in history.acknowledged] == [1, 2, 3, 4, 5], "a save failed"
+            check_recovery(past, history, QUICK, late=True)
+        except (AssertionError, CloudCkptError) as exc:
+            failures.append(f"request {number} ({hit.method} {hit.path}): {type(exc).__name__}: {exc}")
+        through.close()
+        past.close()
+    assert not failures, f"{len(failures)} of {total}:\n" + "\n".join(failures)
+    return len(points)
+
+
+@pytest.mark.processes
+def test_no_save_fails_by_a_request_that_lands_too_late(wire: Wire, record: Recording) -> None:
+    """A sample of the requests, each of which reaches the server when its client has long given it up and gone on."""
+    with record("a history of two jobs, on the wire", "lands after its deadline", wire.name) as case:
+        case.points = survive_late(wire, 41)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.timeout(1800)
+def test_no_save_fails_by_any_request_that_lands_too_late(
+    wire: Wire, pytestconfig: pytest.Config, record: Recording
+) -> None:
+    """Every request of the history; ``--stride`` thins it out."""
+    with record("a history of two jobs, on the wire", "lands after its deadline", wire.name) as case:
+        case.points = survive_late(wire, int(pytestconfig.getoption("--stride")))
 
 
 def upload(storage: Storage, body: bytes) -> None:

@@ -40,7 +40,8 @@ def die(root: str, victim: int, moment: str, note: str) -> dict[str, Any]:
 
     Args:
         moment: "announce" (before it), "upload" (in the middle), "commit" (all of its own is uploaded, at rank zero
-            everybody's; nothing is committed), or "restore" (everything is agreed, nothing read).
+            everybody's; nothing is committed), "told" (rank zero has committed, and told nobody), or "restore" (everything
+            is agreed, nothing read).
         note: a file that gets the time at which the victim died.
     """
     said, heard = "", 0.0
@@ -66,13 +67,22 @@ def _arm(ckpts: CheckpointManager, moment: str, note: str) -> None:
         Path(note).write_text(repr(time.monotonic()))
         os.kill(os.getpid(), signal.SIGKILL)
 
+    saver: Any = ckpts._saver
     if moment == "restore":
         setattr(loading, "fetch", die_now)  # noqa: B010 - it is not a public name of that module
+    elif moment == "told":
+        recorder = saver._side._recorder
+        commit = recorder.commit
+
+        def commit_and_die(*words: Any) -> Any:
+            commit(*words)
+            die_now()
+
+        recorder.commit = commit_and_die
     elif moment == "upload":
         inner: Any = getattr(ckpts._store.storage, "inner", ckpts._store.storage)
         inner.put = _once_half_read(die_now)
     else:
-        saver: Any = ckpts._saver
         side = saver._side
         if moment == "commit" and hasattr(side, "_recorder"):
             side._recorder.seal = die_now  # rank zero has heard by then that the others have uploaded all

@@ -8,6 +8,7 @@ from tests.model.exploring import Explorer, Faults, Scenario
 from tests.model.replaying import PatientStore
 from tests.model.roles import writer
 from tests.model.scenarios import BEST, NEWEST, SCENARIOS, WORDS
+from tests.records import Recording
 
 #: How many states of one scenario are looked at, by depth. CI has a minute and a half for all.
 LIMITS = {1: 8_000, 2: 200_000, 3: 1_000_000}
@@ -15,16 +16,23 @@ LIMITS = {1: 8_000, 2: 200_000, 3: 1_000_000}
 
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.timeout(0)
-def test_no_order_of_events_breaks_an_invariant(name: str, pytestconfig: pytest.Config) -> None:
+def test_no_order_of_events_breaks_an_invariant(name: str, pytestconfig: pytest.Config, record: Recording) -> None:
     """Whoever dies, sleeps, comes late or is not answered: I1 to I12 hold in every state, and it can be recovered."""
     depth = int(pytestconfig.getoption("--model-depth"))
     limit = LIMITS[depth]
-    report = Explorer(SCENARIOS[name](depth)).search(limit)
-    print(f"\n{report}")
-    assert report.violation is None, str(report)
-    # A search that stopped before it began would find nothing either.
-    assert report.complete or report.states >= limit
-    assert report.stores > 5
+    with record(name, "searched", "the model") as case:
+        report = Explorer(SCENARIOS[name](depth)).search(limit)
+        print(f"\n{report}")
+        assert report.violation is None, str(report)
+        # A search that stopped before it began would find nothing either.
+        assert report.complete or report.states >= limit
+        assert report.stores > 5
+        case.points = report.states
+        case.figures = {
+            "steps": report.steps,
+            "stores recovered": report.stores,
+            "all of them": int(report.complete),
+        }
 
 
 def test_a_job_alone_reaches_its_end() -> None:

@@ -7,21 +7,24 @@ import pytest
 from tests.model.exploring import Explorer
 from tests.model.mutants import MUTANTS
 from tests.model.scenarios import SCENARIOS
+from tests.records import Recording
 
 #: All of them fall long before.
 LIMIT = 40_000
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_every_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch, record: Recording) -> None:
     """The search finds a way to a broken invariant: the one that the mistake is about."""
     mutant = MUTANTS[name]
     scenario = SCENARIOS[mutant.scenario](1)  # what lies there at first was written by a sound product
     mutant.make(monkeypatch)
-    report = Explorer(scenario).search(LIMIT)
-    print(f"\n{name}: {report}")
-    assert report.violation is not None, f"nothing found in {report.states} states"
-    assert report.violation.startswith(f"{mutant.falls} "), str(report)
+    with record(name, "a protocol mutant", "the model") as case:
+        report = Explorer(scenario).search(LIMIT)
+        print(f"\n{name}: {report}")
+        assert report.violation is not None, f"nothing found in {report.states} states"
+        assert report.violation.startswith(f"{mutant.falls} "), str(report)
+        case.points, case.figures = 1, {"states": report.states, "steps to it": len(report.trace)}
 
 
 def test_there_are_as_many_as_promised() -> None:

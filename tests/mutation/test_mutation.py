@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,11 +27,14 @@ def first(items: list[int] | None, *, n: int = 1 | 2) -> int | None:
 TARGET = Target(module="cloudckpt/core/edits.py", tests=("tests/core/test_edits.py",), timeout_s=60)
 KNOWN = Survivor(TARGET.module, "core/NumberReplacer", "a = 1", "a = 2")
 NEW = Survivor(TARGET.module, "core/ReplaceTrueWithFalse", "b = True", "b = False")
+KNOWN_TO_GIT = pytest.mark.skipif(not (mutation.ROOT / ".git").exists(), reason="copies what git knows")
 
 
-def result(*survivors: Survivor, pending: int = 0) -> Result:
+def result(*survivors: Survivor, pending: int = 0, not_drawn: int = 0) -> Result:
     """What a run has found: ten that were noticed, three that are no decisions, and these."""
     outcomes = Counter({"killed": 10, "survived": len(survivors), "skipped": 3, "pending": pending})
+    if not_drawn:
+        outcomes["not drawn"] = not_drawn
     return Result(target=TARGET, outcomes=outcomes, survivors=frozenset(survivors))
 
 
@@ -112,3 +118,59 @@ def test_nothing_tried_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     """A report before any run shows zeros, and does not need cosmic-ray."""
     assert mutation.main(["report", "garbage", "--work", str(tmp_path)]) == 0
     assert "cloudckpt/core/garbage.py: 0 tried, 0 noticed" in capsys.readouterr().out
+
+
+def test_a_sample_says_that_it_is_one() -> None:
+    """What was not drawn is not counted as tried, and a reason whose mutant may be among it is not called stale."""
+    found = result(NEW, not_drawn=90)
+    assert str(found).endswith("11 tried, 10 noticed, 1 survived, 3 left out (types and texts), 0 to go, 90 not drawn")
+    assert len([*mutation.complaints([found], {})]) == 1
+    assert [*mutation.complaints([found], {NEW: "an alias of it", KNOWN: "an alias"})] == []
+
+
+def test_what_was_found_is_a_case_of_the_reliability_page() -> None:
+    """It holds if every survivor has a reason; a sample is remarked."""
+    good = json.loads(result(KNOWN, not_drawn=90).line([]))
+    assert (good["story"], good["points"], good["figures"], good["outcome"]) == (
+        TARGET.module,
+        11,
+        {"noticed": 10},
+        "held",
+    )
+    assert good["note"] == "each survivor has a reason; a sample: 90 more were not tried"
+    assert json.loads(result(NEW).line(["no test notices it"]))["outcome"] == "failed"
+
+
+@KNOWN_TO_GIT
+def test_a_run_that_was_broken_off_begins_with_the_module_as_it_was(tmp_path: Path) -> None:
+    """What cosmic-ray has left in the copy is undone; a module that has changed meanwhile is refused with advice."""
+    place = mutation._copy(TARGET, tmp_path, again=False)
+    module = (mutation.ROOT / TARGET.module).read_bytes()
+    (place / TARGET.module).write_bytes(module + b"MUTANT = True\n")
+    assert mutation._copy(TARGET, tmp_path, again=False) == place
+    assert (place / TARGET.module).read_bytes() == module
+    (place / mutation._ORIGINAL).write_bytes(b"another")
+    with pytest.raises(SystemExit, match=r"edits\.py has changed since its mutants were listed: remove .*edits and"):
+        mutation._copy(TARGET, tmp_path, again=False)
+
+
+@KNOWN_TO_GIT
+def test_tests_are_renewed_for_survivors(tmp_path: Path) -> None:
+    """``--again`` copies what is there now over what was copied once."""
+    place = mutation._copy(TARGET, tmp_path, again=False)
+    (place / TARGET.tests[0]).write_text("", encoding="utf-8")
+    mutation._copy(TARGET, tmp_path, again=True)
+    assert (place / TARGET.tests[0]).read_bytes() == (mutation.ROOT / TARGET.tests[0]).read_bytes()
+
+
+def test_survivors_are_forgotten_and_nothing_else(tmp_path: Path) -> None:
+    """The database is cosmic-ray's: one row a result, with the name of what became of it."""
+    session = tmp_path / "session.sqlite"
+    with closing(sqlite3.connect(session)) as connection:
+        connection.execute("CREATE TABLE work_results (job_id TEXT, test_outcome TEXT)")
+        rows = [("1", "KILLED"), ("2", "SURVIVED"), ("3", None), ("4", "INCOMPETENT")]
+        connection.executemany("INSERT INTO work_results VALUES (?, ?)", rows)
+        connection.commit()
+        mutation._forget_survivors(session)
+        left = [*connection.execute("SELECT job_id FROM work_results ORDER BY job_id")]
+    assert left == [("1",), ("3",), ("4",)]

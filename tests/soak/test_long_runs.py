@@ -20,7 +20,7 @@ import cloudckpt
 from cloudckpt import CheckpointManager, Settings
 from cloudckpt.core.manifest import recompute
 from cloudckpt.core.manifest_json import MANIFEST_LIMIT_BYTES, decode_manifest, encode_manifest
-from cloudckpt.storage import MemoryStorage
+from cloudckpt.storage import Landed, Storage
 from cloudckpt.testing import FaultProxy, ScriptedStorage
 from cloudckpt.testing.builders import checkpoint
 from cloudckpt.testing.servers import SeaweedFS
@@ -167,10 +167,11 @@ def test_a_long_run_makes_the_requests_that_are_budgeted(record: Recording) -> N
         case.points, case.figures = saves, figures(found)
 
 
-def test_ten_thousand_kept_checkpoints(record: Recording) -> None:
+@pytest.mark.parametrize("kind", ["memory", "local", pytest.param("seaweedfs", marks=pytest.mark.slow)])
+def test_ten_thousand_kept_checkpoints(kind: str, new_storage: Callable[[str], Storage], record: Recording) -> None:
     """A manifest of 10,000 entries is within what is read; a save, a restore and a listing on top of it work."""
-    with record("a save on top of 10,000 kept checkpoints", "none", "memory") as case:
-        storage = MemoryStorage()
+    with record("a save on top of 10,000 kept checkpoints", "none", kind) as case:
+        storage = new_storage(kind)
         settings = Settings(copy_every_revisions=10**6)
         with CheckpointManager(storage, monitor="loss", mode="min", keep_last=None, settings=settings) as ckpts:
             ckpts.save(10_001, {"w": torch.ones(3)}, metrics={"loss": 0.5}, block=True)
@@ -188,7 +189,8 @@ def test_ten_thousand_kept_checkpoints(record: Recording) -> None:
         ]
         entries = (*older, replace(real, seq=10_001))
         grown = recompute(replace(manifest, entries=entries, next_seq=10_002, commits=10_001))
-        storage.replace("manifest.json", encode_manifest(grown), expecting=held.version)
+        swapped = storage.replace("manifest.json", encode_manifest(grown), expecting=held.version)
+        assert isinstance(swapped, Landed), swapped
 
         scripted = ScriptedStorage(storage)
         with CheckpointManager(scripted, settings=settings) as ckpts:

@@ -145,6 +145,19 @@ def test_what_is_held_goes_on_when_it_is_released(proxy: FaultProxy, action: Any
     assert ended == [200] if action == "hold_after" else isinstance(ended[0], Exception)
 
 
+def test_what_is_late_lands_though_the_client_has_gone(proxy: FaultProxy) -> None:
+    """The server gets it when it is released, whole, after whatever has been sent since."""
+    late = proxy.inject("late", method="PUT")
+    connection = http.client.HTTPConnection(proxy.url.removeprefix("http://"), timeout=10)
+    connection.request("PUT", "/proxied/late", body=b"first")
+    assert late.wait()
+    connection.close()
+    assert ask(proxy, "PUT", "/proxied/late", b"second")[0] == 200
+    assert _Objects.objects["/proxied/late"] == b"second"
+    assert late.land()
+    assert _Objects.objects["/proxied/late"] == b"first"
+
+
 def test_which_requests_are_broken(proxy: FaultProxy) -> None:
     """Method, pattern, predicate, skip and times choose; a removed fault breaks nothing."""
     some = proxy.inject("status", method="GET", match="object$|object\\?$", skip=1, times=2)
