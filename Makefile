@@ -76,14 +76,16 @@ trainers: .venv/.dev ## of those Hugging Face's, Lightning's, Accelerate's and I
 		-k "killed or test_forgather or test_listeners" -m "not slow" -n 2 --dist loadfile
 
 kill: .venv/.dev ## kill -9 at KILLS moments (200) and print which phase was hit; stop processes and wake them up when others went on
-	$(BIN)/python -m pytest tests/crash/test_kill.py tests/crash/test_zombie.py -m "slow or not slow" -s --kills $(KILLS)
+	$(BIN)/python -m pytest tests/crash/test_kill.py tests/crash/test_zombie.py tests/distributed/test_kill_loop.py \
+		tests/distributed/test_torchrun_kills.py -m "slow or not slow" -s --kills $(KILLS)
 
 stories: .venv/.dev ## every story on each of BACKENDS (moto seaweedfs gcs fake-gcs-server)
 	for backend in $(BACKENDS); do $(BIN)/python -m pytest tests/stories --on $$backend -n 2 --dist loadfile || exit 1; done
 
-crash-full: .venv/.dev ## break every STRIDE-th (1st) call and request of a history on every store; 40 minutes on 2 cores
+crash-full: .venv/.dev ## break every STRIDE-th (1st) call and request of a history on every store; about 90 minutes on 2 cores (an estimate)
 	$(BIN)/python -m pytest tests/crash/test_stop_at_every_call.py tests/crash/test_faults_on_the_wire.py \
-		tests/crash/test_every_operation_on_stores.py tests/crash/test_pause_at_every_call.py -m slow --stride $(STRIDE) -n 2
+		tests/crash/test_every_operation_on_stores.py tests/crash/test_pause_at_every_call.py \
+		tests/crash/test_pull_at_every_call.py -m slow --stride $(STRIDE) -n 2
 
 power: .venv/.dev ## cut the power CUTS times (50) under each file system that this machine can mount
 	$(BIN)/python -m pytest tests/power -m "slow or not slow" -s --cuts $(CUTS)
@@ -98,7 +100,7 @@ audit: .venv/.dev ## dependencies, installed and allowed, against the advisories
 	$(BIN)/python tools/audit.py
 
 model: .venv/.dev ## every interleaving of the protocol's requests within DEPTH (2), and what must not go unnoticed
-	$(BIN)/python -m pytest tests/model -s -q --model-depth $(DEPTH)
+	$(BIN)/python -m pytest tests/model -s -q -n 2 --model-depth $(DEPTH)
 
 stories-long: .venv/.dev ## thousands of random histories of several processes over one run
 	$(BIN)/python -m pytest tests/stateful -s --stories long

@@ -65,7 +65,10 @@ def test_survivors_name_a_killed_rank_each_time(tmp_path: Path, record: Recordin
                 if answer is not None:
                     assert f"rank {victim} (" in answer["said"], (moment, answer)
                     assert "is gone" in answer["said"], (moment, answer)
-                    if (victim, moment) == (0, "commit"):  # the others had uploaded all, and cannot know what became of it
+                    if (victim, moment) == (
+                        0,
+                        "commit",
+                    ):  # the others had uploaded all, and cannot know what became of it
                         assert "Whether it had committed" in answer["said"]
                     times[moment].append(answer["heard"] - float(note.read_text()))
             assert [c.step for c in cloudckpt.open(root).checkpoints()] == [0], moment
