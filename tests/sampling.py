@@ -72,7 +72,7 @@ FAMILIES = (
     Family("tests/stories/test_bad_input_s3.py", 3),
     Family("tests/stories/test_copy.py", 2),
     Family("tests/security/test_secrets.py", 3),
-    Family("tests/terraform/test_aws_roles.py", 4),  # every statement of every role, by two judges
+    Family("tests/terraform/test_aws_roles.py", 4),  # 3 roles, each of their statements taken away, 2 judges
     # -- one process
     Family("tests/tensors/test_overlap.py", 2),  # optimizers, and ways to step
     Family("tests/stories/test_staging.py", 2),
@@ -81,7 +81,7 @@ FAMILIES = (
 )
 
 #: Files that take long, the longest first: a worker that begins one of them last is waited for. Those of many ranks
-#: do not stand side by side, because each takes both cores.
+#: do not stand side by side, because each takes more than one core. From the durations that each run prints.
 LONG_FIRST = (
     "tests/distributed/test_resharding.py",
     "tests/crash/test_every_operation_on_stores.py",
