@@ -45,23 +45,13 @@ FAMILIES = (
     # -- faults
     Family("tests/crash/test_faults_on_the_wire.py", 3),  # 8 faults, 3 servers
     Family("tests/crash/test_faults_on_the_wire.py::test_no_save_fails_by_a_fault_on_the_wire", 8),  # more in ci-extra
-    Family("tests/crash/test_bad_days.py", 3),  # 8 days, 12 broken downloads, and hands, each on 3 servers
-    Family("tests/crash/test_pause_at_every_call.py", 2),
-    Family("tests/power/test_full_disks.py", 2),  # 6 ways to refuse
-    Family("tests/soak/test_long_runs.py::test_some_hundred_saves_with_faults", 2),  # both kinds in ci-extra
-    Family("tests/model/test_mutants.py", 3),
     # -- the same, slow: in ci-extra
     Family("tests/crash/test_stop_at_every_call.py::test_every_store_survives_every_fault_at_every_call", 4),
-    Family("tests/crash/test_every_operation_on_stores.py", 3),  # 15 operations, 3 servers
-    Family("tests/crash/test_pause_at_every_call.py::test_somebody_else_between_any_two_calls", 4),
-    Family("tests/power/test_power_cuts.py::test_without_syncing_the_same_cuts_lose_saves", 3),  # the control
     # -- many ranks
     Family("tests/distributed/test_resharding.py::test_each_parallelism_restores_what_every_other_saved", 2),
     Family("tests/distributed/test_jobs.py", 2),
     Family("tests/distributed/test_review_d.py", 2),
     Family("tests/distributed/test_dcp.py", 3),  # 3 kinds, 5 changes of the number of ranks
-    Family("tests/distributed/test_preemption.py", 2),
-    Family("tests/preemption/test_together.py", 2),
     # -- stores
     Family("tests/storage/test_s3.py::TestMoto", 3, whole=True),  # SeaweedFS is held to all of it
     Family("tests/storage/test_generic.py::TestOnSFTP", 3, whole=True),  # so is a folder, through the same code
@@ -70,9 +60,6 @@ FAMILIES = (
     Family("tests/storage/direct/test_s3_lane.py", 2),
     Family("tests/storage/direct/test_gcs_lane.py", 2),
     Family("tests/stories/test_bad_input_s3.py", 3),
-    Family("tests/stories/test_copy.py", 2),
-    Family("tests/security/test_secrets.py", 3),
-    Family("tests/terraform/test_aws_roles.py", 4),  # 3 roles, each of their statements taken away, 2 judges
     # -- one process
     Family("tests/tensors/test_overlap.py", 2),  # optimizers, and ways to step
     Family("tests/stories/test_staging.py", 2),
@@ -84,8 +71,6 @@ FAMILIES = (
 #: do not stand side by side, because each takes more than one core. From the durations that each run prints.
 LONG_FIRST = (
     "tests/distributed/test_resharding.py",
-    "tests/crash/test_every_operation_on_stores.py",
-    "tests/crash/test_every_operation.py",
     "tests/distributed/test_review_d.py",
     "tests/crash/test_stop_at_every_call.py",
     "tests/tensors/test_overlap_processes.py",
@@ -93,34 +78,19 @@ LONG_FIRST = (
     "tests/docs/test_docs.py",
     "tests/storage/test_s3.py",
     "tests/distributed/test_kill_loop.py",
-    "tests/distributed/test_torchrun_signals.py",
     "tests/crash/test_kill.py",
-    "tests/soak/test_long_runs.py",
     "tests/tensors/test_overlap.py",
     "tests/distributed/test_object_store.py",
-    "tests/preemption/test_processes.py",
-    "tests/crash/test_every_operation_on_disk.py",
-    "tests/stateful/test_stateful.py",
-    "tests/model/test_model.py",
     "tests/stories/test_bad_input_s3.py",
     "tests/stories/test_review_c_saves.py",
     "tests/distributed/test_torchrun.py",
-    "tests/crash/test_bad_days.py",
     "tests/crash/test_faults_on_the_wire.py",
-    "tests/crash/test_zombie.py",
-    "tests/power/test_power_cuts.py",
-    "tests/power/test_full_disks.py",
     "tests/storage/direct/test_review_c_s3.py",
     "tests/cli/test_cli.py",
-    "tests/terraform/test_aws_roles.py",
     "tests/storage/direct/test_s3_lane.py",
-    "tests/security/test_secrets.py",
     "tests/benchmarks/test_measuring.py",
     "tests/distributed/test_dcp.py",
-    "tests/distributed/test_preemption.py",
-    "tests/preemption/test_together.py",
     "tests/storage/test_uploads.py",
-    "tests/security/test_bounds.py",
 )
 _TURNS = {file: number for number, file in enumerate(LONG_FIRST)}
 
