@@ -31,8 +31,8 @@ _SAMPLES_PER_S = 50  # each stops the process for a moment
 _OURS = "cloudckpt/"
 #: ``function (path/of/file.py:line)``, as py-spy writes a frame.
 _FRAME = re.compile(r"^(?P<function>.+) \((?P<file>[^:()]+)(?::\d+)?\)$")
-#: The arena is made before a save is timed (and not for a load), and modules are imported once.
-_LEFT_OUT = re.compile(r"(prepare|_touch) \(\S*cloudckpt/|<frozen importlib")
+#: The arena is made before a save is timed, and modules are imported once.
+_LEFT_OUT = re.compile(r"prepare \(\S*cloudckpt/|<frozen importlib")
 _TIMES = 3
 _SHOWN = 8
 
