@@ -33,6 +33,13 @@ _OURS = "cloudckpt/"
 _FRAME = re.compile(r"^(?P<function>.+) \((?P<file>[^:()]+)(?::\d+)?\)$")
 #: The arena is made before a save is timed, and modules are imported once.
 _LEFT_OUT = re.compile(r"prepare \(\S*cloudckpt/|<frozen importlib")
+#: A thread that waits here is taken for one that computes.
+_WAITING = (
+    "_work (cloudckpt/storage/direct/threads.py)",
+    "Condition.wait (threading.py)",
+    "Condition.__enter__ (threading.py)",
+    "EpollSelector.select (selectors.py)",
+)
 _TIMES = 3
 _SHOWN = 8
 
@@ -124,7 +131,9 @@ def profile_section(rows: Iterable[Mapping[str, Any]], missed: Mapping[str, str]
     for row in rows:
         if row["bar"] not in missed:
             continue
-        told = ", ".join(f"`{function}` {share:.0%}" for function, share in row["shares"][:_SHOWN])
+        computing = [(function, share) for function, share in row["shares"] if function not in _WAITING]
+        whole = 1 - sum(share for function, share in row["shares"] if function in _WAITING)
+        told = ", ".join(f"`{function}` {share / whole:.0%}" for function, share in computing[:_SHOWN])
         lines.append(f"- **{missed[row['bar']]}**: {told}")
     if not lines:
         return ""
