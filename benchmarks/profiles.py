@@ -27,12 +27,20 @@ __all__ = ["PROFILED", "Share", "measure_profiles", "profile_section", "shares"]
 
 #: Bars whose limit is the processor, by name; one that is met is profiled all the same, and left out of the page.
 PROFILED = ("save-s3-cpu", "save-s3-tls", "save-s3-far", "load-s3", "load-s3-tls", "tensors")
-_SAMPLES_PER_S = 400
+_SAMPLES_PER_S = 50  # each stops the process for a moment
 _OURS = "cloudckpt/"
 #: ``function (path/of/file.py:line)``, as py-spy writes a frame.
 _FRAME = re.compile(r"^(?P<function>.+) \((?P<file>[^:()]+)(?::\d+)?\)$")
-#: The settings, the arena and the claim are made before a save is timed.
-_BEFORE = ("prepare (",)
+#: The arena is made before a save is timed, and modules are imported once.
+_LEFT_OUT = re.compile(r"prepare \(\S*cloudckpt/|<frozen importlib")
+#: A thread that waits here is taken for one that computes.
+_WAITING = (
+    "_work (cloudckpt/storage/direct/threads.py)",
+    "Condition.wait (threading.py)",
+    "Condition.__enter__ (threading.py)",
+    "EpollSelector.select (selectors.py)",
+)
+_TIMES = 3
 _SHOWN = 8
 
 
@@ -55,9 +63,7 @@ def shares(folded: Iterable[str]) -> list[Share]:
     for line in folded:
         stack, _, count = line.rpartition(" ")
         frames = stack.split(";")
-        if not count.isdigit() or not any(_OURS in frame for frame in frames):
-            continue
-        if any(frame.startswith(_BEFORE) and _OURS in frame for frame in frames):
+        if not count.isdigit() or not any(_OURS in frame for frame in frames) or _LEFT_OUT.search(stack):
             continue
         counted[_name(frames[-1])] += int(count)
     total = sum(counted.values())
@@ -73,26 +79,34 @@ def _name(frame: str) -> str:
 
 
 def _measure(name: str, work: Path) -> Row:
-    """Run the case of a bar once under py-spy."""
+    """Run the case of a bar a few times under py-spy."""
     bar = next(bar for bar in BARS if bar.name == name)
     plan = BAR_PLANS[bar.plan]
     work.mkdir(parents=True, exist_ok=True)
     folded = work / "profile.folded"
     spy = str(Path(sys.executable).with_name("py-spy"))
-    record = [spy, "record", "--format", "raw", "--rate", str(_SAMPLES_PER_S), "--output", str(folded), "--"]
+    record = [spy, "record", "--format", "raw", "--rate", str(_SAMPLES_PER_S), "--output", str(folded)]
+    lines: list[str] = []
     loads = plan.group.startswith("load")
     with serving(LINKS[plan.link], discard=not loads, work=work) as server:
         if loads:
             fill(plan, (bar.case,), server, work)
-        path = "bench/filled" if loads else "bench/profile"
-        command, environment = case_command(plan.group, bar.case, bar.size, path, server)
-        done = subprocess.run(
-            [*record, *command], env=environment, capture_output=True, text=True, check=False, timeout=plan.timeout_s
-        )
-    if "RESULT " not in done.stdout or not folded.exists():
-        raise RuntimeError(f"{name}: {(done.stderr or done.stdout).strip()[-400:]}")
-    found = shares(folded.read_text(encoding="utf-8").splitlines())
-    folded.unlink()
+        for number in range(_TIMES):
+            path = "bench/filled" if loads else f"bench/profile-{number}"
+            command, environment = case_command(plan.group, bar.case, bar.size, path, server)
+            done = subprocess.run(
+                [*record, "--", *command],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=plan.timeout_s,
+            )
+            if "RESULT " not in done.stdout or not folded.exists():
+                raise RuntimeError(f"{name}: {(done.stderr or done.stdout).strip()[-400:]}")
+            lines += folded.read_text(encoding="utf-8").splitlines()
+            folded.unlink()
+    found = shares(lines)
     at = {"size": bar.size, "case": bar.case, "processes": 0, "round": 0}
     return {"bar": name, **at, "shares": [[one.function, round(one.share, 4)] for one in found[:40]]}
 
@@ -117,7 +131,9 @@ def profile_section(rows: Iterable[Mapping[str, Any]], missed: Mapping[str, str]
     for row in rows:
         if row["bar"] not in missed:
             continue
-        told = ", ".join(f"`{function}` {share:.0%}" for function, share in row["shares"][:_SHOWN])
+        computing = [(function, share) for function, share in row["shares"] if function not in _WAITING]
+        whole = 1 - sum(share for function, share in row["shares"] if function in _WAITING)
+        told = ", ".join(f"`{function}` {share / whole:.0%}" for function, share in computing[:_SHOWN])
         lines.append(f"- **{missed[row['bar']]}**: {told}")
     if not lines:
         return ""

@@ -110,11 +110,14 @@ def _machine(results: Results) -> str:
     if not results.machines:
         return "There are no results yet: run `make bench`.\n"
     common = next(iter(results.machines.values()))
-    others = [name for name, facts in results.machines.items() if facts != common]
+    others: dict[str, list[str]] = {}
+    for plan, facts in results.machines.items():
+        if differ := "; ".join(f"{name} {value}" for name, value in facts.items() if common.get(name) != value):
+            others.setdefault(differ, []).append(f"`{plan}`")
     lines = ["## The machine and the versions", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in common.items()]
-    if others:
-        lines += ["", f"Measured with another machine or other versions: {', '.join(others)}."]
+    for differ, plans in others.items():
+        lines += ["", f"Measured with {differ}: {', '.join(plans)}."]
     return "\n".join(lines) + "\n"
 
 
