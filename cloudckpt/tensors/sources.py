@@ -216,6 +216,11 @@ class TensorSource(PayloadSource):
         self._buffers = buffers
         self._header = memoryview(payload.layout.header)
         self._versions = [_version(tensor) for tensor in payload.tensors]
+        # Asked once, by one thread: torch lets go of the interpreter's lock to answer, and threads that send parts side
+        # by side then wait for it far longer than the answer takes. The aliases keep the memory that was asked about,
+        # should somebody give a tensor other memory meanwhile.
+        self._aliases = [tensor.detach() for tensor in payload.tensors]
+        self._flat = [lies_flat(alias) for alias in self._aliases]
         self._held: set[tuple[int, int]] = set()
 
     @contextlib.contextmanager
@@ -246,13 +251,13 @@ class TensorSource(PayloadSource):
 
     def _runs(self, start: int, stop: int) -> list[tuple[int, int, bool]]:
         """The range as runs: a large tensor's own memory stands alone, what lies between is joined."""
-        bounds, tensors = self.payload.bounds, self.payload.tensors
+        bounds, flat = self.payload.bounds, self._flat
         runs: list[tuple[int, int, bool]] = []
         number, at = bisect_right(bounds, start) - 1, start
         joined = start
         while at < stop:
             close = bounds[number + 1]
-            if number == 0 or (close - bounds[number] >= _SMALL_BYTES and lies_flat(tensors[number - 1])):
+            if number == 0 or (close - bounds[number] >= _SMALL_BYTES and flat[number - 1]):
                 if at > joined:
                     runs.append((joined, at, False))
                 joined = min(stop, close)
@@ -265,13 +270,13 @@ class TensorSource(PayloadSource):
 
     def _own(self, start: int, stop: int) -> memoryview:
         number = bisect_right(self.payload.bounds, start) - 1
-        view = self._header if number == 0 else byte_view(self.payload.tensors[number - 1].detach())
+        view = self._header if number == 0 else byte_view(self._aliases[number - 1])
         base = self.payload.bounds[number]
         return view[start - base : stop - base]
 
     def _join(self, buffer: torch.Tensor, at: int, start: int, stop: int) -> None:
         """Bytes ``start`` to ``stop`` of the object to ``at`` in the buffer, which has room to its left and right."""
-        bounds, tensors = self.payload.bounds, self.payload.tensors
+        bounds, tensors, flat = self.payload.bounds, self._aliases, self._flat
         address, shift = buffer.data_ptr(), at - start
         number = bisect_right(bounds, start) - 1
         devices = set()
@@ -281,21 +286,26 @@ class TensorSource(PayloadSource):
             tensor = tensors[number - 1]
             if end == start:
                 pass
-            elif lies_flat(tensor):
+            elif flat[number - 1]:
                 copy = copy_small if end - start < _SMALL_BYTES else copy_large
                 copy(address + shift + start, tensor.data_ptr() + start - base, end - start)
             else:
                 size = tensor.dtype.itemsize
                 first, last = (start - base) // size, -(-(end - base) // size)
                 begin = shift + base + first * size
-                flat = buffer[begin : begin + (last - first) * size].view(tensor.dtype)
-                copy_elements(flat, tensor.detach(), first, last, non_blocking=tensor.is_cuda)
+                elements = buffer[begin : begin + (last - first) * size].view(tensor.dtype)
+                copy_elements(elements, tensor, first, last, non_blocking=tensor.is_cuda)
                 if tensor.is_cuda:
                     devices.add(tensor.device)
             start = end
             number += 1
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
+
+    def let_go(self) -> None:
+        """See ``PayloadSource.let_go``."""
+        super().let_go()
+        self._aliases = []
 
     def check_unchanged(self) -> None:
         """Compare every tensor's version with the one it had when the save began.
