@@ -64,7 +64,6 @@ FAMILIES = (
     Family("tests/tensors/test_overlap.py", 2),  # optimizers, and ways to step
     Family("tests/stories/test_staging.py", 2),
     Family("tests/stories/test_review_c_saves.py", 2),
-    Family("tests/docs/test_docs.py::test_every_block_runs", 4),  # the README first, then every fourth page
 )
 
 #: Files that take long, the longest first: a worker that begins one of them last is waited for. Those of many ranks
