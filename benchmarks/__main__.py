@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +62,12 @@ def _chosen(what: str) -> list[Plan]:
     return [(PLANS | BARS)[what]]
 
 
-def _profiled(given: argparse.Namespace, out: Path, names: Sequence[str]) -> bool:
+def _profiled(given: argparse.Namespace, out: Path) -> bool:
+    names = tuple(given.only.split(",")) if given.only else PROFILED
+    if unknown := sorted({*names} - {*PROFILED}):
+        # Before a file is opened: results of another source would be begun anew.
+        print(f"no profile is made of {', '.join(unknown)}; choose from {', '.join(PROFILED)}", file=sys.stderr)
+        return False
     try:
         measure_profiles(Results(out / "profiles.jsonl", fresh=given.fresh), names, given.work)
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as exc:
@@ -86,12 +90,7 @@ def main() -> int:
         write_page(out, _ROOT / "docs")
         return 0
     if given.what == "profiles":
-        names = tuple(given.only.split(",")) if given.only else PROFILED
-        if unknown := sorted({*names} - {*PROFILED}):
-            # Before a file is opened: results of another source would be begun anew.
-            print(f"no profile is made of {', '.join(unknown)}; choose from {', '.join(PROFILED)}", file=sys.stderr)
-            return 2
-        return 0 if _profiled(given, out, names) else 2
+        return 0 if _profiled(given, out) else 2
     for plan in _chosen(given.what):
         began = time.monotonic()
         try:
@@ -110,7 +109,7 @@ def main() -> int:
     else:
         print(tables(given.what, results.rows.get(given.what, [])))
     if given.what == "all":
-        _profiled(given, out, PROFILED)
+        _profiled(given, out)
         write_page(out, _ROOT / "docs")
     return 0
 
