@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -61,6 +62,20 @@ def _chosen(what: str) -> list[Plan]:
     return [(PLANS | BARS)[what]]
 
 
+def _profiled(given: argparse.Namespace, out: Path) -> bool:
+    names = tuple(given.only.split(",")) if given.only else PROFILED
+    if unknown := sorted({*names} - {*PROFILED}):
+        # Before a file is opened: results of another source would be begun anew.
+        print(f"no profile is made of {', '.join(unknown)}; choose from {', '.join(PROFILED)}", file=sys.stderr)
+        return False
+    try:
+        measure_profiles(Results(out / "profiles.jsonl", fresh=given.fresh), names, given.work)
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as exc:
+        print(f"profiles could not be made: {exc}", file=sys.stderr)
+        return False
+    return True
+
+
 def main() -> int:
     """Do what the command line says; the exit status is 0 even where a bar is missed, which the table tells."""
     given = _arguments()
@@ -75,9 +90,7 @@ def main() -> int:
         write_page(out, _ROOT / "docs")
         return 0
     if given.what == "profiles":
-        names = given.only.split(",") if given.only else PROFILED
-        measure_profiles(Results(out / "profiles.jsonl", fresh=given.fresh), names, given.work)
-        return 0
+        return 0 if _profiled(given, out) else 2
     for plan in _chosen(given.what):
         began = time.monotonic()
         try:
@@ -96,6 +109,7 @@ def main() -> int:
     else:
         print(tables(given.what, results.rows.get(given.what, [])))
     if given.what == "all":
+        _profiled(given, out)
         write_page(out, _ROOT / "docs")
     return 0
 

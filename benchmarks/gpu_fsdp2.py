@@ -16,6 +16,8 @@ the call that saves takes, on the slowest rank, over all saves but the first; ``
 upload by the median quiet one; ``host_gib`` is the most memory above the start, on the rank with the most, of the
 process and its helpers, with what torch has pinned. ``killed``: rank one is killed with SIGKILL in mid-upload, the
 others say so, and the job is started again on fewer ranks.
+
+(Past 350 lines: one program that runs from a bare checkout, and nothing else of it is shared.)
 """
 
 from __future__ import annotations

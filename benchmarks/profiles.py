@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _measure(name: str, work: Path) -> Row:
     loads = plan.group.startswith("load")
     with serving(LINKS[plan.link], discard=not loads, work=work) as server:
         if loads:
-            fill(plan, (bar.case,), server, work)
+            fill(replace(plan, sizes=(bar.size,)), (bar.case,), server, work)
         for number in range(_TIMES):
             path = "bench/filled" if loads else f"bench/profile-{number}"
             command, environment = case_command(plan.group, bar.case, bar.size, path, server)

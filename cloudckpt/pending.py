@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
 from cloudckpt.core.model import Checkpoint
 from cloudckpt.progress import Meter
 
 __all__ = ["PendingSave", "Progress"]
+
+#: A signal that comes between a thread's last look at signals and its going to sleep does not wake it: Python sees it
+#: when the wait is over, and Ctrl-C is lost until then. So nobody sleeps longer than this at a time.
+_SLEEP_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,24 +93,18 @@ class PendingSave:
             ConflictError: this process was replaced by a newer writer, or the run was changed under it.
             TimeoutError: it is still on its way after ``timeout_s`` seconds.
         """
-        try:
-            result = self._outcome.result(timeout_s)
-        except FutureTimeoutError:
-            if not self._outcome.done():
-                raise TimeoutError(f"{self._checkpoint.name} is still at {self.progress.phase}") from None
-            self._seen = True
-            raise
-        except BaseException as exc:
-            # An interrupted wait has learnt nothing: what becomes of the save is still to be told.
-            self._seen = self._seen or (self._outcome.done() and exc is self._outcome.exception())
-            raise
+        # An interrupted wait has learnt nothing: what becomes of the save is still to be told.
+        if not _slept(self._sleep, timeout_s):
+            raise TimeoutError(f"{self._checkpoint.name} is still at {self.progress.phase}")
         self._seen = True
-        return result
+        return self._outcome.result()
 
     def wait_quietly(self, timeout_s: float | None = None) -> bool:
         """Wait until it has ended, one way or the other, without taking note of its failure; whether it has."""
-        wait([self._outcome], timeout_s)
-        return self._outcome.done()
+        return _slept(self._sleep, timeout_s)
+
+    def _sleep(self, seconds: float) -> bool:
+        return bool(wait([self._outcome], seconds).done)
 
     def wait_staged(self) -> None:
         """Wait until the state may be changed in whatever way.
@@ -119,7 +117,7 @@ class PendingSave:
             if give_back is not None:
                 give_back()
             else:
-                self._staged.wait()
+                _slept(self._staged.wait)
         except BaseException:
             self.break_off("the call that saves was interrupted")
             raise
@@ -130,7 +128,7 @@ class PendingSave:
 
     def wait_announced(self) -> None:
         """Wait until the manifest names the save, or it has ended."""
-        self._announced.wait()
+        _slept(self._announced.wait)
 
     # -- for the saver ---------------------------------------------------------------------------------------
 
@@ -218,3 +216,14 @@ class PendingSave:
             self._outcome.set_exception(outcome)
         self._give_back = None  # nothing copies any more; and it would keep the state alive as long as this
         self._announced.set()
+
+
+def _slept(sleep: Callable[[float], bool], timeout_s: float | None = None) -> bool:
+    """Sleep until what is waited for is there, or so many seconds are over; whether it is there."""
+    until = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        left_s = _SLEEP_S if until is None else min(_SLEEP_S, max(0.0, until - time.monotonic()))
+        if sleep(left_s):
+            return True
+        if until is not None and time.monotonic() >= until:
+            return False

@@ -2,6 +2,8 @@
 
 A lane of a store signs requests and says what an answer means. Which parts there are, when one is sent again, what a
 forked child must not touch, and who is told why payload goes another way is the same for every store, and is here.
+
+(Past 350 lines, because a part's whole way, from its first bytes to its last repetition, is told in one place.)
 """
 
 from __future__ import annotations

@@ -83,11 +83,10 @@ def _arm(ckpts: CheckpointManager, moment: str, note: str) -> None:
         inner: Any = getattr(ckpts._store.storage, "inner", ckpts._store.storage)
         inner.put = _once_half_read(die_now)
     else:
-        side = saver._side
-        if moment == "commit" and hasattr(side, "_recorder"):
-            side._recorder.seal = die_now  # rank zero has heard by then that the others have uploaded all
+        if moment == "commit" and dist.get_rank() == 0:
+            saver._side._recorder.seal = die_now  # by then it has heard that the others have uploaded all
         else:
-            setattr(side, moment, die_now)
+            setattr(saver._side, moment, die_now)
 
 
 def _once_half_read(die_now: Callable[[], None]) -> Callable[..., None]:

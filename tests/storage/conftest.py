@@ -13,7 +13,15 @@ from typing import IO, Any
 
 import pytest
 
+from cloudckpt.testing import FakeGCS
 from cloudckpt.testing.servers import MotoServer, SeaweedFS
+
+
+@pytest.fixture(scope="module")
+def gcs_server() -> Iterator[FakeGCS]:
+    """A server for each file: uploads that another one's tests leave unfinished would be found here."""
+    with FakeGCS() as server:
+        yield server
 
 
 @pytest.fixture(params=["s3_server", "seaweedfs"], ids=["moto", "seaweedfs"])

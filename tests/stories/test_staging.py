@@ -135,11 +135,14 @@ def test_a_streamed_save_that_fails_gives_the_state_back() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX here")
 def test_an_interrupted_blocking_save_sends_nothing_that_changed_after_it() -> None:
-    """Ctrl-C gives the state back at once: the save fails, and nothing of it becomes visible."""
+    """Ctrl-C gives the state back at once: the save fails, and nothing of it becomes visible.
+
+    It comes just as the thread that saves goes to sleep, which Python alone would not notice before the sleep is over.
+    """
     storage, interrupted, once = Watched(), threading.Event(), threading.Lock()
 
     def interrupt(_: str) -> None:
-        if once.acquire(blocking=False):  # a second one would come when nobody expects it, and end the whole run
+        if once.acquire(blocking=False):  # the next payload object must not bring another one
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         interrupted.wait()
 

@@ -65,13 +65,6 @@ storage.close()
 """
 
 
-@pytest.fixture(scope="module")
-def gcs_server() -> Iterator[FakeGCS]:
-    """A server of its own: uploads that tests of other files leave unfinished would be found here."""
-    with FakeGCS() as server:
-        yield server
-
-
 @pytest.fixture
 def bucket(gcs_server: FakeGCS) -> str:
     """A fresh bucket on the strict fake."""
