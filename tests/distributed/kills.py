@@ -82,11 +82,10 @@ def _arm(ckpts: CheckpointManager, moment: str, note: str) -> None:
     elif moment == "upload":
         inner: Any = getattr(ckpts._store.storage, "inner", ckpts._store.storage)
         inner.put = _once_half_read(die_now)
+    elif moment == "commit" and dist.get_rank() == 0:
+        saver._side._recorder.seal = die_now  # by then it has heard that the others have uploaded all
     else:
-        if moment == "commit" and dist.get_rank() == 0:
-            saver._side._recorder.seal = die_now  # by then it has heard that the others have uploaded all
-        else:
-            setattr(saver._side, moment, die_now)
+        setattr(saver._side, moment, die_now)
 
 
 def _once_half_read(die_now: Callable[[], None]) -> Callable[..., None]:
