@@ -9,7 +9,7 @@ from typing import Any
 from cloudckpt.cli.schema import OBJECTS
 
 #: The first word of what a table says of a field -> what JSON has there. Numbers that are not finite are strings.
-KINDS: dict[str, tuple[type, ...]] = {
+KINDS: dict[str, Any] = {
     "array": (list,),
     "boolean": (bool,),
     "integer": (int,),
