@@ -63,7 +63,7 @@ check: .venv/.dev ## format, lint, types, floors
 cov: .venv/.dev ## the pure core, with all of its branches
 	$(BIN)/python -m pytest tests/core -q -n 2 $(SAMPLE) --cov=cloudckpt.core --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
-unit: .venv/.dev ## every other suite but the slow ones
+unit: .venv/.dev .venv-terraform/.ready ## every other suite but the slow ones
 	$(BIN)/python -m pytest tests --ignore=tests/core --ignore=tests/integrations -m "not slow" $(SHARE) $(SAMPLE)
 
 integrations: .venv/.dev ## real trainers of other libraries, killed and gone on with; installs them first
@@ -109,11 +109,13 @@ mutation: .venv/.dev ## change the code that decides, one thing at a time, and s
 	$(BIN)/python -m pip install --quiet -e ".[mutation]"
 	$(BIN)/python tools/mutation.py run
 
-.venv-checkov/bin/checkov:
-	$(PYTHON) -m venv .venv-checkov
-	.venv-checkov/bin/python -m pip install --quiet "checkov==3.3.30"
+# checkov, and what serves providers' schemas to Terraform, in an environment of their own: both pin protobuf and more.
+.venv-terraform/.ready: tools/terraform_requirements.txt
+	$(PYTHON) -m venv .venv-terraform
+	.venv-terraform/bin/python -m pip install --quiet -r $<
+	@touch $@
 
-terraform: .venv/.dev .venv-checkov/bin/checkov ## the modules offline: fmt, validate, plan, their own tests, checkov, and each role's rights
+terraform: .venv/.dev .venv-terraform/.ready ## the modules offline: fmt, validate, plan, their own tests, checkov, and each role's rights
 	$(BIN)/python -m pytest tests/terraform tests/core/test_rights.py
 
 terraform-docs: .venv/.dev ## write policies, permissions and the tables of the modules' READMEs anew
@@ -122,14 +124,14 @@ terraform-docs: .venv/.dev ## write policies, permissions and the tables of the 
 oldest: ## the suites of the stores and of many ranks with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest
 	tools/test_oldest.sh
 
-slow: .venv/.dev .venv-checkov/bin/checkov ## every slow suite at full length
+slow: .venv/.dev .venv-terraform/.ready ## every slow suite at full length
 	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow -s --kills $(KILLS)
 
 # Some four minutes on 2 cores, by estimates in seconds of one worker: crashes of a history on four stores 20, of every
 # operation on stores and on the wire 120, faults at requests 45, somebody else in between 20; kill -9 24 times, and 12 on
 # S3, 40; twelve zombies on S3 25; a killed rank twenty times 40; signals under torchrun 60; 300 saves with faults and 75
 # over the wire 30; six power cuts under each file system 45; full disks 20; signals to data loaders 20; checkov 15.
-ci-extra: .venv/.dev .venv-checkov/bin/checkov ## the slow suites, shorter
+ci-extra: .venv/.dev .venv-terraform/.ready ## the slow suites, shorter
 	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow $(SHARE) $(SAMPLE) --kills 24 --stride 50 --soak 300
 
 spec: .venv/.dev ## write the examples of docs/spec/v1.md and the generated tables anew
@@ -165,4 +167,4 @@ fmt: .venv/.dev ## format and fix
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-bench .venv-checkov runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache
+	rm -rf .venv .venv-bench .venv-terraform runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .import_linter_cache

@@ -16,7 +16,7 @@ import pytest
 from tests.terraform.iam import ROOT
 
 #: It pins so much that it lives in an environment of its own: ``make terraform``.
-_OWN = ROOT / ".venv-checkov" / "bin" / "checkov"
+_OWN = ROOT / ".venv-terraform" / "bin" / "checkov"
 CHECKOV = str(_OWN) if _OWN.exists() else shutil.which("checkov")
 _SKIP = re.compile(r"#\s*checkov:skip=([^:\n]*):?(.*)")
 
@@ -40,7 +40,7 @@ def test_every_skip_has_a_reason() -> None:
 def test_checkov_finds_nothing() -> None:
     """Every check passes that is not skipped beside the resource, every skip is of a check there is, every file is read."""
     if CHECKOV is None:
-        missing = "checkov is not installed: make .venv-checkov/bin/checkov"
+        missing = "checkov is not installed: make .venv-terraform/.ready"
         if os.environ.get("CI"):
             pytest.fail(missing)
         pytest.skip(missing)

@@ -26,7 +26,8 @@ from tests.terraform.iam import MODULES, ROOT, filled_in
 TERRAFORM = next((found for found in map(shutil.which, ("terraform", "tofu")) if found), None)
 SCHEMAS = ROOT / "tests" / "terraform" / "schema"
 FOLDERS = ("modules/aws", "modules/gcp", "examples/aws-spot", "examples/gcp-gke")
-NEEDED = ("grpc", "msgpack", "tf")
+#: What serves the stub pins so much that it lives in an environment of its own.
+_TOOLS = ROOT / ".venv-terraform" / "bin" / "python"
 
 Run = Callable[..., str]
 
@@ -49,11 +50,11 @@ def _need_terraform() -> str:
 def stub() -> Iterator[str]:
     """What TF_REATTACH_PROVIDERS must be for Terraform to find the stub of both providers."""
     _need_terraform()
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        _fail_in_ci(f"{', '.join(missing)} is not installed: make terraform")
+    if not _TOOLS.exists():
+        _fail_in_ci("what serves the stub is not installed: make .venv-terraform/.ready")
     if not all((SCHEMAS / f"{name}.json").exists() for name in ("aws", "google")):
         _fail_in_ci("there are no excerpts of the schemas: python tools/terraform_schema.py --download")
-    command = [sys.executable, str(ROOT / "tools" / "terraform_stub.py")]
+    command = [_TOOLS, ROOT / "tools" / "terraform_stub.py"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdin is not None
@@ -114,12 +115,12 @@ def outputs(run: Run, folder: Path, **variables: Any) -> dict[str, Any]:
 
 
 def planned(run: Run, folder: Path, **variables: Any) -> dict[str, dict[str, Any]]:
-    """The planned values of every resource, by address."""
+    """The planned values of every resource, by address; none where all of them are known at apply only."""
     root = plan_of(run, folder, **variables)["root_module"]
 
     def resources(module: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         for resource in module.get("resources", ()):
-            yield resource["address"], resource["values"]
+            yield resource["address"], resource.get("values", {})
         for child in module.get("child_modules", ()):
             yield from resources(child)
 
