@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cloudckpt.cli.common import Json, Place, Quiet, Root, Select, root_of, split, store_at, view_at
-from cloudckpt.cli.render import age, as_json, checkpoints_table, output, print_json, runs_table
+from cloudckpt.cli.render import age, as_json, checkpoints_table, event_line, output, print_json, runs_table
 from cloudckpt.core.model import Checkpoint, Index, Manifest, State
 from cloudckpt.core.retention import metric_value
 from cloudckpt.core.selection import select_best
@@ -209,12 +209,10 @@ def log(
         return
     console = output()
     for event in events:
-        name = f" checkpoint-{event.step}.{event.id}" if event.id else ""
         if quiet:
-            sys.stdout.write(f"{event.event}{name}\n")
-            continue
-        detail = f": {event.detail}" if event.detail else ""
-        console.print(f"{event.at}  r{event.revision:<5} {event.event}{name}{detail}", markup=False)
+            sys.stdout.write(f"{event_line(event, quiet=True)}\n")
+        else:
+            console.print(event_line(event), markup=False)
 
 
 def diff(

@@ -6,15 +6,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from cloudckpt.cli.common import Json, Place, Quiet, Root, root_of, store_at, view_at
-from cloudckpt.cli.render import age, checkpoints_table, output, print_json
+from cloudckpt.cli.render import age, checkpoints_table, event_line, output, print_json
 from cloudckpt.core.model import Checkpoint, JournalEvent, Manifest, State
 from cloudckpt.core.text import format_bytes, format_duration
 from cloudckpt.errors import CheckpointNotFoundError, StorageError
@@ -65,15 +66,19 @@ def watch(
     root: Root = None,
     every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = 2.0,
     count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after so many looks.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Each new event as one line of JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Of each new event its name and its save.")] = False,
 ) -> None:
     """Watch a run: its checkpoints, uploads in flight and what happens. Ends with Ctrl-C.
 
-    On a terminal the screen is drawn anew; in a pipe each new event is a line. Example: cloudckpt watch ./runs/demo
+    On a terminal the screen is drawn anew; in a pipe, with --json or -q each new event is a line.
+    Examples: cloudckpt watch ./runs/demo; cloudckpt watch s3://bucket/run --json
     """
     store = store_at(root_of(place, root))
     console = output()
-    if not console.is_terminal:
-        follow(store, lambda line: console.print(line, markup=False), every_s=every, count=count)
+    if json or quiet or not console.is_terminal:
+        tell = partial(_tell_json, store.storage.url) if json else _tell_quietly if quiet else partial(_tell, console)
+        follow(store, tell, every_s=every, count=count)
         return
     from rich.live import Live
 
@@ -99,7 +104,7 @@ def screen(store: ManifestStore) -> RenderableType:
     except StorageError as exc:
         return Text(f"{view.url}: {exc}", style="red")
     title = Text(f"{view.url}  revision {manifest.revision}, {_writer(manifest)}", style="bold")
-    events = [Text(_line(event), style="dim") for event in manifest.journal[-_EVENTS_SHOWN:]]
+    events = [Text(event_line(event), style="dim") for event in manifest.journal[-_EVENTS_SHOWN:]]
     return Group(title, checkpoints_table(entries, arrived), Text(""), *events)
 
 
@@ -117,15 +122,26 @@ def _writer(manifest: Manifest) -> str:
     return f"{state} {manifest.owner}, written {age(manifest.updated_at)} ago"
 
 
-def _line(event: JournalEvent) -> str:
-    name = f" checkpoint-{event.step}.{event.id}" if event.id else ""
-    detail = f": {event.detail}" if event.detail else ""
-    return f"{event.at}  r{event.revision:<5} {event.event}{name}{detail}"
+def _tell(console: Console, news: JournalEvent | StorageError) -> None:
+    console.print(event_line(news) if isinstance(news, JournalEvent) else str(news), markup=False)
+
+
+def _tell_quietly(news: JournalEvent | StorageError) -> None:
+    if isinstance(news, JournalEvent):
+        sys.stdout.write(f"{event_line(news, quiet=True)}\n")
+        sys.stdout.flush()
+    else:
+        sys.stderr.write(f"{news}\n")
+
+
+def _tell_json(url: str, news: JournalEvent | StorageError) -> None:
+    event, problem = (news, None) if isinstance(news, JournalEvent) else (None, str(news))
+    print_json({"root": url, "event": event, "problem": problem}, as_line=True)
 
 
 def follow(
     store: ManifestStore,
-    tell: Callable[[str], None],
+    tell: Callable[[JournalEvent | StorageError], None],
     *,
     every_s: float,
     count: int | None,
@@ -134,6 +150,7 @@ def follow(
     """Tell each event of the journal once, as it comes.
 
     Args:
+        tell: also told of each look that the store did not answer.
         every_s: seconds between two looks.
         count: how many looks; None for no end.
         wait: waits that many seconds.
@@ -147,13 +164,13 @@ def follow(
         except CheckpointNotFoundError:
             pass  # not begun yet
         except StorageError as exc:
-            tell(f"{view.url}: {exc}")
+            tell(exc)
         else:
             # A repair mints a new run with a journal of its own: what is not known is told, whatever its number.
             for event in journal:
-                if (line := _line(event)) not in known:
-                    tell(line)
-            known = set(map(_line, journal))
+                if event_line(event) not in known:
+                    tell(event)
+            known = set(map(event_line, journal))
         looks += 1
         if looks == count:
             return

@@ -16,11 +16,21 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudckpt.core.markup import state_text
-from cloudckpt.core.model import Checkpoint, State
+from cloudckpt.core.model import Checkpoint, JournalEvent, State
 from cloudckpt.core.text import format_bytes, format_duration, format_metric
 from cloudckpt.listing import RunSummary
 
-__all__ = ["age", "as_json", "checkpoint_json", "checkpoints_table", "errors", "output", "print_json", "runs_table"]
+__all__ = [
+    "age",
+    "as_json",
+    "checkpoint_json",
+    "checkpoints_table",
+    "errors",
+    "event_line",
+    "output",
+    "print_json",
+    "runs_table",
+]
 
 
 #: A pipe has no width; tables take what they need of this.
@@ -75,9 +85,20 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def print_json(document: Any) -> None:
-    """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(as_json(document), indent=2, ensure_ascii=False) + "\n")
+def print_json(document: Any, *, as_line: bool = False) -> None:
+    """One JSON document on standard output; on a line of its own, sent at once, where more are to follow."""
+    sys.stdout.write(json.dumps(as_json(document), indent=None if as_line else 2, ensure_ascii=False) + "\n")
+    if as_line:
+        sys.stdout.flush()
+
+
+def event_line(event: JournalEvent, *, quiet: bool = False) -> str:
+    """An event of the journal on a line: when, in which revision, what, which save, and more about it."""
+    name = f" checkpoint-{event.step}.{event.id}" if event.id else ""
+    if quiet:
+        return f"{event.event}{name}"
+    detail = f": {event.detail}" if event.detail else ""
+    return f"{event.at}  r{event.revision:<5} {event.event}{name}{detail}"
 
 
 def age(at: str | None) -> str:

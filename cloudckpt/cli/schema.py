@@ -26,6 +26,11 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
     "best": {"metric": "string", "value": "number", "checkpoint": "checkpoint"},
     "latest": {"checkpoint": "checkpoint"},
     "log": {"root": "string", "events": "array of objects: at, revision, event, id?, step?, detail?"},
+    "watch": {
+        "root": "string; the documents are lines, one for each event and for each look without an answer",
+        "event": "event?; what happened",
+        "problem": "string?; why the store was not read; the next look may be answered",
+    },
     "diff": {
         "before": "checkpoint",
         "after": "checkpoint",
@@ -152,6 +157,14 @@ OBJECTS: Mapping[str, Mapping[str, str]] = {
         "retired_because": "string?",
         "name": "string; the folder's name",
         "url": "string",
+    },
+    "event": {
+        "at": "time",
+        "revision": "integer; of the manifest, that it came with",
+        "event": "string; what happened",
+        "id": "string?; the save id",
+        "step": "integer?",
+        "detail": "string?",
     },
     "run": {
         "name": "string; its place below the prefix",

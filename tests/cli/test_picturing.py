@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -18,13 +19,16 @@ from rich.console import Console
 import cloudckpt
 from cloudckpt import CheckpointManager, ConfigError
 from cloudckpt.cli.picturing import follow, screen
+from cloudckpt.cli.schema import SCHEMAS
 from cloudckpt.core import manifest as transitions
-from cloudckpt.core.model import Checkpoint, State
+from cloudckpt.core.model import Checkpoint, JournalEvent, State
 from cloudckpt.costing import cost_of_run
+from cloudckpt.errors import StorageError
 from cloudckpt.plotting import plot_of
 from cloudckpt.storage import ManifestStore, MemoryStorage
 from cloudckpt.testing.builders import at
 from cloudckpt.tools import open_store
+from tests.cli.documents import wrong
 
 
 def test_what_is_drawn(root: str) -> None:
@@ -121,7 +125,7 @@ def test_watch_in_a_pipe_tells_each_event_once() -> None:
     store = ManifestStore(storage)
     ckpts = CheckpointManager(storage)
     ckpts.save(1, {"w": torch.zeros(1)}, block=True)
-    lines: list[str] = []
+    lines: list[JournalEvent | StorageError] = []
     looks: list[int] = []
 
     def wait(seconds: float) -> None:
@@ -132,8 +136,10 @@ def test_watch_in_a_pipe_tells_each_event_once() -> None:
 
     follow(store, lines.append, every_s=5, count=3, wait=wait)
     ckpts.close()
-    assert len(lines) == len(set(lines))
-    assert [line.split()[2] for line in lines[: looks[0]]] == ["claim:", "announce", "commit"]
+    told = [line.event for line in lines if isinstance(line, JournalEvent)]
+    assert len(told) == len(lines)
+    assert told == ["claim", "announce", "commit", "announce", "commit"]
+    assert looks[0] == 3
     assert looks[1] > looks[0]
     assert looks[1] == len(lines)
 
@@ -141,7 +147,7 @@ def test_watch_in_a_pipe_tells_each_event_once() -> None:
 def test_watch_waits_for_a_run_that_has_not_begun() -> None:
     """Started before the training, it tells the first event when it comes."""
     storage = MemoryStorage()
-    lines: list[str] = []
+    lines: list[JournalEvent | StorageError] = []
 
     def wait(_: float) -> None:
         assert lines == []
@@ -150,7 +156,47 @@ def test_watch_waits_for_a_run_that_has_not_begun() -> None:
 
     assert "nothing was saved there yet" in str(screen(ManifestStore(storage)))
     follow(ManifestStore(storage), lines.append, every_s=1, count=2, wait=wait)
-    assert "claim:" in lines[0]
+    assert isinstance(lines[0], JournalEvent)
+    assert lines[0].event == "claim"
+
+
+@pytest.mark.parametrize("how", ["--json", "-q"])
+def test_watch_for_a_program(how: str, tmp_path: Path) -> None:
+    """``--json`` and ``-q`` give a line for each event as it comes, while the run goes on, and a store in trouble is no event."""
+    root = tmp_path / "run"
+    with CheckpointManager(root) as ckpts:
+        ckpts.save(1, {"w": torch.zeros(1)}, block=True)
+        with subprocess.Popen(
+            [sys.executable, "-m", "cloudckpt", "watch", str(root), "--every", "0.2", how],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as watching:
+            assert watching.stdout is not None
+            assert watching.stderr is not None
+            lines = [watching.stdout.readline() for _ in range(3)]
+            ckpts.save(2, {"w": torch.zeros(1)}, block=True)  # when what was before has been told, through the pipe
+            lines += [watching.stdout.readline() for _ in range(2)]
+            manifest = root / "manifest.json"
+            manifest.rename(kept := root.parent / "kept")
+            manifest.symlink_to("manifest.json")  # a disk that refuses: it goes around in circles
+            problem = (watching.stdout if how == "--json" else watching.stderr).readline()
+            manifest.unlink()
+            kept.rename(manifest)
+            watching.send_signal(signal.SIGINT)
+            watching.communicate(timeout=60)
+            assert watching.returncode == 130
+    if how == "--json":
+        documents = [json.loads(line) for line in (*lines, problem)]
+        assert [error for d in documents for error in wrong(d, SCHEMAS["watch"], "watch")] == []
+        assert [d["event"]["event"] for d in documents[:-1]] == ["claim", "announce", "commit", "announce", "commit"]
+        assert [d["event"]["step"] for d in documents[1:-1]] == [1, 1, 2, 2]
+        assert {d["root"] for d in documents} == {str(root)}
+        assert documents[-1]["event"] is None
+        problem = documents[-1]["problem"]
+    else:
+        assert [line.split()[0] for line in lines] == ["claim", "announce", "commit", "announce", "commit"]
+    assert "manifest.json" in problem
 
 
 def test_watch_on_a_terminal_shows_uploads_and_events(root: str) -> None:
