@@ -185,8 +185,9 @@ class LocalStorage:
                 entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
         except StorageError as exc:
             gone = isinstance(exc.__cause__, OSError) and exc.__cause__.errno in GONE
-            # A root that is a file is no empty run; a folder below it can vanish, or be a file's name.
-            if gone and not (folder == self._root and os.path.lexists(folder)):
+            # A root that is a file or a link to nowhere is no empty run; one that is a folder now was made since. A
+            # folder below it can vanish, or be a file's name.
+            if gone and not (folder == self._root and os.path.lexists(folder) and not folder.is_dir()):
                 return
             raise
         for name, is_folder in entries:

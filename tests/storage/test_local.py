@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import filelock
 import pytest
@@ -355,6 +356,25 @@ def test_a_file_is_no_root(tmp_path: Path) -> None:
             LocalStorage(root).check_writable()
     with pytest.raises(StorageError, match="a file, not a folder"):
         [*LocalStorage(tmp_path / "file").list()]
+
+
+def test_a_root_that_somebody_makes_just_now_is_listed_as_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several processes that begin at once, one makes the folder while another finds that there is none."""
+    root = tmp_path / "run"
+
+    def too_early(folder: Path) -> NoReturn:
+        root.mkdir()
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", too_early)
+        assert list(LocalStorage(root).list()) == []
+    root.rmdir()
+    root.symlink_to("nowhere")
+    with pytest.raises(StorageError, match="No such file"):
+        list(LocalStorage(root).list())
 
 
 def test_check_writable_writes_nothing(tmp_path: Path) -> None:
