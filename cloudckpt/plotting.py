@@ -23,6 +23,7 @@ __all__ = ["Plot", "Point", "plot_of", "plot_text", "write_plot"]
 _KINDS: Mapping[str, tuple[str, str, str]] = {
     "deleted": ("x", "x", "#999999"),
     "failed": ("!", "v", "#D55E00"),
+    "uploading": ("^", "^", "#56B4E9"),
     "saved": ("o", "o", "#0072B2"),
     "pinned": ("P", "s", "#CC79A7"),
     "best": ("*", "*", "#009E73"),
@@ -32,7 +33,7 @@ _SUFFIXES = (".svg", ".png", ".html")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One checkpoint in a plot. ``kind``: saved, best, pinned, deleted or failed; ``value`` is None if unknown."""
+    """One checkpoint in a plot. ``kind``: saved, best, pinned, uploading, deleted, failed; no ``value`` if unknown."""
 
     step: int
     value: float | None
@@ -110,6 +111,8 @@ def _point(entry: Checkpoint, metric: str, manifest: Manifest, *, abandoned: boo
         kind = "failed"
     elif entry.state is State.RETIRED:
         kind = "deleted"
+    elif entry.state is State.PENDING:
+        kind = "uploading"
     elif entry.id in best:
         kind = "best"
     else:

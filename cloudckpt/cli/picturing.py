@@ -40,7 +40,7 @@ def plot(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Draw a metric over the steps, with saved, best, pinned, deleted and failed checkpoints marked.
+    """Draw a metric over the steps, with saved, best, pinned, uploading, deleted and failed ones marked.
 
     Needs the extra "plot". Examples: cloudckpt plot ./runs/demo; cloudckpt plot ./runs/demo -o loss.svg
     """

@@ -46,7 +46,7 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
     "plot": {
         "root": "string",
         "metric": "string",
-        "points": "array of objects: step, value?, kind (saved, best, pinned, deleted, failed), name, note",
+        "points": "array of objects: step, value?, kind (saved, best, pinned, uploading, deleted, failed), name, note",
         "path": "string?; the file that was written",
     },
     "ui": {

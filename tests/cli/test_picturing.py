@@ -60,7 +60,7 @@ def test_failed_ones_are_marked_and_a_metric_must_be_told_where_there_are_severa
 
 @pytest.mark.parametrize("saves", [0, 2])
 def test_a_save_whose_process_ended_is_marked_as_failed(saves: int) -> None:
-    """What a later writer gave up, while its entry is there and after that is gone."""
+    """What a later writer gave up, while its entry is there and after that is gone; until then it is on its way."""
     storage = MemoryStorage()
     with CheckpointManager(storage, keep_last=None) as ckpts:
         ckpts.save(1, {"w": torch.zeros(1)}, metrics={"loss": 1.0}, block=True)
@@ -72,6 +72,8 @@ def test_a_save_whose_process_ended_is_marked_as_failed(saves: int) -> None:
         lambda m, _: transitions.announce(m, entry, writer_epoch=1, settlements={}, gone=(), at=store.clock()),
         prepare=lambda _: None,
     )
+    kinds = {p.step: p.kind for p in plot_of(cloudckpt.open(storage), "loss").points}
+    assert (kinds[1], kinds[2]) == ("saved", "uploading")
     with CheckpointManager(storage) as ckpts:
         ckpts.restore({"w": torch.zeros(1)})
         for step in range(3, 3 + saves):

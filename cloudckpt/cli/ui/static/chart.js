@@ -4,7 +4,7 @@ import { by, element, svg, text } from "./dom.js";
 import { metric as spelled } from "./format.js";
 
 // As `cloudckpt plot` draws them; later ones lie on top.
-const KINDS = ["deleted", "failed", "saved", "pinned", "best"];
+const KINDS = ["deleted", "failed", "uploading", "saved", "pinned", "best"];
 const MARGIN = { top: 12, right: 16, bottom: 34, left: 64 };
 const SIZE = 5;
 const TICKS_AT_MOST = 12;
@@ -12,6 +12,7 @@ const TICKS_AT_MOST = 12;
 const SHAPES = {
   saved: (x, y) => svg("circle", { cx: x, cy: y, r: SIZE }),
   pinned: (x, y) => svg("rect", { x: x - SIZE, y: y - SIZE, width: 2 * SIZE, height: 2 * SIZE }),
+  uploading: (x, y) => svg("path", { d: `M${x - SIZE} ${y + SIZE}h${2 * SIZE}l${-SIZE} ${-2 * SIZE}z` }),
   failed: (x, y) => svg("path", { d: `M${x - SIZE} ${y - SIZE}h${2 * SIZE}l${-SIZE} ${2 * SIZE}z` }),
   deleted: (x, y) => svg("path", { d: `M${x - SIZE} ${y - SIZE}l${2 * SIZE} ${2 * SIZE}m0 ${-2 * SIZE}l${-2 * SIZE} ${2 * SIZE}` }),
   best: (x, y) => svg("path", { d: star(x, y, 1.7 * SIZE, 0.7 * SIZE) }),
