@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -101,12 +102,13 @@ def test_it_is_asked_once_for_each_place(s3_server: MotoServer) -> None:
 def test_trouble_on_the_way_condemns_no_store(s3_server: MotoServer, action: Any) -> None:
     """A fault at any of its requests is asked about again, and the verdict is right."""
     s3_server.create_bucket("trouble")
+    patient = dataclasses.replace(QUICK, storage_deadline_s=60)
     for number in range(5):
         with FaultProxy(s3_server.url) as proxy:
             options = {**s3_server.storage_options(), "endpoint_url": proxy.url}
-            storage = S3Storage("trouble", uuid.uuid4().hex, options, QUICK)
+            storage = S3Storage("trouble", uuid.uuid4().hex, options, patient)
             proxy.inject(action, skip=number)
-            conditional_writes(storage, single_writer=False, settings=QUICK)
+            conditional_writes(storage, single_writer=False, settings=patient)
             assert storage.conditions is Conditions.HONOURED
             storage.close()
 
