@@ -38,13 +38,15 @@ class Family:
     whole: bool = False
 
 
-#: The longest place that fits counts. In full everywhere, and so not here: every operation and every history, broken at
-#: every call in every way in memory and on a local disk; power cuts; resharding on an object store; the contracts of
-#: memory, local disk, SeaweedFS and both kinds of GCS.
+#: The longest place that fits counts. In full everywhere, and so not here: every operation, broken at every call in
+#: every way in memory and on a local disk; power cuts; resharding on an object store; the contracts of memory, local
+#: disk, SeaweedFS and both kinds of GCS.
 FAMILIES = (
     # -- faults
     Family("tests/crash/test_faults_on_the_wire.py", 3),  # 8 faults, 3 servers
     Family("tests/crash/test_faults_on_the_wire.py::test_no_save_fails_by_a_fault_on_the_wire", 8),  # more in ci-extra
+    # A whole history; its operations one at a time are in full.
+    Family("tests/crash/test_stop_at_every_call.py::test_the_store_survives_every_fault_at_every_call", 4),
     Family("tests/crash/test_bad_days.py", 3),  # 8 days, 12 broken downloads, and hands, each on 3 servers
     Family("tests/crash/test_pause_at_every_call.py", 2),
     Family("tests/power/test_full_disks.py", 2),  # 6 ways to refuse
@@ -66,6 +68,8 @@ FAMILIES = (
     Family("tests/storage/test_s3.py::TestMoto", 3, whole=True),  # SeaweedFS is held to all of it
     Family("tests/storage/test_generic.py::TestOnSFTP", 3, whole=True),  # so is a folder, through the same code
     Family("tests/benchmarks/test_sink.py::TestContract", 3, whole=True),  # the benchmarks' own server
+    Family("tests/storage/test_races.py::test_eight_processes_count_to_four_hundred", 2),  # 5 stores
+    Family("tests/storage/test_local_lane.py::test_a_source_becomes_a_file", 3),  # sizes, sources and ways
     Family("tests/storage/test_uploads.py", 3),
     Family("tests/storage/direct/test_s3_lane.py", 2),
     Family("tests/storage/direct/test_gcs_lane.py", 2),
@@ -80,6 +84,7 @@ FAMILIES = (
     Family("tests/stories/test_staging.py", 2),
     Family("tests/stories/test_review_c_saves.py", 2),
     Family("tests/docs/test_docs.py::test_every_block_runs", 4),  # the README first, then every fourth page
+    Family("tests/ui/test_page.py::test_everything_is_there_and_can_be_read", 2),  # 2 widths, 2 themes
 )
 
 #: Files that take long, the longest first: a worker that begins one of them last is waited for. Those of many ranks

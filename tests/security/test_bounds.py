@@ -236,10 +236,10 @@ def test_a_decoder_of_values_says_where_and_not_what() -> None:
 
 
 def test_a_hostile_document_makes_no_endless_message(tmp_path: Path) -> None:
-    """Ten thousand wrong entries are twenty lines and a count, wherever the manifest is read."""
+    """Two thousand wrong entries are twenty lines and a count, wherever the manifest is read."""
     run = Hostile(tmp_path / "run")
     manifest = run.manifest
-    manifest["entries"] = [{"id": "../../etc"}] * 10_000
+    manifest["entries"] = [{"id": "../../etc"}] * 2_000
     run.put_manifest(manifest)
     for name, given in looked_at(run.root, also_write=True):
         if isinstance(given, CloudCkptError):
