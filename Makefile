@@ -10,7 +10,8 @@ FUZZ ?= 60
 DEPTH ?= 2
 # What `make test` and `make ci-extra` leave out of large families of cases; empty in `make full`. See tests/sampling.py.
 SAMPLE ?= --sample
-WORKERS ?= 2
+# One more than cores, because many tests wait.
+WORKERS ?= 3
 # A file at a time, because its servers and ranks are kept for it; the long ones first, as tests/sampling.py has them.
 SHARE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
 
@@ -128,11 +129,11 @@ slow: .venv/.dev .venv-terraform/.ready ## every slow suite at full length
 	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow -s --kills $(KILLS)
 
 # Some four minutes on 2 cores, by estimates in seconds of one worker: crashes of a history on four stores 20, of every
-# operation on stores and on the wire 120, faults at requests 45, somebody else in between 20; kill -9 24 times, and 12 on
+# operation on stores and on the wire 120, faults at requests 45, somebody else in between 20; kill -9 12 times, and 6 on
 # S3, 40; twelve zombies on S3 25; a killed rank twenty times 40; signals under torchrun 60; 300 saves with faults and 75
 # over the wire 30; six power cuts under each file system 45; full disks 20; signals to data loaders 20; checkov 15.
 ci-extra: .venv/.dev .venv-terraform/.ready ## the slow suites, shorter
-	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow $(SHARE) $(SAMPLE) --kills 24 --stride 50 --soak 300
+	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow $(SHARE) $(SAMPLE) --kills 12 --stride 50 --soak 300
 
 spec: .venv/.dev ## write the examples of docs/spec/v1.md and the generated tables anew
 	$(BIN)/python tools/generate_docs.py --write

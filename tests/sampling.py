@@ -69,13 +69,15 @@ FAMILIES = (
     Family("tests/storage/test_generic.py::TestOnSFTP", 3, whole=True),  # so is a folder, through the same code
     Family("tests/benchmarks/test_sink.py::TestContract", 3, whole=True),  # the benchmarks' own server
     Family("tests/storage/test_races.py::test_eight_processes_count_to_four_hundred", 2),  # 5 stores
-    Family("tests/storage/test_local_lane.py::test_a_source_becomes_a_file", 3),  # sizes, sources and ways
+    Family("tests/storage/test_local_lane.py", 3),  # sizes, sources and ways
     Family("tests/storage/test_uploads.py", 3),
     Family("tests/storage/direct/test_s3_lane.py", 2),
     Family("tests/storage/direct/test_gcs_lane.py", 2),
     Family("tests/stories/test_bad_input_s3.py", 3),
     Family("tests/stories/test_copy.py", 2),
     Family("tests/security/test_secrets.py", 3),
+    Family("tests/security/test_places.py::test_a_manifest_names_no_place", 3),  # hostile names, everywhere that has one
+    Family("tests/terraform/test_modules.py::test_the_modules_own_tests_bite", 2),
     Family("tests/terraform/test_aws_roles.py", 4),  # 3 roles, 2 judges
     Family("tests/terraform/test_aws_statements.py", 4),  # each statement of each role taken away, 2 judges
     Family("tests/terraform/test_aws_doctor.py", 4),  # the same, as the doctor sees it
@@ -83,7 +85,7 @@ FAMILIES = (
     Family("tests/tensors/test_overlap.py", 2),  # optimizers, and ways to step
     Family("tests/stories/test_staging.py", 2),
     Family("tests/stories/test_review_c_saves.py", 2),
-    Family("tests/docs/test_docs.py::test_every_block_runs", 4),  # the README first, then every fourth page
+    Family("tests/docs/test_docs.py::test_every_block_runs", 8),  # the README first, then every eighth page
     Family("tests/ui/test_page.py::test_everything_is_there_and_can_be_read", 2),  # 2 widths, 2 themes
 )
 
