@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping
 
-from cloudckpt.config import Settings
 from cloudckpt.copying import Copied, copy_checkpoint
 from cloudckpt.diffing import CheckpointDiff, diff_checkpoints
 from cloudckpt.listing import RunSummary, find_runs
 from cloudckpt.pulling import Pulled, pull_checkpoint
 from cloudckpt.repairing import RepairPlan, repair_run
-from cloudckpt.storage import ManifestStore, Storage, open_storage
+from cloudckpt.storage import Storage, open_store
 from cloudckpt.sweeping import SweepReport, gc_run, sweep_run
 from cloudckpt.verifying import VerifyReport, verify_run
 
@@ -19,21 +18,6 @@ __all__ = ["copy", "diff", "gc", "open_store", "pull", "repair", "runs", "sweep"
 
 Root = str | os.PathLike[str] | Storage
 Options = Mapping[str, object] | None
-
-
-def open_store(
-    root: Root, *, storage_options: Options = None, settings: Settings | None = None, single_writer: bool = False
-) -> ManifestStore:
-    """The manifest store of a root. Opens no connection.
-
-    Args:
-        single_writer: the promise that no other process writes to this run, for stores without conditional writes.
-
-    Raises:
-        ConfigError: the root cannot be used as given.
-    """
-    storage = open_storage(root, storage_options=storage_options, settings=settings)
-    return ManifestStore(storage, settings, single_writer=single_writer)
 
 
 def sweep(

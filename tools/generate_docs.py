@@ -25,7 +25,8 @@ from pathlib import Path
 import crc32c
 
 from cloudckpt import errors
-from cloudckpt.cli.app import COMMANDS, FINDINGS
+from cloudckpt.cli.app import COMMANDS, function_of
+from cloudckpt.cli.common import FINDINGS
 from cloudckpt.cli.schema import OBJECTS, SCHEMAS
 from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
@@ -314,8 +315,8 @@ def cli_commands() -> str:
     text = ""
     for panel, commands in COMMANDS.items():
         rows = "".join(
-            f"| `{name}` | {(inspect.getdoc(command) or '').partition(chr(10))[0]} |\n"
-            for name, command in commands.items()
+            f"| `{name}` | {(inspect.getdoc(function_of(place)) or '').partition(chr(10))[0]} |\n"
+            for name, place in commands.items()
         )
         text += f"| {panel} | |\n| --- | --- |\n{rows}\n"
     return text

@@ -3,26 +3,100 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from cloudckpt._version import __version__
-from cloudckpt.cli import checking, cleaning, labelling, looking, moving, picturing
-from cloudckpt.cli.common import FINDINGS
-from cloudckpt.cli.render import errors
-from cloudckpt.cli.ui.command import ui
 from cloudckpt.errors import CloudCkptError
 
-__all__ = ["COMMANDS", "FINDINGS", "app", "run"]
+__all__ = ["COMMANDS", "app", "function_of", "run"]
+
+#: Panel of the help -> name -> module and function of the command.
+COMMANDS: Mapping[str, Mapping[str, str]] = {
+    "Look": {
+        "ls": "looking:list_checkpoints",
+        "show": "looking:show",
+        "best": "looking:best",
+        "latest": "looking:latest",
+        "log": "looking:log",
+        "diff": "looking:diff",
+        "plot": "picturing:plot",
+        "watch": "picturing:watch",
+        "ui": "ui.command:ui",
+        "cost": "picturing:cost",
+    },
+    "Label": {
+        "pin": "labelling:pin",
+        "unpin": "labelling:unpin",
+        "tag": "labelling:tag",
+        "mark": "labelling:mark",
+        "release": "labelling:release",
+    },
+    "Move": {
+        "pull": "moving:pull",
+        "cp": "moving:copy",
+        "export": "moving:export",
+        "import": "moving:import_command",
+    },
+    "Clean up": {
+        "prune": "cleaning:prune_command",
+        "gc": "cleaning:gc",
+        "rm": "cleaning:rm",
+    },
+    "Check": {
+        "verify": "checking:verify_command",
+        "doctor": "checking:doctor",
+        "repair": "checking:repair_command",
+    },
+}
+
+
+def function_of(place: str) -> Callable[..., Any]:
+    """The function of a command, from its place in ``COMMANDS``; its module is imported now."""
+    module, _, name = place.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(f"cloudckpt.cli.{module}"), name)
+    return function
+
+
+class _WhenAsked(Mapping[str, Any]):
+    """Name -> command, made when it is asked for: no command waits for the modules of another one."""
+
+    def __init__(self) -> None:
+        self._places = {name: (panel, place) for panel, found in COMMANDS.items() for name, place in found.items()}
+
+    def __getitem__(self, name: str) -> Any:
+        panel, place = self._places[name]
+        one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        one.command(name, rich_help_panel=panel)(function_of(place))
+        return get_command(one)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class _Commands(TyperGroup):
+    """All of the commands."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = cast("Any", _WhenAsked())
+
 
 app = typer.Typer(
     name="cloudckpt",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -30,49 +104,6 @@ app = typer.Typer(
     "argument, from -r/--root, or from CLOUDCKPT_ROOT. Exit codes: 0 fine, 1 failure, 2 usage, 3 findings, "
     "4 nothing matches, 5 conflict, 130 interrupted, 143 terminated.",
 )
-
-#: Panel of the help -> name -> command.
-COMMANDS: dict[str, dict[str, Callable[..., Any]]] = {
-    "Look": {
-        "ls": looking.list_checkpoints,
-        "show": looking.show,
-        "best": looking.best,
-        "latest": looking.latest,
-        "log": looking.log,
-        "diff": looking.diff,
-        "plot": picturing.plot,
-        "watch": picturing.watch,
-        "ui": ui,
-        "cost": picturing.cost,
-    },
-    "Label": {
-        "pin": labelling.pin,
-        "unpin": labelling.unpin,
-        "tag": labelling.tag,
-        "mark": labelling.mark,
-        "release": labelling.release,
-    },
-    "Move": {
-        "pull": moving.pull,
-        "cp": moving.copy,
-        "export": moving.export,
-        "import": moving.import_command,
-    },
-    "Clean up": {
-        "prune": cleaning.prune_command,
-        "gc": cleaning.gc,
-        "rm": cleaning.rm,
-    },
-    "Check": {
-        "verify": checking.verify_command,
-        "doctor": checking.doctor,
-        "repair": checking.repair_command,
-    },
-}
-
-for _panel, _commands in COMMANDS.items():
-    for _name, _command in _commands.items():
-        app.command(_name, rich_help_panel=_panel)(_command)
 
 
 @app.callback(invoke_without_command=True)
@@ -93,19 +124,25 @@ _debug = False
 _CLOSED_PIPE = "PacifyFlushWrapper"
 
 
+def _say(problem: Exception) -> None:
+    from cloudckpt.cli.render import errors  # noqa: PLC0415 - rich and the tables, when there is something to say
+
+    errors().print(f"cloudckpt: {problem}", markup=False)
+
+
 def _guarded(command: Callable[[], object]) -> int:
     try:
         command()
     except CloudCkptError as exc:
         if _debug:
             raise
-        errors().print(f"cloudckpt: {exc}", markup=False)
+        _say(exc)
         return exc.exit_code
     except TypeError as exc:
         # What the saving half says of a value that cannot be stored is for the user; any other one is ours.
         if _debug or "cannot be stored" not in str(exc):
             raise
-        errors().print(f"cloudckpt: {exc}", markup=False)
+        _say(exc)
         return 2
     except BrokenPipeError:
         _let_go_of_output()

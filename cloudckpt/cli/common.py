@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from cloudckpt.errors import ConfigError
-from cloudckpt.storage import ManifestStore
-from cloudckpt.tools import open_store
+from cloudckpt.storage import ManifestStore, open_store
 from cloudckpt.view import RunView
 
 __all__ = [

@@ -24,10 +24,10 @@ from cloudckpt.storage import (
     PulledFolder,
     RetryingStorage,
     Storage,
+    open_store,
 )
 from cloudckpt.storage.mounts import mount_of, promises
 from cloudckpt.storage.probe import probe
-from cloudckpt.tools import open_store
 
 __all__ = ["Check", "Report", "examine"]
 

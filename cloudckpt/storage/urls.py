@@ -8,20 +8,18 @@ import re
 import warnings
 from collections.abc import Mapping
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from cloudckpt.config import Settings
 from cloudckpt.errors import ConfigError
 from cloudckpt.storage.base import Storage
-from cloudckpt.storage.gcs import GCSStorage
-from cloudckpt.storage.generic import GenericFsspecStorage
 from cloudckpt.storage.local import LocalStorage
+from cloudckpt.storage.manifest_store import ManifestStore
 from cloudckpt.storage.memory import MemoryStorage
 from cloudckpt.storage.pulled import PulledFolder, is_pulled
-from cloudckpt.storage.s3 import S3Storage
 
-__all__ = ["open_storage"]
+__all__ = ["open_storage", "open_store"]
+
+# Each kind of store is imported when a root is one of it: the command line starts sooner.
+# ruff: noqa: PLC0415
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _MANGLED = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
@@ -72,10 +70,31 @@ def open_storage(
         return _local(_checked_path(text), settings)
     scheme, rest = match[1].lower(), text[match.end() :]
     if scheme in {"file", "local"}:
+        from fsspec.implementations.local import LocalFileSystem
+
         return _local(str(LocalFileSystem._strip_protocol(text)), settings)  # noqa: SLF001 - fsspec's own spelling of a path
     if scheme == "memory":
         return MemoryStorage.named("memory://" + rest.strip("/"))
     return _remote(text, scheme, rest, dict(storage_options or {}), settings or Settings())
+
+
+def open_store(
+    root: str | os.PathLike[str] | Storage,
+    *,
+    storage_options: Mapping[str, object] | None = None,
+    settings: Settings | None = None,
+    single_writer: bool = False,
+) -> ManifestStore:
+    """The manifest store of a root. Opens no connection.
+
+    Args:
+        single_writer: the promise that no other process writes to this run, for stores without conditional writes.
+
+    Raises:
+        ConfigError: the root cannot be used as given.
+    """
+    storage = open_storage(root, storage_options=storage_options, settings=settings)
+    return ManifestStore(storage, settings, single_writer=single_writer)
 
 
 def _local(path: str, settings: Settings | None) -> Storage:
@@ -89,7 +108,11 @@ def _remote(text: str, scheme: str, rest: str, options: dict[str, object], setti
         _check_installed(text, scheme)
         bucket, prefix = _bucket_and_prefix(text, rest)
         if scheme in {"gs", "gcs"}:
+            from cloudckpt.storage.gcs import GCSStorage
+
             return GCSStorage(bucket, prefix, options, settings)
+        from cloudckpt.storage.s3 import S3Storage
+
         _warn_of_endpoint(text)
         return S3Storage(bucket, prefix, options, settings)
     if scheme in _S3_ALIASES:
@@ -97,7 +120,11 @@ def _remote(text: str, scheme: str, rest: str, options: dict[str, object], setti
             f"{_shown(text)!r}: {scheme}:// is not a URL scheme of its own; such a store speaks S3. Write "
             f"'s3://{_shown(rest)}' and set AWS_ENDPOINT_URL to the store's endpoint"
         )
+    import fsspec
+
     if scheme in fsspec.available_protocols() or scheme in fsspec.registry:
+        from cloudckpt.storage.generic import GenericFsspecStorage
+
         return GenericFsspecStorage(text, options)
     raise ConfigError(
         f"{_shown(text)!r}: nothing is known of {scheme}://. Write a folder such as ./runs/demo, or "

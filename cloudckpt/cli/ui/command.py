@@ -12,8 +12,7 @@ import typer
 from cloudckpt.cli.common import Json, Place, Quiet, Root, root_of
 from cloudckpt.cli.render import print_json
 from cloudckpt.config import Settings
-from cloudckpt.storage import ManifestStore
-from cloudckpt.tools import open_store
+from cloudckpt.storage import ManifestStore, open_store
 
 __all__ = ["ui"]
 
