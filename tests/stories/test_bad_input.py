@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cloudckpt import (
     Settings,
     StorageError,
 )
-from cloudckpt.storage import Landed, LocalStorage, MemoryStorage, open_storage
+from cloudckpt.storage import Landed, Listed, LocalStorage, MemoryStorage, Versioned, open_storage
 from cloudckpt.testing import ScriptedStorage, check_store
 from cloudckpt.vocabulary import TRANSLATIONS
 
@@ -507,3 +508,31 @@ def test_a_forked_child_may_use_the_storage_of_its_parent(tmp_path: Path) -> Non
         os._exit(0 if isinstance(answer, Landed) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert (tmp_path / ".cloudckpt-probe-00000000").read_bytes() == b"child"
+
+
+class _Silent(MemoryStorage):
+    """A store that answers nothing for now."""
+
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        raise StorageError(f"{self.url}/{key}: no answer", retryable=True)
+
+    def list(self, prefix: str = "", *, limit: int | None = None) -> Iterator[Listed]:
+        raise StorageError(f"{self.url}/{prefix}: no answer", retryable=True)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        *((tool, ()) for tool in (cloudckpt.sweep, cloudckpt.gc, cloudckpt.repair, cloudckpt.verify, cloudckpt.pull)),
+        (cloudckpt.copy, ("latest", MemoryStorage("memory://target"))),
+        (cloudckpt.diff, (1, 2)),
+        (cloudckpt.runs, ()),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_tool_asks_a_silent_store_as_long_as_it_is_told_to(
+    tool: Callable[..., object], arguments: tuple[object, ...]
+) -> None:
+    """``settings=`` of each function of a root holds for its requests, and the error says how long that was."""
+    with pytest.raises(StorageError, match=r"no answer \(tried again for 0\.01 s\)"):
+        tool(_Silent(), *arguments, settings=Settings(storage_deadline_s=0.01, retry_base_s=1e-3))
