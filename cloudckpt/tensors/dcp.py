@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from cloudckpt.core.model import TensorEntry
 from cloudckpt.tensors.memory import dtype_named, same_bits_dtype
@@ -22,6 +19,8 @@ from cloudckpt.tensors.sharded import held_parts, is_sharded
 
 __all__ = ["Box", "Copy", "Where", "plan_copies", "plan_save"]
 
+# DCP takes as long to import as the rest of torch: where there is something to ask it.
+# ruff: noqa: PLC0415
 
 #: The dtypes besides floating-point and complex ones whose width ``torch.iinfo`` knows.
 _KNOWN = {
@@ -123,6 +122,8 @@ def _box(component: str, name: str, tensor: torch.Tensor, known: Mapping[object,
 
 def _ask(tensors: Mapping[tuple[str, str], torch.Tensor]) -> dict[tuple[str, str], list[tuple[Box, torch.Tensor]]]:
     """Which boxes of these this process holds, as DCP plans to save them."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
     places = {f"{n}": place for n, place in enumerate(tensors)}
     state = {fqn: _plannable(tensors[place]) for fqn, place in places.items()}
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -155,6 +156,9 @@ def _plannable(tensor: torch.Tensor) -> torch.Tensor:
 
 def plan_copies(entry: TensorEntry, *, offsets: Sequence[int], lengths: Sequence[int]) -> list[Copy]:
     """How the stored chunks of a tensor fill one box of it."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+    from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
     stored = TensorStorageMetadata(
         properties=TensorProperties(dtype=dtype_named(entry.dtype)),
         size=torch.Size(entry.shape),

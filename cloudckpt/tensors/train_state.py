@@ -11,34 +11,45 @@ import contextlib
 import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import state_dict as dcp_state
 
 __all__ = ["ModelState", "OptimizerState", "RngState", "TrainState", "is_by_name", "rng_state"]
+
+
+def _by_name() -> ModuleType:
+    """DCP's part for states by name. To import it takes as long as the rest of torch: not if nobody asks for it."""
+    from torch.distributed.checkpoint import state_dict  # noqa: PLC0415
+
+    return state_dict
 
 
 class ModelState:
     """A model's parameters and buffers by their names in the plain model, whatever is wrapped around it."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        _by_name()
         self.model = model
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors themselves, not copies; sharded ones as DTensors."""
-        return dcp_state.get_model_state_dict(self.model)
+        found: dict[str, Any] = _by_name().get_model_state_dict(self.model)
+        return found
 
     def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
         """Copy into the model; ``strict``: whether the names must be exactly the model's."""
-        dcp_state.set_model_state_dict(self.model, state, options=dcp_state.StateDictOptions(strict=strict))
+        options = _by_name().StateDictOptions(strict=strict)
+        _by_name().set_model_state_dict(self.model, state, options=options)
 
 
 class OptimizerState:
     """The state of one or several optimizers, by the names of the model's parameters."""
 
     def __init__(self, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        _by_name()
         self.model = model
         self.optimizers = list(optimizers)
 
@@ -47,7 +58,7 @@ class OptimizerState:
         fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
         found: dict[str, Any] = {"state": {}, "param_groups": []}
         if self.optimizers:  # a stage without parameters has none, and torch asks for one
-            found = dcp_state.get_optimizer_state_dict(self.model, self.optimizers)
+            found = _by_name().get_optimizer_state_dict(self.model, self.optimizers)
         for optimizer in fresh:
             _forget_at_first_step(optimizer)
         return found
@@ -104,11 +115,11 @@ class OptimizerState:
             if isinstance(value, torch.Tensor)
         }
         with _without_empty_groups(optimizer):
-            dcp_state.set_optimizer_state_dict(
+            _by_name().set_optimizer_state_dict(
                 self.model,
                 optimizer,
                 {"state": kept | anew, "param_groups": listed},
-                options=dcp_state.StateDictOptions(strict=strict),
+                options=_by_name().StateDictOptions(strict=strict),
             )
         for value in (value for named in anew.values() for value in named.values()):
             if (parameter := holders.get(id(value))) is not None:

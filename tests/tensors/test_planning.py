@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,3 +104,25 @@ def test_the_index_from_the_plan_is_byte_for_byte_the_index(name: str) -> None:
     body = storage.read(keys.index_key(saved.step, saved.id), limit_bytes=10**6).body
     assert encode_index(decode_index(body)) == body
     assert [*json.loads(body)["tensors"]["model"]] == [name, "crc32c", "last"]
+
+
+WITHOUT_DCP = """
+import sys, torch
+from cloudckpt import CheckpointManager
+model = torch.nn.Linear(3, 2)
+state = {"model": model, "moments": {"m": torch.zeros(3)}, "step": 1}  # an optimizer of torch brings its compiler along
+with CheckpointManager(sys.argv[1]) as ckpts:
+    ckpts.save(1, state, block=True)
+    ckpts.restore(state)
+    ckpts.load(1)
+print([name for name in sys.modules if name.startswith("torch.distributed.checkpoint")])
+"""
+
+
+def test_whole_tensors_need_no_dcp(tmp_path: Path) -> None:
+    """What is not sharded is saved, restored and loaded without importing DCP, which takes as long as torch does."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DCP, str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
