@@ -191,7 +191,7 @@ def test_nothing_acknowledged_is_lost_by_kill_9_on_s3(
     nursery: Nursery, tmp_path: Path, pytestconfig: pytest.Config, seaweedfs: SeaweedFS, record: Recording
 ) -> None:
     """The same on a real S3 server with uploads in several parts, a quarter as often; no upload is left unfinished."""
-    kills = max(int(pytestconfig.getoption("--kills")) // 4, 12)
+    kills = max(int(pytestconfig.getoption("--kills")) // 4, 6)
     bucket = f"kill-{uuid.uuid4().hex[:8]}"
     seaweedfs.create_bucket(bucket)
     options = seaweedfs.storage_options()

@@ -184,7 +184,7 @@ def test_the_same_on_an_object_store(
             lambda number: S3Storage(bucket, f"run-{number}", options, Settings()),
             options=options,
             notes=tmp_path / "notes",
-            rounds=max(int(pytestconfig.getoption("--kills")) // 2, 8),
+            rounds=max(int(pytestconfig.getoption("--kills")) // 2, 4),
             size=1_500_000,
             phases=["announce", "upload", "seal-to-commit", "delete"],
         )

@@ -30,7 +30,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 #: What a warm process may still grow by from one quarter of a run to another: an allocator's slack and a few threads,
 #: not a state (256 KiB), a file or a thread for every save.
-SLACK = {"rss_kib": 16 * 1024, "files": 2, "threads": 2}
+SLACK = {"rss_kib": 32 * 1024, "files": 2, "threads": 2}
 
 pytestmark = [
     pytest.mark.processes,
