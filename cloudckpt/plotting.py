@@ -139,18 +139,20 @@ def plot_text(plot: Plot, *, width: int = 80, height: int = 20, colour: bool = T
     plt.plotsize(width, height)
     plt.xlabel("step")
     line = [p for p in plot.drawn if p.kind != "failed"]
+    plt.theme("clear")
     if line:
-        plt.plot([p.step for p in line], [p.value for p in line])
-    for kind, (mark, _, _) in _KINDS.items():
+        plt.plot([p.step for p in line], [p.value for p in line], marker="braille", color="blue")
+    drawn: list[str] = []  # not in the picture's own legend, which would hide points
+    for kind, (mark, _, hexadecimal) in _KINDS.items():
         found = [p for p in plot.drawn if p.kind == kind]
         if found:
-            plt.scatter([p.step for p in found], [p.value for p in found], marker=mark, label=kind)
-    if not colour:
-        plt.theme("clear")
+            drawn.append(f"{mark} {kind}")
+            rgb = tuple(bytes.fromhex(hexadecimal[1:]))
+            plt.scatter([p.step for p in found], [p.value for p in found], marker=mark, color=rgb)
     text = str(plt.build())
     if not colour:
         text = str(plt.uncolorize(text))
-    text = f"{plot.metric} of {plot.url}\n{text}"
+    text = f"{plot.metric} of {plot.url}\n{text.rstrip()}\n{', '.join(drawn)}"
     gone = [p for p in plot.points if p.value is None]
     if gone:
         text += f"\nwithout a value: {', '.join(f'{p.step} ({p.kind})' for p in gone)}"

@@ -96,7 +96,7 @@ def picture(lines: Sequence[str], *, title: str = "make demo") -> str:
     """An SVG of a terminal that shows these lines. It names no font of another host."""
     width = min(MOST_COLUMNS, max(len(_ESCAPE.sub("", line)) for line in lines))
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    console.print(Text.from_ansi("\n".join(lines)))
+    console.print(Text.from_ansi("\n".join([*lines, ""])))  # the picture cuts the feet off its last line
     # Equal output gives an equal file.
     return _FONT.sub("", console.export_svg(title=title, unique_id="demo"))
 
