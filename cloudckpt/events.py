@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cloudckpt.core.model import Checkpoint
-from cloudckpt.core.text import format_bytes, format_duration, format_metric, format_rate
+from cloudckpt.core.summary import summary_lines, valued
+from cloudckpt.core.text import format_bytes, format_duration, format_rate
 from cloudckpt.errors import SaveError
 
 __all__ = [
@@ -41,7 +42,6 @@ __all__ = [
     "TransferProgress",
     "TransferStalled",
     "Warned",
-    "summary_lines",
 ]
 
 logger = logging.getLogger("cloudckpt")
@@ -275,10 +275,6 @@ class Listeners:
                 logger.exception("a listener failed on %s", type(event).__name__)
 
 
-def _valued(metric: str, value: float) -> str:
-    return f"{metric}={format_metric(value)}"
-
-
 def _left(left_s: float | None) -> str:
     return "nobody said how long is left" if left_s is None else f"{format_duration(left_s)} left"
 
@@ -297,14 +293,6 @@ def _stall(event: TransferStalled) -> str:
 
 def _names(checkpoints: Sequence[Checkpoint]) -> str:
     return ", ".join(checkpoint.name for checkpoint in checkpoints)
-
-
-def summary_lines(metric: str | None, values: Sequence[float], best: Sequence[Checkpoint]) -> list[str]:
-    """The best checkpoints as the closing summary lists them."""
-    if not best or metric is None:
-        return ["No best checkpoints tracked"]
-    lines = [f"  {c.url}: {_valued(metric, value)}" for c, value in zip(best, values, strict=True)]
-    return [f"Best checkpoints (N={len(best)}):", *lines]
 
 
 class LoggingListener:
@@ -401,7 +389,7 @@ class LoggingListener:
     def _committed(self, event: SaveCommitted) -> None:
         c = event.checkpoint
         best = [reason for reason in c.kept_because if reason.startswith("best #")]
-        metrics = "".join(f" {_valued(name, value)}" for name, value in sorted(c.metrics.items()))
+        metrics = "".join(f" {valued(name, value)}" for name, value in sorted(c.metrics.items()))
         logger.info(
             "saved checkpoint-%d (%s, %d objects, %s, %s%s)%s%s",
             c.step,
@@ -415,7 +403,7 @@ class LoggingListener:
         )
 
     def _best(self, event: BestChanged) -> None:
-        lines = [f"{c.url} ({_valued(event.metric, value)})" for c, value in zip(event.best, event.values, strict=True)]
+        lines = [f"{c.url} ({valued(event.metric, value)})" for c, value in zip(event.best, event.values, strict=True)]
         logger.info("New best checkpoint: %s", lines[0])
         logger.info("Best checkpoints:")
         for line in lines:

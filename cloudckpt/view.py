@@ -13,6 +13,7 @@ from cloudckpt.core.markup import run_html
 from cloudckpt.core.model import Checkpoint, Index, JournalEvent, Manifest, State
 from cloudckpt.core.retention import PrunePlan, metric_value, plan_prune
 from cloudckpt.core.selection import parse_selector, select, select_best
+from cloudckpt.core.summary import summary_lines
 from cloudckpt.errors import (
     CheckpointNotFoundError,
     CloudCkptError,
@@ -20,7 +21,6 @@ from cloudckpt.errors import (
     FormatError,
     ObjectNotFoundError,
 )
-from cloudckpt.events import summary_lines
 from cloudckpt.extras import extra
 from cloudckpt.storage import ManifestStore, Storage
 
