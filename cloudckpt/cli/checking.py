@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from cloudckpt.cli.common import FINDINGS, DryRun, Json, Place, Quiet, Root, Yes, agreed, root_of, split
-from cloudckpt.cli.doctor import examine
 from cloudckpt.cli.render import as_json, checkpoints_table, output, print_json
 from cloudckpt.core.rights import Role
 from cloudckpt.core.text import format_bytes
@@ -118,6 +117,8 @@ def doctor(
     Example: cloudckpt doctor ./runs/demo
     Example: cloudckpt doctor s3://bucket/run --role trainer
     """
+    from cloudckpt.cli.doctor import examine  # noqa: PLC0415 - it asks every kind of store in its own words
+
     report = examine(root_of(place, root), role)
     if json:
         print_json(report)
