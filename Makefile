@@ -35,7 +35,7 @@ help: ## this list
 	@touch $@
 
 .venv/.dev: .venv/.runtime
-	$(BIN)/python -m pip install --quiet -e ".[test,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile -e ".[test,dev]"
 	@touch $@
 
 venv: .venv/.dev ## the virtual environment with everything in it, for an editor or a shell
@@ -48,7 +48,9 @@ demo-s3: .venv/.runtime ## the same on a real S3 server, which it starts on loop
 	$(BIN)/python -m pip install --quiet -e ".[s3,servers]"
 	$(BIN)/python examples/demo_s3.py
 
-test: check cov unit ## everything a change must pass; of large families of cases a sample (make full runs them all)
+test: ## everything a change must pass; of large families of cases a sample (make full runs them all)
+	$(MAKE) --output-sync=target -j2 check cov  # one reads, one computes
+	$(MAKE) unit
 
 full: ## every case of every suite, slow ones and all trainers included; about three hours on 2 cores (an estimate)
 	$(MAKE) test SAMPLE=

@@ -49,13 +49,14 @@ FAMILIES = (
     Family("tests/crash/test_stop_at_every_call.py::test_the_store_survives_every_fault_at_every_call", 4),
     Family("tests/crash/test_bad_days.py", 3),  # 8 days, 12 broken downloads, and hands, each on 3 servers
     Family("tests/crash/test_pause_at_every_call.py", 2),
-    Family("tests/power/test_full_disks.py", 2),  # 6 ways to refuse
+    Family("tests/power/test_full_disks.py", 3),  # 6 ways to refuse
     Family("tests/soak/test_long_runs.py::test_some_hundred_saves_with_faults", 2),  # both kinds in ci-extra
     Family("tests/model/test_mutants.py", 3),
     # -- the same, slow: in ci-extra
     Family("tests/crash/test_stop_at_every_call.py::test_every_store_survives_every_fault_at_every_call", 4),
-    Family("tests/crash/test_every_operation_on_stores.py", 3),  # 15 operations, 3 or 4 servers
-    Family("tests/crash/test_pause_at_every_call.py::test_somebody_else_between_any_two_calls", 4),
+    Family("tests/crash/test_every_operation_on_stores.py", 6),  # 15 operations, 3 or 4 servers
+    Family("tests/crash/test_pause_at_every_call.py::test_somebody_else_between_any_two_calls", 8),
+    Family("tests/crash/test_faults_on_the_wire.py::test_no_save_fails_by_a_fault_at_any_request", 6),
     Family("tests/power/test_power_cuts.py::test_without_syncing_the_same_cuts_lose_saves", 3),  # the control
     # -- many ranks
     Family("tests/distributed/test_resharding.py::test_each_parallelism_restores_what_every_other_saved", 2),
