@@ -63,7 +63,8 @@ def _chosen(what: str) -> list[Plan]:
 
 
 def _profiled(given: argparse.Namespace, out: Path) -> bool:
-    names = tuple(given.only.split(",")) if given.only else PROFILED
+    # Among all the plans --only names cases, not bars.
+    names = tuple(given.only.split(",")) if given.only and given.what == "profiles" else PROFILED
     if unknown := sorted({*names} - {*PROFILED}):
         # Before a file is opened: results of another source would be begun anew.
         print(f"no profile is made of {', '.join(unknown)}; choose from {', '.join(PROFILED)}", file=sys.stderr)
