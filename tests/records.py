@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,10 @@ import pytest
 __all__ = ["HELD", "Case", "Recording"]
 
 HELD, FAILED, SKIPPED = "held", "failed", "skipped"
+
+
+def _machine() -> str:
+    return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +41,7 @@ class Case:
         note: why it was skipped, or what else is worth knowing.
         figures: numbers by name: kills by phase, bytes, requests.
         seconds: how long it took.
+        where: on which machine.
     """
 
     story: str
@@ -47,6 +53,7 @@ class Case:
     note: str = ""
     figures: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    where: str = field(default_factory=_machine)
 
 
 class Recording:

@@ -261,7 +261,7 @@ def main() -> int:
     parser.add_argument("--add", type=Path, nargs="+", default=[], help="runs to take over, as --record wrote them")
     given = parser.parse_args()
     if given.add:
-        new = [Case(**{**json.loads(line), "where": _here()}) for p in given.add for line in p.read_text().splitlines()]
+        new = [Case(**{"where": _here(), **json.loads(line)}) for p in given.add for line in p.read_text().splitlines()]
         write(merged(read(RUNS), new), RUNS)
     if given.add or given.write:
         PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8"), read(RUNS)), encoding="utf-8", newline="\n")
