@@ -37,6 +37,8 @@ _REGION = "us-east-1"
 _START_S = 60.0
 _STOP_S = 5.0
 _ATTEMPTS = 3
+#: How servers say that somebody else has their port; SeaweedFS looks before it binds, and says it in words of its own.
+_TAKEN = ("address already in use", "Address already in use", "Port allocation failed")
 _LINUX = sys.platform == "linux"
 _LIBC = ctypes.CDLL(None) if _LINUX else None
 _PR_SET_PDEATHSIG = 1
@@ -222,7 +224,7 @@ class _Process(ABC):
                 self._start(Path(self._folder.name) / str(attempt))
             except RuntimeError as exc:
                 # Between our look at a port and the server's bind somebody else can take it.
-                if "address already in use" not in str(exc) or attempt == _ATTEMPTS - 1:
+                if not any(words in str(exc) for words in _TAKEN) or attempt == _ATTEMPTS - 1:
                     self._folder.cleanup()
                     raise
             else:

@@ -78,6 +78,29 @@ def test_a_missing_program_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         SeaweedFS()
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", [SeaweedFS, FakeGcsServer, RcloneS3], ids=lambda kind: kind.__name__)
+def test_a_port_that_somebody_took_meanwhile_costs_another_try(
+    kind: type[SeaweedFS | FakeGcsServer | RcloneS3], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the choice of a port and the server's bind another process may bind it: others are chosen."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        chosen: list[int] = []
+
+        def ports(count: int, *, siblings: int = 0) -> list[int]:
+            found = free_ports(count, siblings=siblings)
+            if not chosen:
+                found[0] = other.getsockname()[1]
+            chosen.extend(found)
+            return found
+
+        monkeypatch.setattr("cloudckpt.testing.servers.free_ports", ports)
+        with started(kind) as server:
+            assert urlsplit(server.url).port in chosen
+            assert urlsplit(server.url).port != other.getsockname()[1]
+
+
 def test_free_ports_are_different() -> None:
     """So many as were asked for, none twice."""
     assert len(set(free_ports(20, siblings=10_000))) == 20
