@@ -26,6 +26,13 @@ def test_combine_is_the_sum_of_the_concatenation(first: bytes, second: bytes) ->
     assert joined == crc32c.crc32c(first + second)
 
 
+@pytest.mark.parametrize("length", [255, 256, 510, 255 * 256, 255 * 257, 2**16])
+def test_lengths_around_whole_bytes(length: int) -> None:
+    """A length is taken byte by byte: none of its bytes is left out, whatever its value."""
+    tail = bytes(length)
+    assert combine(crc32c.crc32c(b"abc"), crc32c.crc32c(tail), length) == crc32c.crc32c(b"abc" + tail)
+
+
 @given(st.lists(st.binary(max_size=50)))
 def test_combine_all_joins_any_number(parts: list[bytes]) -> None:
     """Any number of parts gives the sum of all of them; none gives the sum of nothing."""

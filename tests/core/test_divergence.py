@@ -104,6 +104,7 @@ def test_stopping_and_going_on_changes_nothing(values: list[float], cut: int) ->
         {"mode": "min", "threshold": 0.0},
         {"mode": "min", "threshold": math.nan},
         {"mode": "min", "short_alpha": 0.01, "long_alpha": 0.01},
+        {"mode": "min", "short_alpha": 0.01, "long_alpha": 0.5},
         {"mode": "min", "short_alpha": 1.5},
         {"mode": "min", "long_alpha": 0.0},
     ],

@@ -66,6 +66,25 @@ def test_an_index_whose_tensors_are_text_has_the_same_bytes(drawn: Index) -> Non
     assert encode_index(replace(drawn, tensors={}), tensors=text) == encode_index(drawn)
 
 
+def test_each_of_many_sums_comes_to_its_own_chunk() -> None:
+    """Hundreds of chunks: their numbers have several digits."""
+    entry = index().tensors["model"]["weight"]
+
+    def tensors(sums: list[int]) -> dict[str, dict[str, TensorEntry]]:
+        return {
+            "model": {
+                f"w{n:03}": replace(entry, chunks=(replace(entry.chunks[0], crc32c=s),)) for n, s in enumerate(sums)
+            }
+        }
+
+    sums = [n * 9973 for n in range(300)]
+    text = TensorsText(tensors([*range(300)])).filled(sums)
+
+    assert encode_index(replace(index(), tensors={}), tensors=text) == encode_index(
+        replace(index(), tensors=tensors(sums))
+    )
+
+
 @given(indexes(), st.lists(indexes(), max_size=2))
 def test_an_index_whose_structure_is_kept_text_has_the_same_bytes(drawn: Index, before: list[Index]) -> None:
     """Whatever the states before it looked like, the text of this structure makes the very bytes of the index."""
@@ -195,6 +214,7 @@ def _cells(**fields: Any) -> Callable[[Document], None]:
         (_chunk(object="other"), "tensors: model: weight: bytes outside of its payload object"),
         (_chunk(offsets=[1]), "tensors: model: weight: a chunk outside of its shape"),
         (_chunk(lengths=[5]), "tensors: model: weight: a chunk outside of its shape"),
+        (_chunk(offsets=[3], lengths=[3]), "tensors: model: weight: a chunk outside of its shape"),
         (_chunk(offsets=[0, 0]), "tensors: model: weight: a chunk outside of its shape"),
         (_chunk(lengths=[]), "tensors: model: weight: a chunk outside of its shape"),
         (_chunk(lengths=["4"]), 'tensors["model"]["weight"].chunks[0].lengths[0]: expected an integer >= 0, got "4"'),

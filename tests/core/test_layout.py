@@ -74,6 +74,24 @@ def test_the_reference_library_reads_it() -> None:
         assert torch.equal(loaded[name], tensor)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("bool", "uint8", "int8", "int16", "uint16", "float16", "bfloat16", "int32", "uint32", "float32", "int64"),
+        *("uint64", "float64", "float8_e4m3fn", "float8_e5m2"),
+    ],
+)
+def test_every_dtype_has_the_reference_library_s_name_and_size(dtype: str) -> None:
+    """A file that the safetensors library wrote has a header that is read here, and is laid out here in the same way."""
+    tensor = torch.zeros(3, dtype=getattr(torch, dtype))
+    body = safetensors.torch.save({"w": tensor})
+    theirs = read_header(body, object_size_bytes=len(body))["w"]
+    layout = plan_layout([Item(name="w", dtype=dtype, shape=(3,), item_size=tensor.dtype.itemsize)])
+    ours = read_header(layout.header, object_size_bytes=layout.size_bytes)["w"]
+    assert theirs[:2] == ours[:2]
+    assert ours[0] != "U8" or dtype == "uint8"
+
+
 def test_names_that_are_taken_get_a_suffix_and_own_names_win() -> None:
     """A second "w" becomes "w~2" where another item is called "w~1"; ``__metadata__`` is never a tensor's name."""
     listed = [Item(name=n, dtype="uint8", shape=(1,), item_size=1) for n in ("w", "w", "w~1", "__metadata__")]

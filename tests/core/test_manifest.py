@@ -289,17 +289,18 @@ def again(by: Owner, number: int) -> Owner:
     return replace(by, token=f"{number:08x}{by.token[:8]}")
 
 
-def test_the_third_claim_of_a_duel_is_refused() -> None:
+@pytest.mark.parametrize(("one", "other", "host"), [(A, B, "node-b"), (B, A, "node-a")])
+def test_the_third_claim_of_a_duel_is_refused(one: Owner, other: Owner, host: str) -> None:
     """Two jobs that a supervisor restarts take the run from each other; the third claim without a commit is refused (C8)."""
-    m = claimed(claimed(manifest(owner=None), A), B)
+    m = claimed(claimed(manifest(owner=None), one), other)
     with pytest.raises(
-        ConflictError, match="two jobs fight over this run: pid 4711 on node-b has claimed it between two"
+        ConflictError, match=f"two jobs fight over this run: pid 4711 on {host} has claimed it between two"
     ):
-        claimed(m, again(A, 1))
+        claimed(m, again(one, 1))
 
-    forced = claimed(m, again(A, 1), takeover="force")
+    forced = claimed(m, again(one, 1), takeover="force")
 
-    assert (forced.owner, len(forced.claims)) == (again(A, 1), 3)
+    assert (forced.owner, len(forced.claims)) == (again(one, 1), 3)
 
 
 @pytest.mark.parametrize(

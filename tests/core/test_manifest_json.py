@@ -154,6 +154,7 @@ def _set(*path: Any) -> Callable[[Document], None]:
         (_set("history", 0, "6"), 'history[0]: expected 16 lower-case hex digits, got "6"'),
         (_set("owner", "me"), 'owner: expected an object, got "me"'),
         (_set("owner", "pid", "4711"), 'owner.pid: expected an integer >= 0, got "4711"'),
+        (_set("entries", 0, "writer_epoch", 0), "entries[0].writer_epoch: expected an integer >= 1, got 0"),
         (_set("claims", 0, "writer_epoch", -1), "claims[0].writer_epoch: expected an integer >= 0, got -1"),
         (_set("policy", None), "policy: expected an object, got null"),
         (_set("policy", "keep_last", 0), "policy.keep_last: expected an integer >= 1, got 0"),

@@ -37,6 +37,11 @@ def test_a_run_is_a_table_of_what_is_not_retired() -> None:
     assert "<svg" in html
 
 
+def test_a_line_says_where_it_begins_and_ends() -> None:
+    """For those who hear the page: the first and the last value, of all that there are."""
+    assert 'aria-label="3 values, from 0.5000 to 0.1250"' in sparkline([0.5, None, 0.25, 0.125])
+
+
 def test_a_run_without_a_monitor_or_with_one_value_has_no_line() -> None:
     """There is nothing to draw: no monitor, or a single value."""
     assert "<svg" not in run_html(manifest(checkpoint(1), checkpoint(2)), "x")

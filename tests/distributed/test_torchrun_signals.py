@@ -66,7 +66,7 @@ class Job:
         for line in self._read():
             if found := re.search(pattern, line):
                 return found
-        raise AssertionError(f"no line matches {pattern}: {self.lines[-40:]}")
+        raise AssertionError(f"no line matches {pattern}: {self.lines[-200:]}")
 
     def rest(self) -> str:
         """All lines, once torchrun has ended, and whatever it has left behind."""

@@ -164,7 +164,7 @@ def test_without_the_shield_the_last_save_is_lost(start: Callable[..., Program],
     os.killpg(program.process.pid, signal.SIGTERM)
     code, err = program.end()
     assert code == 1
-    assert "DataLoader worker" in err
+    assert "torch/utils/data/dataloader.py" in err  # it says which worker died, or that a connection to one was reset
     assert cloudckpt.open(tmp_path / "run").latest() is None
 
 
