@@ -15,6 +15,9 @@ WORKERS ?= 3
 # A file at a time, because its servers and ranks are kept for it; the long ones first, as tests/sampling.py has them.
 SHARE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
 
+# Where Python is told to keep no bytecode, each of the hundreds of processes of the tests would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-s3 test full check cov unit integrations kill stories crash-full power soak fuzz audit model stories-long \
 	mutation terraform terraform-docs oldest slow spec golden docs picture fmt clean ci-extra trainers bench bench-quick bench-report
@@ -49,6 +52,7 @@ demo-s3: .venv/.runtime ## the same on a real S3 server, which it starts on loop
 	$(BIN)/python examples/demo_s3.py
 
 test: ## everything a change must pass; of large families of cases a sample (make full runs them all)
+	$(MAKE) -j2 .venv/.dev .venv-terraform/.ready
 	$(MAKE) --output-sync=target -j2 check cov  # one reads, one computes
 	$(MAKE) unit
 
