@@ -139,7 +139,7 @@ slow: .venv/.dev .venv-terraform/.ready ## every slow suite at full length
 # S3, 40; twelve zombies on S3 25; a killed rank twenty times 40; signals under torchrun 60; 300 saves with faults and 75
 # over the wire 30; six power cuts under each file system 45; full disks 20; signals to data loaders 20; checkov 15.
 ci-extra: .venv/.dev .venv-terraform/.ready ## the slow suites, shorter
-	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow $(SHARE) $(SAMPLE) --kills 12 --stride 50 --soak 300
+	$(BIN)/python -m pytest tests --ignore=tests/integrations -m slow $(SHARE) $(SAMPLE) --kills 8 --stride 50 --soak 300
 
 spec: .venv/.dev ## write the examples of docs/spec/v1.md and the generated tables anew
 	$(BIN)/python tools/generate_docs.py --write

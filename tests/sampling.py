@@ -59,9 +59,9 @@ FAMILIES = (
     Family("tests/crash/test_faults_on_the_wire.py::test_no_save_fails_by_a_fault_at_any_request", 6),
     Family("tests/power/test_power_cuts.py::test_without_syncing_the_same_cuts_lose_saves", 3),  # the control
     # -- many ranks
-    Family("tests/distributed/test_resharding.py::test_each_parallelism_restores_what_every_other_saved", 2),
-    Family("tests/distributed/test_jobs.py", 2),
-    Family("tests/distributed/test_review_d.py", 2),
+    Family("tests/distributed/test_resharding.py::test_each_parallelism_restores_what_every_other_saved", 3),
+    Family("tests/distributed/test_jobs.py", 3),
+    Family("tests/distributed/test_review_d.py", 3),
     Family("tests/distributed/test_dcp.py", 3),  # 3 kinds, 5 changes of the number of ranks
     Family("tests/distributed/test_preemption.py", 2),
     Family("tests/preemption/test_together.py", 2),
@@ -95,6 +95,7 @@ FAMILIES = (
 LONG_FIRST = (
     "tests/distributed/test_resharding.py",
     "tests/crash/test_every_operation_on_stores.py",
+    "tests/crash/test_every_operation_on_disk.py",
     "tests/crash/test_every_operation.py",
     "tests/distributed/test_review_d.py",
     "tests/crash/test_stop_at_every_call.py",
@@ -110,7 +111,6 @@ LONG_FIRST = (
     "tests/tensors/test_overlap.py",
     "tests/distributed/test_object_store.py",
     "tests/preemption/test_processes.py",
-    "tests/crash/test_every_operation_on_disk.py",
     "tests/stateful/test_stateful.py",
     "tests/model/test_model.py",
     "tests/stories/test_bad_input_s3.py",
