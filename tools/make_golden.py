@@ -4,7 +4,7 @@
 
 ``v1`` is a run of one process, with fixed clock and tokens. ``v1-cells`` is one checkpoint of four ranks: sharded
 tensors, state that each rank has for itself, and objects with the sums of their cells, which are small ones there.
-``v1-folder`` is one checkpoint of files.
+``v1-folder`` is one checkpoint of files, ``v1-digest`` one whose manifest has a digest.
 
 Only for what the format has new: an existing golden store is never written again, whatever the code does today. The
 versions of Python and torch in the indexes are those that run this script.
@@ -46,6 +46,7 @@ GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "format" / "golden"
 PLACE = GOLDEN / f"v{FORMAT}"
 WITH_CELLS = GOLDEN / f"v{FORMAT}-cells"
 WITH_FOLDER = GOLDEN / f"v{FORMAT}-folder"
+WITH_DIGEST = GOLDEN / f"v{FORMAT}-digest"
 
 #: What is in the folder of ``v1-folder``.
 FILES = {
@@ -259,9 +260,27 @@ def make_with_folder(place: Path) -> None:
     (place / keys.LOCK).unlink()
 
 
+def make_with_digest(place: Path) -> None:
+    """Write the store of one small checkpoint, the best of its run.
+
+    Raises:
+        SystemExit: there is one already.
+    """
+    _refuse_again(place)
+    with _somewhere(), CheckpointManager(place, keep_best=1, monitor="val_loss", mode="min") as ckpts:
+        ckpts.save(100, {"w": torch.arange(4.0)}, metrics={"val_loss": 0.5}, block=True)
+    (place / keys.LOCK).unlink()
+
+
 def main() -> None:
     """Write those that are not there, and say what is in them."""
-    for place, write in ((PLACE, make), (WITH_CELLS, make_with_cells), (WITH_FOLDER, make_with_folder)):
+    stores = (
+        (PLACE, make),
+        (WITH_CELLS, make_with_cells),
+        (WITH_FOLDER, make_with_folder),
+        (WITH_DIGEST, make_with_digest),
+    )
+    for place, write in stores:
         if place.exists():
             print(f"{place} is there, and stays as it is")
             continue

@@ -1,13 +1,19 @@
-"""The manifest as bytes, both directions. Canonical: UTF-8 JSON, sorted keys, readable with ``cat``."""
+"""The manifest as bytes, both directions. Canonical: UTF-8 JSON, sorted keys, readable with ``cat``.
+
+Its last field, ``digest``, is the SHA-256 of the same bytes without it: a bit that flipped in a number would otherwise
+be believed, and could make retention delete the best. What has none (from before there was one, or because a person
+took it out with an edit) is read as it stands.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from cloudckpt.core.model import Best, Checkpoint, Claim, JournalEvent, Manifest, Owner, State
 from cloudckpt.core.policy import MODES, KeepBest, Policy
 from cloudckpt.core.wire import Reader, canonical, metrics_to_json, parse_document, parse_object
-from cloudckpt.errors import ConfigError
+from cloudckpt.errors import ConfigError, FormatError
 
 __all__ = [
     "MANIFEST_LIMIT_BYTES",
@@ -22,10 +28,12 @@ __all__ = [
 #: A manifest with 10,000 kept entries has about 8 MiB; anything past this limit is not one of ours.
 MANIFEST_LIMIT_BYTES = 64 * 1024 * 1024
 
+_END = b"\n}\n"
+
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The manifest's canonical bytes. Equal manifests give equal bytes."""
-    return canonical(
+    body = canonical(
         {
             **manifest.extra,
             "format": manifest.format,
@@ -50,15 +58,26 @@ def encode_manifest(manifest: Manifest) -> bytes:
         },
         readable=True,
     )
+    return body.removesuffix(_END) + _digest_field(_digest(body))
+
+
+def _digest(body: bytes) -> str:
+    return f"sha256:{hashlib.sha256(body).hexdigest()}"
+
+
+def _digest_field(digest: str) -> bytes:
+    return f',\n "digest": "{digest}"'.encode("ascii") + _END
 
 
 def decode_manifest(body: bytes, *, what: str = "manifest.json") -> Manifest:
     """The manifest in ``body``.
 
     Raises:
-        FormatError: not a manifest of a format this code knows; names every problem and its place.
+        FormatError: not a manifest of a format this code knows, which names every problem and its place; or changed
+            since it was written.
     """
     root = Reader(parse_document(body, what=what, limit_bytes=MANIFEST_LIMIT_BYTES), "", [])
+    digest = root.optional("digest", Reader.digest)
     manifest = Manifest(
         format=root.at("format").integer(least=1),
         requires=root.at("requires").texts(),
@@ -83,6 +102,13 @@ def decode_manifest(body: bytes, *, what: str = "manifest.json") -> Manifest:
     )
     _check_together(manifest, root)
     root.finish(what)
+    tail = b"" if digest is None else _digest_field(digest)
+    # Elsewhere than at the end it is an old one that a writer carried along which did not know the field.
+    if tail and body.endswith(tail) and _digest(body.removesuffix(tail) + _END) != digest:
+        raise FormatError(
+            f"{what} was changed after it was written: its digest does not match. If that was you, and on purpose, "
+            'take the line with "digest" out as well'
+        )
     return manifest
 
 

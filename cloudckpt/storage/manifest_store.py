@@ -59,6 +59,18 @@ class Held:
     version: str | None
 
 
+def _read(storage: Storage, url: str) -> Held:
+    found = storage.read(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
+    try:
+        return Held(decode_manifest(found.body, what=url), found.version)
+    except FormatError:
+        # A bit may have turned on the way: only what a second look finds as well is the store's own.
+        again = storage.read(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
+        if again.body == found.body:
+            raise
+        return Held(decode_manifest(again.body, what=url), again.version)
+
+
 def _means_nothing(key: str) -> bool:
     """Whether a key says nothing about a run: what a probe, a lock or a write under the lock left behind."""
     parsed = keys.parse(key)
@@ -179,13 +191,11 @@ class ManifestStore:
             self._base = None
 
     def _fetch(self, storage: Storage) -> Held | None:
-        try:
-            found = storage.read(keys.MANIFEST, limit_bytes=MANIFEST_LIMIT_BYTES)
-        except ObjectNotFoundError:
-            return None
         url = f"{self.storage.url}/{keys.MANIFEST}"
         try:
-            held = Held(decode_manifest(found.body, what=url), found.version)
+            held = _read(storage, url)
+        except ObjectNotFoundError:
+            return None
         except FormatError as exc:
             if "upgrade cloudckpt" in str(exc):
                 raise

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from cloudckpt.testing.builders import at, checkpoint, manifest, owner
 from cloudckpt.testing.strategies import json_values, manifests
 
 Document = dict[str, Any]
+END = b"\n}\n"
 
 #: One of everything.
 FULL = manifest(
@@ -44,8 +46,9 @@ FULL = manifest(
 
 
 def document() -> Document:
-    """The JSON of ``FULL``, to be changed."""
+    """The JSON of ``FULL`` without its digest, to be changed."""
     found: Document = json.loads(encode_manifest(FULL))
+    del found["digest"]
     return found
 
 
@@ -108,7 +111,54 @@ def test_unknown_fields_survive(where: str, value: Any) -> None:
     }[where]
     place["later"] = value
 
-    assert json.loads(encode_manifest(decoded(changed))) == changed
+    found = json.loads(encode_manifest(decoded(changed)))
+    del found["digest"]
+    assert found == changed
+
+
+def test_the_last_field_is_the_digest_of_the_rest() -> None:
+    """Anybody can check a manifest: cut the last field off and take the SHA-256."""
+    body = encode_manifest(FULL)
+    rest, field = body.rsplit(b',\n "digest": ', 1)
+
+    assert field == f'"sha256:{hashlib.sha256(rest + END).hexdigest()}"'.encode() + END
+
+
+def test_a_manifest_without_a_digest_is_read() -> None:
+    """From before there was one, or edited by a person who took it out; what is written next has one."""
+    rest, _ = encode_manifest(FULL).rsplit(b',\n "digest": ', 1)
+
+    assert decode_manifest(rest + END) == FULL
+
+
+def test_a_digest_that_an_older_writer_carried_along_is_none() -> None:
+    """It keeps fields that it does not know, sorted by name: what it wrote since is right, and the digest is not."""
+    stale = json.loads(encode_manifest(FULL)) | {"commits": FULL.commits + 1}
+    found = decode_manifest(json.dumps(stale, sort_keys=True, indent=1).encode() + b"\n")
+
+    assert found == replace(FULL, commits=FULL.commits + 1)
+    assert decode_manifest(encode_manifest(found)) == found
+
+
+def test_no_bit_that_flips_is_believed() -> None:
+    """Whatever bit of whatever byte: the manifest is refused, or means the same."""
+    body = encode_manifest(FULL)
+    for place in range(len(body)):
+        flipped = bytearray(body)
+        flipped[place] ^= 1 << place % 8
+        try:
+            found = decode_manifest(bytes(flipped))
+        except FormatError as exc:
+            assert "manifest.json" in str(exc)
+        else:
+            assert replace(found, extra={}) == FULL, place  # the name of the field itself
+
+
+def test_the_refusal_says_what_to_do_after_an_edit() -> None:
+    """A person who changed a number is told why it is refused, and how it is not."""
+    body = encode_manifest(FULL).replace(b'"revision": ', b'"revision": 1', 1)
+    with pytest.raises(FormatError, match=r'changed after it was written.*take the line with "digest" out'):
+        decode_manifest(body)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------
@@ -280,7 +330,7 @@ def test_changed_bytes_are_refused_or_make_a_manifest(data: st.DataObject) -> No
     except FormatError as exc:
         assert "manifest.json" in str(exc)
     else:
-        assert decode_manifest(encode_manifest(found)) == found
+        assert replace(found, extra={}) == FULL
 
 
 def test_the_lists_of_a_decoded_manifest_are_as_stored() -> None:

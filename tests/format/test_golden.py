@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import shutil
@@ -22,6 +23,7 @@ from cloudckpt.core.folder import stored_files
 from cloudckpt.core.index_json import decode_index, encode_index
 from cloudckpt.core.manifest_json import decode_manifest, encode_manifest
 from cloudckpt.core.model import Cells, State
+from cloudckpt.errors import FormatError
 from cloudckpt.tensors.boxes import plan_boxes
 from cloudckpt.tensors.reading import Reading
 from cloudckpt.tensors.targets import Part
@@ -33,6 +35,8 @@ V1 = Path(__file__).parent / "golden" / "v1"
 V1_CELLS = Path(__file__).parent / "golden" / "v1-cells"
 #: One checkpoint of files.
 V1_FOLDER = Path(__file__).parent / "golden" / "v1-folder"
+#: One checkpoint, whose manifest has a digest; those of the others are from before there was one.
+V1_DIGEST = Path(__file__).parent / "golden" / "v1-digest"
 
 #: The files that were saved.
 FILES = {
@@ -98,10 +102,24 @@ def equal_or_both_nan(one: float, other: float) -> bool:
 
 
 def test_manifest_is_read_and_written_again_byte_for_byte() -> None:
-    """The manifest and its copies decode, and encode to the very same bytes."""
+    """The manifest and its copies decode, and encode to the very same bytes and a digest."""
     for name in ("manifest.json", "manifest-000006.json", "manifest-000012.json"):
         body = (V1 / name).read_bytes()
+        again, _, digest = encode_manifest(decode_manifest(body)).rpartition(b',\n "digest": ')
+        assert again + b"\n}\n" == body
+        assert digest == f'"sha256:{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
+
+
+def test_a_manifest_with_a_digest_is_read_and_written_again_byte_for_byte() -> None:
+    """With the digest that it has; and one whose best has another value is refused."""
+    bodies = [path.read_bytes() for path in sorted(V1_DIGEST.glob("manifest*.json"))]
+    assert len(bodies) == 2
+    for body in bodies:
         assert encode_manifest(decode_manifest(body)) == body
+        assert body.count(b'"val_loss": 0.5') == 1
+        with pytest.raises(FormatError, match="changed after it was written"):
+            decode_manifest(body.replace(b'"val_loss": 0.5', b'"val_loss": 4.5'))
+    assert [best.ids for best in cloudckpt.open(V1_DIGEST).manifest().best] == [("7c780692",)]
 
 
 def test_indexes_are_read_and_written_again_byte_for_byte() -> None:
@@ -313,7 +331,7 @@ def test_the_files_of_a_folder_come_back(tmp_path: Path) -> None:
     check_store(cloudckpt.open(copied)._store.storage, settled=True)
 
 
-@pytest.mark.parametrize("write", ["make", "make_with_cells", "make_with_folder"])
+@pytest.mark.parametrize("write", ["make", "make_with_cells", "make_with_folder", "make_with_digest"])
 def test_a_golden_store_is_never_written_again(copied: Path, write: str) -> None:
     """The tool that made it refuses a folder that is there."""
     spec = importlib.util.spec_from_file_location("make_golden", ROOT / "tools" / "make_golden.py")

@@ -424,7 +424,7 @@ def test_a_run_that_needs_more_is_read_and_never_written(tmp_path: Path) -> None
     root = str(tmp_path / "run")
     saved(root, 1)
     place = Path(root, "manifest.json")
-    place.write_bytes(place.read_bytes().replace(b'"requires": []', b'"requires": ["shared-bytes"]'))
+    needing_more(root)
     before = place.read_bytes()
     assert cloudckpt.open(root).load()["w"].tolist() == [1.0] * 3
     for act in (
@@ -452,7 +452,8 @@ def test_metrics_that_are_no_numbers_are_never_best(caplog: pytest.LogCaptureFix
 def needing_more(root: str) -> None:
     """Make a run name a feature that this version does not know."""
     place = Path(root, "manifest.json")
-    place.write_bytes(place.read_bytes().replace(b'"requires": []', b'"requires": [\n  "shared-bytes"\n ]'))
+    rest, _ = place.read_bytes().rsplit(b',\n "digest": ', 1)  # of what it was
+    place.write_bytes(rest.replace(b'"requires": []', b'"requires": [\n  "shared-bytes"\n ]') + b"\n}\n")
 
 
 def test_a_run_that_needs_what_we_do_not_know_is_read_and_never_changed(tmp_path: Path) -> None:

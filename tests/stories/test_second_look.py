@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager, CorruptCheckpointError, Settings, StorageError
+from cloudckpt import CheckpointManager, CorruptCheckpointError, FormatError, Settings, StorageError
 from cloudckpt.storage import MemoryStorage, Versioned
 from cloudckpt.tensors import extents
 from cloudckpt.testing import check_store
@@ -170,6 +170,8 @@ def test_verify_looks_twice_as_well(line: OnTheWay) -> None:
 class Misread(MemoryStorage):
     """Memory behind a line that changes a digit of the newest checkpoint's digest, where the manifest has it.
 
+    The manifest has no digest of its own, as before there was one.
+
     Attributes:
         times: how many more manifests come like that.
     """
@@ -186,7 +188,8 @@ class Misread(MemoryStorage):
         self.times -= 1
         digest = json.loads(found.body)["entries"][-1]["index_digest"]
         other = digest[:-1] + ("1" if digest[-1] == "0" else "0")
-        return Versioned(found.body.replace(digest.encode(), other.encode()), found.version)
+        rest, _ = found.body.rsplit(b',\n "digest": ', 1)
+        return Versioned(rest.replace(digest.encode(), other.encode()) + b"\n}\n", found.version)
 
 
 @pytest.mark.parametrize("select", ["latest", 2])
@@ -203,3 +206,54 @@ def test_a_digest_that_came_wrong_with_the_manifest_damages_nothing(
     assert storage.times == 0
     assert [c.damaged for c in cloudckpt.open(storage).checkpoints()] == [None, None]
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+class Turning(MemoryStorage):
+    """Memory behind a line that turns a metric of the manifest into another one.
+
+    Attributes:
+        times: how many more manifests come like that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def read(self, key: str, *, limit_bytes: int) -> Versioned:
+        """See ``Storage.read``."""
+        found = super().read(key, limit_bytes=limit_bytes)
+        if key != "manifest.json" or not self.times:
+            return found
+        self.times -= 1
+        return Versioned(found.body.replace(b'"loss": 0.125', b'"loss": 8.125'), found.version)
+
+
+def test_a_metric_that_turned_on_the_way_costs_no_best() -> None:
+    """Believed, it would make the next commit retire the best: the manifest is read again."""
+    storage = Turning()
+    words: dict[str, Any] = {"settings": QUICK, "keep_last": 1, "keep_best": 1, "monitor": "loss", "mode": "min"}
+    with CheckpointManager(storage, **words) as ckpts:
+        ckpts.save(1, state_of(1), metrics={"loss": 0.125}, block=True)
+    storage.times = 1
+    with CheckpointManager(storage, **words) as ckpts:
+        for step in (2, 3):
+            ckpts.save(step, state_of(step), metrics={"loss": 0.5}, block=True)
+    assert storage.times == 0
+    assert [c.step for c in cloudckpt.open(storage).checkpoints()] == [1, 3]
+
+
+def test_a_metric_that_turned_in_the_store_is_refused_and_repaired() -> None:
+    """Twice the same is the store's own: nothing goes on with it, and a repair takes the copy and the indexes."""
+    storage = Turning()
+    with CheckpointManager(storage, settings=QUICK, keep_best=1, monitor="loss", mode="min") as ckpts:
+        ckpts.save(1, state_of(1), metrics={"loss": 0.125}, block=True)
+        ckpts.save(2, state_of(2), metrics={"loss": 0.5}, block=True)
+    storage.times = 10**6
+    with pytest.raises(FormatError, match=r"(?s)changed after it was written.*cloudckpt repair"):
+        cloudckpt.open(storage, settings=QUICK).best()
+    cloudckpt.repair(storage, dry_run=False)
+    storage.times = 0
+    best = cloudckpt.open(storage, settings=QUICK).best()
+    assert best is not None
+    assert best.step == 1
+    check_store(storage)
