@@ -1,8 +1,8 @@
 """Everything that is done to a run, one story each: what was there before, what is done, what must hold whatever fails.
 
 The history of ``cloudckpt.testing`` is one long story of two jobs. These are short ones, so that each call of each
-operation is broken while little else is going on: saves in the background, late metrics, labels, prune, removal by
-hand, restore over damage and by name, the claim of what another process left, sweep, gc, repair, and readers.
+operation is broken while little else is going on: saves in the background and waited for, late metrics, labels, prune,
+removal by hand, restore over damage and by name, the claim of what another process left, sweep, gc, repair, and readers.
 
 (Past 350 lines: each story is a few lines, and there are many of them.)
 """
@@ -197,6 +197,14 @@ def _saves(storage: Storage, told: Told) -> None:
                     told.append(pending.wait())
 
 
+def _saves_and_waits(storage: Storage, told: Told) -> None:
+    with job(storage, monitor="loss", mode="min", keep_best=1, keep_last=1) as ckpts:
+        attempt(partial(ckpts.restore, state_of(0)))
+        for step, loss in _LOSSES.items():
+            with contextlib.suppress(CloudCkptError):
+                told.append(ckpts.save(step, state_of(step), metrics={"loss": loss}, block=True).wait())
+
+
 def _saved_holds(storage: Storage, told: Told) -> None:
     committed = cloudckpt.open(storage).checkpoints()
     if told:
@@ -368,6 +376,7 @@ STORIES = (
         harmed=True,
     ),
     Story(name="open, load and verify", prepare=three_saves, act=_reads, holds=_read_holds, keeps=(1, 2, 3)),
+    Story(name="saves that are waited for", prepare=nothing, act=_saves_and_waits, holds=_saved_holds),
 )
 
 
