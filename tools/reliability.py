@@ -108,9 +108,22 @@ def _cell(cases: Sequence[Case]) -> str:
     return f"{sum(case.points for case in ran)} held" + (f", {skipped} skipped" if skipped else "")
 
 
+#: How often the runs on the page were made; without these options each file is content with less.
+_OFTEN = {
+    "tests/crash/test_kill.py": "--kills 200",
+    "tests/crash/test_zombie.py": "--kills 200",
+    "tests/distributed/test_torchrun_kills.py": "--kills 100",
+    "tests/power/test_power_cuts.py": "--cuts 50",
+    "tests/soak/test_long_runs.py": "--soak 10000",
+    "tests/stateful/test_stateful.py": "--stories long",
+}
+
+
 def _command(cases: Iterable[Case]) -> str:
     """What to type to have these again: the whole files, slow cases and all."""
-    return "`python -m pytest " + " ".join(sorted({case.test.partition("::")[0] for case in cases})) + "`"
+    files = sorted({case.test.partition("::")[0] for case in cases})
+    often = sorted({_OFTEN[file] for file in files if file in _OFTEN})
+    return "`" + " ".join(["python -m pytest", *files, '-m "slow or not slow"', *often]) + "`"
 
 
 def crash_matrix(cases: Sequence[Case]) -> str:
