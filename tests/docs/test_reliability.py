@@ -92,7 +92,7 @@ def test_runs_become_a_table(tool: ModuleType, tmp_path: Path) -> None:
     assert f"Python {platform.python_version()}" in {
         json.loads(line)["where"].rpartition(", ")[2] for line in path.read_text().splitlines()
     }
-    line = "| gc | refused |  |  | 7 held | `python -m pytest tests/x.py` |"
+    line = '| gc | refused |  |  | 7 held | `python -m pytest tests/x.py -m "slow or not slow"` |'
     assert line in table, "the command is told"
     page = "<!-- from runs: skipped -->\nold\n<!-- /from runs -->\n"
     assert "no loop devices" in tool.renewed(page, cases)
