@@ -13,15 +13,22 @@ from cloudckpt.errors import FormatError, ObjectNotFoundError
 from cloudckpt.storage import Storage
 from cloudckpt.view import read_index_body
 
-__all__ = ["Whole", "judge_folder", "settlement_of", "summed"]
+__all__ = ["Sealed", "judge_folder", "settlement_of", "summed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Whole:
-    """A sealed save whose payload objects all exist with their recorded sizes."""
+class Sealed:
+    """A save whose index lies in its folder: the index is written last, so all of its payload was there then.
+
+    Attributes:
+        index: what it was sealed with.
+        facts: what the manifest records of it.
+        damaged: which payload object is gone or has another size by now; None if the save is whole.
+    """
 
     index: Index
     facts: RollForward
+    damaged: str | None = None
 
 
 def summed(index: Index, body: bytes) -> RollForward:
@@ -33,8 +40,8 @@ def summed(index: Index, body: bytes) -> RollForward:
     )
 
 
-def judge_folder(body: bytes, *, save_id: str, step: int, sizes: Mapping[str, int], what: str) -> Whole | str:
-    """Whether a folder holds the whole of one save, or why it does not.
+def judge_folder(body: bytes, *, save_id: str, step: int, sizes: Mapping[str, int], what: str) -> Sealed | str:
+    """The sealed save that a folder holds, whole or damaged, or why its index is not that of one.
 
     Args:
         body: the bytes of its index.
@@ -52,13 +59,17 @@ def judge_folder(body: bytes, *, save_id: str, step: int, sizes: Mapping[str, in
         return str(exc)
     if (index.id, index.step) != (save_id, step):
         return f"{what} describes checkpoint-{index.step}.{index.id}"
+    return Sealed(index=index, facts=summed(index, body), damaged=_damage(index, sizes))
+
+
+def _damage(index: Index, sizes: Mapping[str, int]) -> str | None:
     for item in index.objects:
         size = sizes.get(item.name)
         if size is None:
             return f"{item.name} is missing"
         if size != item.size_bytes:
             return f"{item.name} has {size} bytes and was sealed with {item.size_bytes}"
-    return Whole(index=index, facts=summed(index, body))
+    return None
 
 
 def settlement_of(storage: Storage, entry: Checkpoint) -> Settlement:
@@ -74,4 +85,7 @@ def settlement_of(storage: Storage, entry: Checkpoint) -> Settlement:
     judged = judge_folder(
         body, save_id=entry.id, step=entry.step, sizes=sizes, what=f"{storage.url}/{prefix}/{keys.INDEX_NAME}"
     )
-    return judged.facts if isinstance(judged, Whole) else Abandon(reason=f"its process ended, and {judged}")
+    problem = judged.damaged if isinstance(judged, Sealed) else judged
+    if isinstance(judged, Sealed) and problem is None:
+        return judged.facts
+    return Abandon(reason=f"its process ended, and {problem}")

@@ -13,7 +13,7 @@ from cloudckpt.core import keys
 from cloudckpt.core.garbage import GarbagePlan, plan_garbage
 from cloudckpt.core.index_json import INDEX_LIMIT_BYTES, decode_index
 from cloudckpt.core.manifest import forget, note
-from cloudckpt.core.model import Checkpoint, Manifest, State
+from cloudckpt.core.model import Checkpoint, Index, Manifest, State
 from cloudckpt.errors import CheckpointNotFoundError, ConflictError, FormatError, ObjectNotFoundError, StorageError
 from cloudckpt.storage import ManifestStore, Storage
 from cloudckpt.view import placed, read_index_body
@@ -180,28 +180,50 @@ def _look_into_indexes(storage: Storage, manifest: Manifest, plan: GarbagePlan) 
             # Nobody can have written it, and nobody can look into it: a person has to.
             unknown[key.text] = f"it has {orphan.size_bytes} bytes, more than the {INDEX_LIMIT_BYTES} that are read"
             continue
+        entry = manifest.find(key.id or "")
         try:
             index = decode_index(storage.read(key.text, limit_bytes=INDEX_LIMIT_BYTES).body)
         except ObjectNotFoundError:
             continue
         except FormatError as exc:
-            if "upgrade cloudckpt" in str(exc):
+            if not _let_go(key, entry) or "upgrade cloudckpt" in str(exc):
                 unknown[key.text] = str(exc)
             continue
-        if index.requires:
-            unknown[key.text] = f"it needs {', '.join(index.requires)}, which this version does not know"
-        known = key.id is not None and manifest.find(key.id) is not None
-        newer = index.seq >= manifest.next_seq or index.writer_epoch > manifest.writer_epoch
-        if max(index.seq, index.writer_epoch) > keys.COUNT_LIMIT:
-            # No sign of a manifest that was rolled back: a repair would refuse it as well.
-            unknown[key.text] = f"it has numbers that no run counts to (seq {index.seq}, writer {index.writer_epoch})"
-        elif newer and not known:
-            raise ConflictError(
-                f"{storage.url}/{key.text} is a sealed checkpoint that is newer than the manifest (seq "
-                f"{index.seq}, writer {index.writer_epoch}): an older manifest was put back. Nothing was deleted. "
-                f"Run: cloudckpt repair {storage.url}"
-            )
+        if entry is None:
+            _refuse_newer(storage, manifest, key, index)
+        if (why := _why_it_stays(key, entry, index)) is not None:
+            unknown[key.text] = why
     return unknown
+
+
+def _let_go(key: keys.Key, entry: Checkpoint | None) -> bool:
+    """Whether the manifest itself calls the save retired; of any other, a repair may have refused the index."""
+    return entry is not None and entry.step == key.step
+
+
+def _why_it_stays(key: keys.Key, entry: Checkpoint | None, index: Index) -> str | None:
+    if _beyond_counting(index):
+        return f"it has numbers that no run counts to (seq {index.seq}, writer {index.writer_epoch})"
+    if index.requires:
+        return f"it needs {', '.join(index.requires)}, which this version does not know"
+    if not _let_go(key, entry) and (index.id, index.step) != (key.id, key.step):
+        return f"it describes {keys.checkpoint_prefix(index.step, index.id)}"
+    return None
+
+
+def _beyond_counting(index: Index) -> bool:
+    """Whether a repair would refuse it for its numbers: they are no sign of a manifest that was rolled back."""
+    return max(index.seq, index.writer_epoch) > keys.COUNT_LIMIT
+
+
+def _refuse_newer(storage: Storage, manifest: Manifest, key: keys.Key, index: Index) -> None:
+    newer = index.seq >= manifest.next_seq or index.writer_epoch > manifest.writer_epoch
+    if newer and not _beyond_counting(index):
+        raise ConflictError(
+            f"{storage.url}/{key.text} is a sealed checkpoint that is newer than the manifest (seq "
+            f"{index.seq}, writer {index.writer_epoch}): an older manifest was put back. Nothing was deleted. "
+            f"Run: cloudckpt repair {storage.url}"
+        )
 
 
 def _delete_index_last(storage: Storage, orphans: Sequence[str]) -> dict[str, Exception]:

@@ -12,6 +12,7 @@ from cloudckpt.cli.common import FINDINGS, DryRun, Json, Place, Quiet, Root, Yes
 from cloudckpt.cli.render import as_json, checkpoints_table, output, print_json
 from cloudckpt.core.rights import Role
 from cloudckpt.core.text import format_bytes
+from cloudckpt.repairing import RepairPlan
 from cloudckpt.tools import repair, verify
 from cloudckpt.verifying import Finding, VerifyReport
 
@@ -80,19 +81,13 @@ def repair_command(
 ) -> None:
     """Bring back a run whose manifest is lost, unreadable or rolled back.
 
-    Shows the proposal first. Everything it admits is held until you release it, and every running writer is
-    fenced. Example: cloudckpt repair ./runs/demo
+    Shows the proposal first. Everything it admits is held until you release it, what has lost an object is marked
+    damaged, and every running writer is fenced. Example: cloudckpt repair ./runs/demo
     """
     target = root_of(place, root)
     plan = repair(target, dry_run=True)
     if not json:
-        console = output()
-        console.print(f"from {plan.basis}: {len(plan.admitted)} checkpoints are whole and would be admitted and held")
-        console.print(checkpoints_table(plan.admitted))
-        for folder, why in plan.refused.items():
-            console.print(f"not admitted: {folder}: {why}", markup=False)
-        for sentence in plan.could_not_know:
-            console.print(f"could not know: {sentence}", markup=False)
+        _print_proposal(plan)
     if agreed("Put this manifest in place?", yes=yes, dry_run=dry_run, unseen=json):
         plan = repair(target, dry_run=False)
         if not json:
@@ -101,6 +96,20 @@ def repair_command(
         output().print("nothing was changed")
     if json:
         print_json(plan)
+
+
+def _print_proposal(plan: RepairPlan) -> None:
+    console = output()
+    damaged = sum(checkpoint.damaged is not None for checkpoint in plan.admitted)
+    found = f"{len(plan.admitted) - damaged} checkpoints are whole and {damaged} damaged"
+    console.print(f"from {plan.basis}: {found}: they would be admitted and held")
+    console.print(checkpoints_table(plan.admitted))
+    for folder, why in plan.refused.items():
+        console.print(f"not admitted: {folder}: {why}", markup=False)
+    for folder in plan.gc_deletes:
+        console.print(f"gc would delete {folder}: to keep it, copy it out of {plan.url} first", markup=False)
+    for sentence in plan.could_not_know:
+        console.print(f"could not know: {sentence}", markup=False)
 
 
 def doctor(

@@ -128,6 +128,7 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
         "basis": "string",
         "admitted": "array of checkpoint",
         "refused": "object: folder -> why",
+        "gc_deletes": "array of names; of refused, what the next gc deletes",
         "could_not_know": "array of sentences",
         "manifest": "object; the proposed manifest",
     },

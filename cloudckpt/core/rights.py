@@ -177,7 +177,7 @@ NEEDS: tuple[Need, ...] = (
             f"{_STORE}.read",
             "cloudckpt.sweeping:_look_into_indexes",
             "cloudckpt.repairing:_basis",
-            "cloudckpt.repairing:_judge_folders",
+            "cloudckpt.repairing:_judged",
         ),
         aws=(Grant("s3:GetObject", Scope.METADATA),),
         gcp=(Grant("storage.objects.get", Scope.PREFIX),),

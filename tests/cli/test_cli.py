@@ -150,6 +150,39 @@ def test_repair_proposes_first(cli: Any, root: str, tmp_path: Path, monkeypatch:
     assert torch.equal(cloudckpt.open(str(run)).load("best")["model"]["w"], torch.full((9,), 2.0))
 
 
+def test_repair_says_what_is_damaged_and_what_gc_would_delete(cli: Any, root: str, tmp_path: Path) -> None:
+    """A lost payload object is named by repair, ls, show and verify; what is refused, with what becomes of it."""
+    run = copy_of(root, tmp_path / "run")
+    for manifest in run.glob("manifest*.json"):
+        manifest.unlink()
+    damaged, unsealed, garbled = (next(run.glob(f"checkpoint-{step}.*")) for step in (2, 3, 4))
+    lost = next(damaged.glob("model-*.safetensors"))
+    lost.unlink()
+    (unsealed / "checkpoint.json").unlink()
+    (garbled / "checkpoint.json").write_bytes(b"{}")
+    proposal = cli("repair", str(run), "--dry-run")
+    assert "0 checkpoints are whole and 1 damaged: they would be admitted and held" in proposal.out
+    assert f"{damaged.name} is damaged ({lost.name} is missing)" in proposal.out
+    assert f"not admitted: {unsealed.name}: it was never sealed: no index\n" in proposal.out
+    assert f"gc would delete {unsealed.name}: to keep it, copy it out of {run} first\n" in proposal.out
+    assert f"gc would delete {garbled.name}" not in proposal.out
+    document = cli("repair", str(run), "--yes", "--json").json
+    assert [c["damaged"] for c in document["admitted"]] == [f"{lost.name} is missing"]
+    assert {*document["refused"]} == {unsealed.name, garbled.name}
+    assert document["gc_deletes"] == [unsealed.name]
+    assert "damaged" in cli("ls", str(run)).out
+    assert f"{lost.name} is missing" in cli("show", "2", "-r", str(run)).out
+    found = cli("verify", str(run))
+    assert found.code == 3
+    assert f"{lost.name}: missing" in found.out
+    cleaned = cli("gc", str(run), "--yes")
+    assert cleaned.code == 3, "what it left to a person is a finding"
+    assert f"could not delete {garbled.name}/checkpoint.json" in cleaned.out
+    assert [path.is_dir() and any(path.iterdir()) for path in (damaged, unsealed, garbled)] == [True, False, True]
+    assert cli("rm", "2", "-r", str(run), "--force", "--yes").code == 0
+    assert not damaged.is_dir() or not any(damaged.iterdir())
+
+
 def test_doctor(cli: Any, root: str, tmp_path: Path) -> None:
     """Doctor says ready, or what is wrong with exit 1; it leaves nothing behind."""
     run = copy_of(root, tmp_path / "run")

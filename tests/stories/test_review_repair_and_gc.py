@@ -109,17 +109,33 @@ def test_repair_keeps_what_a_person_wrote_about_a_save_in_flight() -> None:
 
 
 def test_gc_goes_on_after_a_repair_that_refused_a_folder() -> None:
-    """A sealed save whose payload is gone is refused by repair; gc then takes it away and asks for no other repair."""
+    """A second folder of one save is refused by repair; gc then takes it away and asks for no other repair."""
     storage = MemoryStorage()
     saved(storage, 1, 2, keep_last=None)
-    storage.delete([next(i.key for i in storage.list("checkpoint-2.") if i.key.endswith("safetensors"))])
+    key = index_key(storage, 2)
+    index = decode_index(storage.read(key, limit_bytes=INDEX_LIMIT_BYTES).body)
+    put(storage, key.replace("checkpoint-2.", "checkpoint-10."), encode_index(replace(index, step=10, seq=77)))
     put(storage, "manifest.json", b"garbled")
     for item in [*storage.list("manifest-")]:
         storage.delete([item.key])
     plan = cloudckpt.repair(storage, dry_run=False)
-    assert len(plan.refused) == 1
+    assert [*plan.refused] == [*plan.gc_deletes] == [f"checkpoint-10.{index.id}"]
     cloudckpt.gc(storage, dry_run=False)
     check_store(storage, settled=True)
+
+
+def test_of_two_folders_of_one_save_the_whole_one_is_admitted() -> None:
+    """Without a manifest to ask, the one that has lost its payload is the copy, even if it is numbered earlier."""
+    storage = MemoryStorage()
+    saved(storage, 1, 2, keep_last=None)
+    key = index_key(storage, 2)
+    index = decode_index(storage.read(key, limit_bytes=INDEX_LIMIT_BYTES).body)
+    put(storage, key.replace("checkpoint-2.", "checkpoint-10."), encode_index(replace(index, step=10, seq=1)))
+    for item in [*storage.list("manifest")]:
+        storage.delete([item.key])
+    plan = cloudckpt.repair(storage, dry_run=False)
+    assert [(c.step, c.damaged) for c in plan.admitted] == [(1, None), (2, None)]
+    assert [*plan.refused] == [f"checkpoint-10.{index.id}"]
 
 
 def test_gc_counts_the_copy_of_the_manifest_that_its_own_write_leaves() -> None:
