@@ -149,11 +149,13 @@ _PLACES: dict[str, tuple[str, str]] = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'cloudckpt' has no attribute {name!r}")
-    module, attribute = _PLACES.get(name, ("errors", name))
-    return getattr(importlib.import_module(f"cloudckpt.{module}"), attribute)
+if not TYPE_CHECKING:  # to type checkers it would say that there is whatever name they meet
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'cloudckpt' has no attribute {name!r}")
+        module, attribute = _PLACES.get(name, ("errors", name))
+        return getattr(importlib.import_module(f"cloudckpt.{module}"), attribute)
 
 
 def __dir__() -> list[str]:

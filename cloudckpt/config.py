@@ -7,7 +7,7 @@ from dataclasses import Field, dataclass, fields
 
 from cloudckpt.errors import ConfigError
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "settings_of"]
 
 
 #: The settings that are words.
@@ -119,6 +119,23 @@ class Settings:
         if whole and not isinstance(value, int):
             return f"{name}={value!r}: write a positive whole number"
         return None if is_fine else f"{name}={value!r}: write a positive number"
+
+
+def settings_of(given: Settings | None) -> Settings:
+    """The settings that a caller gave, or the usual ones.
+
+    Raises:
+        ConfigError: what was given are no settings.
+    """
+    if given is None:
+        return Settings()
+    if not isinstance(given, Settings):
+        # Not its value: these may be storage options, with a secret among them, in the wrong place.
+        raise ConfigError(
+            f"settings= was given a {type(given).__qualname__}: write settings=cloudckpt.Settings(...), with the names "
+            "and numbers in it, such as Settings(storage_deadline_s=30)"
+        )
+    return given
 
 
 def _is_whole(field: Field[object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -101,7 +102,7 @@ def import_planned(
     store = ManifestStore(storage, settings)
     try:
         if plan.kind == OURS:
-            source = ManifestStore(open_storage(plan.path))
+            source = ManifestStore(open_storage(plan.path, settings=settings), settings)
             copied, components = copy_pulled(source, store, tags=tags, pin=pin, takeover=takeover)
             return Imported(checkpoint=copied.checkpoint, plan=plan, components=components)
         found = store.read()
@@ -179,6 +180,9 @@ def _part(folder: Path, part: ImportPart, *, allow_pickle: bool) -> Any:
 
 
 def _unpickled(path: Path, *, allow_pickle: bool) -> Any:
+    if not allow_pickle and torch.distributed.is_available():
+        # It is its import that tells torch.load that DTensors, and what they are made of, are no code.
+        importlib.import_module("torch.distributed.tensor")
     try:
         with mapped(path):
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)

@@ -96,8 +96,16 @@ class PendingSave:
         # An interrupted wait has learnt nothing: what becomes of the save is still to be told.
         if not _slept(self._sleep, timeout_s):
             raise TimeoutError(f"{self._checkpoint.name} is still at {self.progress.phase}")
-        self._seen = True
-        return self._outcome.result()
+        failure = self._outcome.exception()
+        if failure is None:
+            return self._outcome.result()
+        try:
+            # Python looks for Ctrl-C when it calls something, and nothing is called between these two: an interrupt
+            # comes before, and the failure is still to be told, or after it was raised.
+            self._seen = True
+            raise failure
+        finally:
+            del failure  # with this frame in its traceback it would keep itself alive, and with it the state
 
     def wait_quietly(self, timeout_s: float | None = None) -> bool:
         """Wait until it has ended, one way or the other, without taking note of its failure; whether it has."""

@@ -18,15 +18,16 @@ from cloudckpt.view import RunView
 
 __all__ = ["Plot", "Point", "plot_of", "plot_text", "write_plot"]
 
-#: What a point can be, its mark in the terminal, its mark and colour in a picture. Later ones are drawn on top.
-#: Shapes tell them apart as well as colours do (the Okabe-Ito palette).
-_KINDS: Mapping[str, tuple[str, str, str]] = {
-    "deleted": ("x", "x", "#999999"),
-    "failed": ("!", "v", "#D55E00"),
-    "uploading": ("^", "^", "#56B4E9"),
-    "saved": ("o", "o", "#0072B2"),
-    "pinned": ("P", "s", "#CC79A7"),
-    "best": ("*", "*", "#009E73"),
+#: What a point can be, its mark in the terminal, its mark and colour in a picture, and what comes near that colour of
+#: the ones that every terminal has. Later ones are drawn on top. Shapes tell them apart as well as colours do (the
+#: Okabe-Ito palette).
+_KINDS: Mapping[str, tuple[str, str, str, str]] = {
+    "deleted": ("x", "x", "#999999", "gray"),
+    "failed": ("!", "v", "#D55E00", "red"),
+    "uploading": ("^", "^", "#56B4E9", "cyan"),
+    "saved": ("o", "o", "#0072B2", "blue+"),
+    "pinned": ("P", "s", "#CC79A7", "magenta+"),
+    "best": ("*", "*", "#009E73", "green"),
 }
 _SUFFIXES = (".svg", ".png", ".html")
 
@@ -127,8 +128,15 @@ def _point(entry: Checkpoint, metric: str, manifest: Manifest, *, abandoned: boo
     )
 
 
-def plot_text(plot: Plot, *, width: int = 80, height: int = 20, colour: bool = True) -> str:
+def plot_text(plot: Plot, *, width: int = 80, height: int = 20, colour: bool = True, rgb: bool = False) -> str:
     """The plot for a terminal.
+
+    Args:
+        plot: what is drawn.
+        width: columns.
+        height: lines.
+        colour: whether the terminal has colours.
+        rgb: whether it has all of them (24 bits); one that has not shows others, or parts of the escapes.
 
     Raises:
         ConfigError: plotext is not installed.
@@ -143,12 +151,12 @@ def plot_text(plot: Plot, *, width: int = 80, height: int = 20, colour: bool = T
     if line:
         plt.plot([p.step for p in line], [p.value for p in line], marker="braille", color="blue")
     drawn: list[str] = []  # not in the picture's own legend, which would hide points
-    for kind, (mark, _, hexadecimal) in _KINDS.items():
+    for kind, (mark, _, hexadecimal, indexed) in _KINDS.items():
         found = [p for p in plot.drawn if p.kind == kind]
         if found:
             drawn.append(f"{mark} {kind}")
-            rgb = tuple(bytes.fromhex(hexadecimal[1:]))
-            plt.scatter([p.step for p in found], [p.value for p in found], marker=mark, color=rgb)
+            shade = tuple(bytes.fromhex(hexadecimal[1:])) if rgb else indexed
+            plt.scatter([p.step for p in found], [p.value for p in found], marker=mark, color=shade)
     text = str(plt.build())
     if not colour:
         text = str(plt.uncolorize(text))
@@ -183,7 +191,7 @@ def _drawn(plot: Plot, form: str) -> bytes:
         axes = figure.subplots()
         line = [p for p in plot.drawn if p.kind != "failed"]
         axes.plot([p.step for p in line], [p.value for p in line], color="#56B4E9", linewidth=1, zorder=1)
-        for kind, (_, mark, colour) in _KINDS.items():
+        for kind, (_, mark, colour, _) in _KINDS.items():
             _scatter(axes, kind, [p for p in plot.points if p.kind == kind], mark, colour)
         axes.set_xlabel("step")
         axes.set_ylabel(plot.metric)

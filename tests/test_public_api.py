@@ -97,3 +97,23 @@ def test_importing_the_package_and_the_command_line_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+#: What a fresh process has of ``cloudckpt.storage`` after importing it, and nothing of it, alone.
+OF_STORAGE = """
+import sys, cloudckpt.storage as storage
+assert dir(storage) == sorted(storage.__all__), dir(storage)
+assert "cloudckpt.storage.retry" not in sys.modules
+for name in ("s3", "retry", "manifest_store"):
+    assert getattr(storage, name) is sys.modules[f"cloudckpt.storage.{name}"]
+for name in ("nothing", "_hidden", "no.name", ""):
+    assert not hasattr(storage, name), name
+for name in storage.__all__:
+    assert getattr(storage, name) is not None
+"""
+
+
+def test_the_storage_package_names_what_it_has() -> None:
+    """``dir()`` has its public names, though none was imported yet, and its modules are its attributes."""
+    done = subprocess.run([sys.executable, "-c", OF_STORAGE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

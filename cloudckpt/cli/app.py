@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from cloudckpt._version import __version__
+from cloudckpt.cli.pipes import readers_may_leave
 from cloudckpt.errors import CloudCkptError
 
 __all__ = ["COMMANDS", "app", "function_of", "run"]
@@ -79,6 +80,13 @@ class _WhenAsked(Mapping[str, Any]):
         one.command(name, rich_help_panel=panel)(function_of(place))
         return get_command(one)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        # Mapping's own takes a KeyError while a command's module is imported for a command that is not there.
+        return default if name not in self._places else self[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
@@ -120,9 +128,6 @@ def _options(
 
 _debug = False
 
-#: What click puts in place of a standard output whose reader has left, before it ends the process with code 1.
-_CLOSED_PIPE = "PacifyFlushWrapper"
-
 
 def _say(problem: Exception) -> None:
     from cloudckpt.cli.render import errors  # noqa: PLC0415 - rich and the tables, when there is something to say
@@ -144,19 +149,9 @@ def _guarded(command: Callable[[], object]) -> int:
             raise
         _say(exc)
         return 2
-    except BrokenPipeError:
-        _let_go_of_output()
-        return 0
     except SystemExit as exc:
-        if type(sys.stdout).__name__ == _CLOSED_PIPE:
-            return 0
         return exc.code if isinstance(exc.code, int) else 0
     return 0
-
-
-def _let_go_of_output() -> None:
-    """The reader of the pipe has seen enough; keep the interpreter from complaining at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's shape
@@ -168,9 +163,8 @@ def run() -> None:
     """Run the command line and exit with its code; 130 after Ctrl-C, 143 after SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    code = _guarded(functools.partial(app, standalone_mode=True))
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _let_go_of_output()
+    with readers_may_leave():
+        code = _guarded(functools.partial(app, standalone_mode=True))
+        with contextlib.suppress(SystemExit):  # it has ended, with this code
+            sys.stdout.flush()
     sys.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from cloudckpt.cli.common import Json, Place, Quiet, Root, root_of, store_at, view_at
+from cloudckpt.cli.pipes import wait_for_reader
 from cloudckpt.cli.render import age, checkpoints_table, event_line, output, print_json
 from cloudckpt.core.model import Checkpoint, JournalEvent, Manifest, State
 from cloudckpt.core.text import format_bytes, format_duration
@@ -30,6 +32,14 @@ __all__ = ["cost", "follow", "plot", "screen", "watch"]
 
 #: Events shown below the table by ``watch``.
 _EVENTS_SHOWN = 8
+#: The longest pause of ``watch``: nobody waits for more, and no platform's timer ends below it.
+_DAY_S = 86_400
+
+
+def _a_number(value: float) -> float:
+    if math.isnan(value):  # which is neither below a minimum nor above a maximum
+        raise typer.BadParameter("nan is no number")
+    return value
 
 
 def plot(
@@ -58,13 +68,23 @@ def plot(
         size = shutil.get_terminal_size()
         height = max(12, min(size.lines - 4, 30))
         coloured = console.is_terminal and console.color_system is not None and not console.no_color
-        sys.stdout.write(plot_text(drawn, width=min(size.columns, 140), height=height, colour=coloured) + "\n")
+        text = plot_text(
+            drawn,
+            width=min(size.columns, 140),
+            height=height,
+            colour=coloured,
+            rgb=console.color_system == "truecolor",
+        )
+        sys.stdout.write(f"{text}\n")
 
 
 def watch(
     place: Place = None,
     root: Root = None,
-    every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = 2.0,
+    every: Annotated[
+        float,
+        typer.Option("--every", min=0.2, max=_DAY_S, callback=_a_number, help="Seconds between two looks."),
+    ] = 2.0,
     count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Stop after so many looks.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Each new event as one line of JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Of each new event its name and its save.")] = False,
@@ -145,7 +165,7 @@ def follow(
     *,
     every_s: float,
     count: int | None,
-    wait: Callable[[float], None] = time.sleep,
+    wait: Callable[[float], None] = wait_for_reader,
 ) -> None:
     """Tell each event of the journal once, as it comes.
 

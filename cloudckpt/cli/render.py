@@ -37,19 +37,10 @@ __all__ = [
 _PIPE_WIDTH = 1000
 
 
-class _Output(Console):
-    """A console that lets a closed pipe be what it is; rich's own ends the process with an error code."""
-
-    def on_broken_pipe(self) -> None:
-        """The reader has seen enough."""
-        self.quiet = True
-        raise BrokenPipeError
-
-
 def output() -> Console:
     """Standard output; without a terminal neither colours nor a guessed width."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return _Output(soft_wrap=not sys.stdout.isatty(), highlight=False, width=_PIPE_WIDTH if piped else None)
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False, width=_PIPE_WIDTH if piped else None)
 
 
 def errors() -> Console:

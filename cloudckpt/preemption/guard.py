@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from cloudckpt.config import Settings
+from cloudckpt.config import Settings, settings_of
 from cloudckpt.coordination import find_group
 from cloudckpt.core.arguments import checked_step
 from cloudckpt.core.deadline import earlier
@@ -91,7 +91,7 @@ class PreemptionGuard:
         if when is not None:
             watches.append(Asked(when, notice_s=self._notice_s, every_s=every_s))
         group = find_group(process_group)
-        timeout_s = (settings or Settings()).coordination_timeout_s
+        timeout_s = settings_of(settings).coordination_timeout_s
         self._agreement: Agreement = Together(group, timeout_s=timeout_s) if group else Alone()
         self._rank, self._ranks = (group.rank, group.world_size) if group else (0, 1)
         self._listener = Listeners([LoggingListener(self._rank), *listeners])

@@ -6,6 +6,7 @@ What a module of it gives is imported when it is asked for: a look at a local ru
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -109,9 +110,18 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+if not TYPE_CHECKING:  # to type checkers it would say that there is whatever name they meet
+
+    def __getattr__(name: str) -> Any:
+        if name in _PLACES:
+            found = getattr(importlib.import_module(f"cloudckpt.storage.{_PLACES[name]}"), name)
+            globals()[name] = found  # from now on without a question
+            return found
+        # cloudckpt.storage.s3, say, as if the module had been imported with this one.
+        if name.isidentifier() and not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+            return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module 'cloudckpt.storage' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"cloudckpt.storage.{_PLACES[name]}"), name)
-    globals()[name] = found  # from now on without a question
-    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeGuard, TypeVar
 
-from cloudckpt.config import Settings
+from cloudckpt.config import Settings, settings_of
 from cloudckpt.core import keys
 from cloudckpt.core.garbage import COPIES_KEPT
 from cloudckpt.core.manifest import stamped
@@ -109,7 +109,7 @@ class ManifestStore:
         clock: Callable[[], str] = utc_now,
         token: Callable[[int], str] = lambda digits: secrets.token_hex(digits // 2),
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = settings_of(settings)
         self.storage: Storage = RetryingStorage(storage, self._backoff(self.settings.storage_deadline_s))
         # transact tries again by itself, under its own one deadline.
         self._once = storage

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping
 
-from cloudckpt.config import Settings
+from cloudckpt.config import Settings, settings_of
 from cloudckpt.errors import ConfigError
 from cloudckpt.storage.base import Storage
 from cloudckpt.storage.local import LocalStorage
@@ -56,6 +56,7 @@ def open_storage(
     Raises:
         ConfigError: the URL cannot be used as given; says what to write or install.
     """
+    numbers = settings_of(settings)
     if isinstance(root, Storage):
         return root
     text = os.fspath(root)
@@ -67,15 +68,15 @@ def open_storage(
         raise ConfigError(f"{_shown(text)!r}: chained URLs cannot be written atomically: give the plain URL")
     match = _SCHEME.match(text)
     if match is None:
-        return _local(_checked_path(text), settings)
+        return _local(_checked_path(text), numbers)
     scheme, rest = match[1].lower(), text[match.end() :]
     if scheme in {"file", "local"}:
         from fsspec.implementations.local import LocalFileSystem
 
-        return _local(str(LocalFileSystem._strip_protocol(text)), settings)  # noqa: SLF001 - fsspec's own spelling of a path
+        return _local(str(LocalFileSystem._strip_protocol(text)), numbers)  # noqa: SLF001 - fsspec's own spelling of a path
     if scheme == "memory":
         return MemoryStorage.named("memory://" + rest.strip("/"))
-    return _remote(text, scheme, rest, dict(storage_options or {}), settings or Settings())
+    return _remote(text, scheme, rest, dict(storage_options or {}), numbers)
 
 
 def open_store(
@@ -97,10 +98,10 @@ def open_store(
     return ManifestStore(storage, settings, single_writer=single_writer)
 
 
-def _local(path: str, settings: Settings | None) -> Storage:
+def _local(path: str, settings: Settings) -> Storage:
     if is_pulled(os.path.expanduser(path)):  # noqa: PTH111 - as LocalStorage does it
         return PulledFolder(path)
-    return LocalStorage(path, direct_io=(settings or Settings()).direct_io)
+    return LocalStorage(path, direct_io=settings.direct_io)
 
 
 def _remote(text: str, scheme: str, rest: str, options: dict[str, object], settings: Settings) -> Storage:

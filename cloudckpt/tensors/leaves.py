@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import enum
+import importlib
 import io
 import pickle
 import sys
@@ -197,7 +198,12 @@ def _plain(name: str, path: Path) -> np.dtype[Any]:
 
 @dataclass(frozen=True, slots=True)
 class EnumLeaf:
-    """Members of an enum, by value. Loading imports nothing: an enum whose module is not imported gives its value."""
+    """Members of an enum, by value.
+
+    Loading imports public modules of torch and nothing else by a file's word: those are installed wherever this runs,
+    and torch imports many of them only when they are asked for. An enum of any other module that is not imported gives
+    its value.
+    """
 
     tag: str = "enum"
 
@@ -215,10 +221,23 @@ class EnumLeaf:
         """See ``Handler.decode``."""
         value = codec.decode(payload["value"], path)
         module, _, qualname = payload["class"].partition(":")
-        found: Any = sys.modules.get(module)
+        found: Any = _module_of_enum(module)
         for name in qualname.split("."):
             found = getattr(found, name, None)
         return found(value) if isinstance(found, enum.EnumMeta) else value
+
+
+def _module_of_enum(name: str) -> object:
+    """The module if it is imported, or of torch's own; None for any other."""
+    first, *others = name.split(".")
+    # Private modules of torch do things when they are imported: one sets variables of the environment, and a __main__
+    # ends the process.
+    if name not in sys.modules and first == "torch" and not any(part.startswith("_") for part in others):
+        try:
+            importlib.import_module(name)
+        except Exception:  # noqa: BLE001 - whatever another version of torch says to the name: the value is there
+            return None
+    return sys.modules.get(name)
 
 
 #: Containers that the codec itself stores, whatever is in them.

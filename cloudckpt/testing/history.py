@@ -15,8 +15,7 @@ import torch
 import cloudckpt
 from cloudckpt import CheckpointManager, CloudCkptError, Settings, State
 from cloudckpt.core import keys
-from cloudckpt.storage import ManifestStore, Storage
-from cloudckpt.sweeping import gc_run
+from cloudckpt.storage import Storage
 from cloudckpt.testing.invariants import check_store
 from cloudckpt.testing.scripted import Crash
 
@@ -29,11 +28,6 @@ _LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: 0.5}
 def _state_of(step: int) -> dict[str, object]:
     """Different bits at every step, in two components."""
     return {"model": {"w": torch.arange(64.0) * step}, "extra": {"bias": torch.full((7,), step), "step": step}}
-
-
-def _collect(storage: Storage, settings: Settings) -> None:
-    """``cloudckpt.gc``, which has the patience of a person and no settings: with the deadlines of the history."""
-    gc_run(ManifestStore(storage, settings), dry_run=False)
 
 
 class History:
@@ -91,7 +85,7 @@ class History:
             self._try(lambda: ckpts.unpin(3))
             self._try(ckpts.prune)
             self._save(ckpts, 5)
-            self._try(lambda: _collect(self.storage, self._settings))
+            self._try(lambda: cloudckpt.gc(self.storage, dry_run=False, settings=self._settings))
         finally:
             self._try(ckpts.close)
 
@@ -137,7 +131,7 @@ def check_recovery(storage: Storage, history: History, settings: Settings = _FAS
         if resumed is not None:
             assert fresh["extra"] == {"bias": fresh["extra"]["bias"], "step": resumed.step}  # type: ignore[index]  # a dict
         ckpts.save(9, _state_of(9), metrics={"loss": 9.0}, block=True)
-    _collect(storage, settings)
+    cloudckpt.gc(storage, dry_run=False, settings=settings)
     check_store(storage, settled=True)
     entries = cloudckpt.open(storage).checkpoints(state=None)
     assert {c.state for c in entries} == {State.COMMITTED}

@@ -46,6 +46,10 @@ _PR_SET_PDEATHSIG = 1
 _GRPC = 10_000
 
 
+class _PortTaken(RuntimeError):  # noqa: N818 - what is taken is the port
+    """A server ended since somebody else has its port."""
+
+
 class ServerMissing(RuntimeError):  # noqa: N818 - what is missing is the server
     """The program of a server is not installed; the message says how to install it."""
 
@@ -224,7 +228,7 @@ class _Process(ABC):
                 self._start(Path(self._folder.name) / str(attempt))
             except RuntimeError as exc:
                 # Between our look at a port and the server's bind somebody else can take it.
-                if not any(words in str(exc) for words in _TAKEN) or attempt == _ATTEMPTS - 1:
+                if not isinstance(exc, _PortTaken) or attempt == _ATTEMPTS - 1:
                     self._folder.cleanup()
                     raise
             else:
@@ -259,10 +263,11 @@ class _Process(ABC):
                 return
             time.sleep(0.02)
         code = process.poll() if process is not None else None
-        said = self._log_file.read_text(errors="replace")
-        said = said if len(said) < 3000 else f"{said[:1500]}\n[…]\n{said[-1500:]}"
+        log = self._log_file.read_text(errors="replace")
+        error = _PortTaken if any(words in log for words in _TAKEN) else RuntimeError
+        said = log if len(log) < 3000 else f"{log[:1500]}\n[…]\n{log[-1500:]}"
         what = f"ended with exit code {code}" if code is not None else f"did not answer within {_START_S:g} s"
-        raise RuntimeError(f"{type(self).__name__} {what}:\n{said}")
+        raise error(f"{type(self).__name__} {what}:\n{said}")
 
     def _stop(self) -> None:
         if self._process is not None:

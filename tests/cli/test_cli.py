@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ import torch
 
 import cloudckpt
 from cloudckpt import CheckpointManager, ConflictError
+from cloudckpt.cli import app as program
 from cloudckpt.cli import checking
+from cloudckpt.cli.pipes import readers_may_leave
 from cloudckpt.cli.schema import SCHEMAS
 
 
@@ -268,6 +271,61 @@ def test_a_reader_that_leaves_early_is_no_error(root: str) -> None:
         assert done.stderr is not None
         done.stdout.close()
         assert b"Traceback" not in done.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["ls", "--help"], 0),
+        (["--version"], 0),
+        (["ls", "ROOT"], 0),
+        (["show", "99", "-r", "ROOT"], 4),
+        (["ls", "--nonsense"], 2),
+        (["nonsense"], 2),
+        (["ls", "nosuch://place"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+@pytest.mark.parametrize("lines", [0, 1])
+def test_the_code_is_the_command_s_own_whoever_reads(root: str, arguments: list[str], code: int, lines: int) -> None:
+    """``cloudckpt … 2>&1 | true`` and ``| head -1``: nobody who stops reading turns a success or a failure into another."""
+    program = [sys.executable, "-m", "cloudckpt", *(root if word == "ROOT" else word for word in arguments)]
+    reader, writer = os.pipe()
+    with subprocess.Popen(program, stdout=writer, stderr=writer) as done:
+        os.close(writer)
+        with os.fdopen(reader, "rb", buffering=0) as heard:
+            first = [heard.readline() for _ in range(lines)]
+        assert done.wait(60) == code
+    assert b"Traceback" not in b"".join(first)
+
+
+def test_messages_that_nobody_reads_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With standard error closed a command goes on with its work; with standard output closed it has none."""
+    for name in ("stdout", "stderr"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with monkeypatch.context() as patch, os.fdopen(writer, "w") as stream:
+            patch.setattr(sys, name, stream)
+            ends = pytest.raises(SystemExit, match=r"^0$") if name == "stdout" else contextlib.nullcontext()
+            with ends, readers_may_leave():
+                for _ in range(2):
+                    print("unread", file=getattr(sys, name), flush=True)
+            assert getattr(sys, name) is stream
+
+
+def test_a_command_whose_module_fails_is_no_missing_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KeyError while the module of a command is imported is raised, and not "no such command"."""
+
+    def broken(place: str) -> Any:
+        raise KeyError(place)
+
+    monkeypatch.setattr(program, "function_of", broken)
+    commands = program._WhenAsked()
+    assert "ls" in commands
+    assert commands.get("nonsense") is None
+    with pytest.raises(KeyError, match="looking:list_checkpoints"):
+        commands.get("ls")
 
 
 #: Each command in a child of a process that has the program loaded, and ends as the program does.

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
+import select
 import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from rich.console import Console
 import cloudckpt
 from cloudckpt import CheckpointManager, ConfigError
 from cloudckpt.cli.picturing import follow, screen
+from cloudckpt.cli.pipes import wait_for_reader
 from cloudckpt.cli.schema import SCHEMAS
 from cloudckpt.core import manifest as transitions
 from cloudckpt.core.model import Checkpoint, JournalEvent, State
@@ -91,6 +95,27 @@ def test_plot_in_the_terminal(cli: Any, root: str, monkeypatch: pytest.MonkeyPat
     assert "\x1b" not in result.out
     assert "without a value: 1 (deleted)" in result.out
     assert cli("plot", root, "--metric", "nope").code == 4
+
+
+@pytest.mark.parametrize(
+    ("terminal", "escapes"),
+    [
+        ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, {"38;2", "38;5"}),
+        ({"TERM": "xterm-256color", "COLORTERM": ""}, {"38;5"}),
+        ({"TERM": "linux", "COLORTERM": ""}, {"38;5"}),
+        ({"TERM": "xterm-256color", "COLORTERM": "truecolor", "NO_COLOR": "1"}, set()),
+    ],
+    ids=["24 bits", "256", "16", "none"],
+)
+def test_plot_uses_the_colours_that_the_terminal_has(
+    cli: Any, root: str, monkeypatch: pytest.MonkeyPatch, terminal: dict[str, str], escapes: set[str]
+) -> None:
+    """24-bit colours only where the terminal says that it has them; otherwise those of its palette."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in {**terminal, "FORCE_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    result = cli("plot", root)
+    assert {found[:4] for found in re.findall(r"\x1b\[(\d[\d;]+)m", result.out)} == escapes
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png", "html"])
@@ -218,6 +243,49 @@ def test_watch_as_a_command(root: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "claim" in done.stdout
+
+
+@pytest.mark.parametrize("every", ["nan", "inf", "1e10", "-1"])
+def test_watch_takes_no_pause_that_never_ends(cli: Any, root: str, every: str) -> None:
+    """What is no number, or longer than a day, is usage."""
+    result = cli("watch", root, f"--every={every}", "-n", "2")
+    assert result.code == 2
+    assert "--every" in result.err
+
+
+@pytest.mark.parametrize("how", [["--json"], ["-q"], []], ids="".join)
+def test_watch_ends_when_its_reader_leaves_a_quiet_run(root: str, how: list[str]) -> None:
+    """``cloudckpt watch --json | head -1``: in the middle of a long pause, and no event comes any more."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "cloudckpt", "watch", root, "--every", "3600", *how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as watching:
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        for _ in cloudckpt.open(root).journal():
+            assert watching.stdout.readline()
+        watching.stdout.close()
+        try:
+            assert watching.wait(60) == 0
+        finally:
+            watching.kill()
+        assert watching.stderr.read() == b""
+
+
+@pytest.mark.parametrize("where", ["no descriptor", "a file", "no poll"])
+def test_watch_waits_where_nobody_can_tell_of_a_reader(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pause is as long as it should be, whatever standard output is."""
+    if where == "no poll":
+        monkeypatch.delattr(select, "poll")
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", io.StringIO() if where == "no descriptor" else file)
+        begin = time.monotonic()
+        wait_for_reader(0.05)
+        assert time.monotonic() - begin >= 0.05
+        monkeypatch.undo()
 
 
 def test_cost_by_the_run_s_own_numbers(cli: Any, root: str) -> None:

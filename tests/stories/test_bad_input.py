@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,21 @@ from cloudckpt import (
     ConflictError,
     FencedError,
     FormatError,
+    PreemptionGuard,
     Settings,
     StorageError,
 )
-from cloudckpt.storage import Landed, Listed, LocalStorage, MemoryStorage, Versioned, open_storage
+from cloudckpt.storage import (
+    Landed,
+    Listed,
+    LocalStorage,
+    ManifestStore,
+    MemoryStorage,
+    PulledFolder,
+    Storage,
+    Versioned,
+    open_storage,
+)
 from cloudckpt.testing import ScriptedStorage, check_store
 from cloudckpt.vocabulary import TRANSLATIONS
 
@@ -521,6 +533,20 @@ class _Silent(MemoryStorage):
         raise StorageError(f"{self.url}/{prefix}: no answer", retryable=True)
 
 
+def _exported(root: Storage, *, settings: Settings) -> None:
+    cloudckpt.export(root, to="torch", path="never-made.pt", settings=settings)
+
+
+def _imported(root: Storage, *, settings: Settings) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "trainer.json").write_text("{}")
+        cloudckpt.import_folder(place, root, step=1, settings=settings)
+
+
+def _listed(root: Storage, *, settings: Settings) -> None:
+    cloudckpt.open(root, settings=settings).checkpoints()
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments"),
     [
@@ -528,8 +554,11 @@ class _Silent(MemoryStorage):
         (cloudckpt.copy, ("latest", MemoryStorage("memory://target"))),
         (cloudckpt.diff, (1, 2)),
         (cloudckpt.runs, ()),
+        (_exported, ()),
+        (_imported, ()),
+        (_listed, ()),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=lambda value: getattr(value, "__name__", "").strip("_"),
 )
 def test_every_tool_asks_a_silent_store_as_long_as_it_is_told_to(
     tool: Callable[..., object], arguments: tuple[object, ...]
@@ -537,3 +566,33 @@ def test_every_tool_asks_a_silent_store_as_long_as_it_is_told_to(
     """``settings=`` of each function of a root holds for its requests, and the error says how long that was."""
     with pytest.raises(StorageError, match=r"no answer \(tried again for 0\.01 s\)"):
         tool(_Silent(), *arguments, settings=Settings(storage_deadline_s=0.01, retry_base_s=1e-3))
+
+
+def test_a_pulled_folder_is_read_with_the_settings_of_its_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``import_folder`` reads two places, and ``settings=`` holds for the one that is imported as well."""
+    with CheckpointManager(run := MemoryStorage()) as ckpts:
+        ckpts.save(1, {"w": torch.zeros(1)}, block=True)
+    pulled = cloudckpt.pull(run, "latest", tmp_path)
+    monkeypatch.setattr(PulledFolder, "read", _Silent.read)
+    with pytest.raises(StorageError, match=r"no answer \(tried again for 0\.01 s\)"):
+        cloudckpt.import_folder(
+            pulled.folder, MemoryStorage(), settings=Settings(storage_deadline_s=0.01, retry_base_s=1e-3)
+        )
+
+
+@pytest.mark.parametrize("given", ["x", {"secret": "do-not-show"}, {}, 5], ids=repr)
+@pytest.mark.parametrize(
+    "call",
+    [cloudckpt.runs, cloudckpt.open, CheckpointManager, ManifestStore, PreemptionGuard],
+    ids=lambda c: c.__name__,
+)
+def test_settings_that_are_none_are_refused(call: Any, given: object) -> None:
+    """Every function that takes ``settings=`` says what was given and what to write, and shows no value."""
+    arguments = () if call is PreemptionGuard else (MemoryStorage(),)
+    with pytest.raises(
+        ConfigError, match=rf"given a {type(given).__name__}: write settings=cloudckpt\.Settings\("
+    ) as said:
+        call(*arguments, settings=given)
+    assert "do-not-show" not in str(said.value)

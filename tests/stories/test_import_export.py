@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -219,6 +220,38 @@ def test_nothing_is_unpickled_unless_it_is_allowed(tmp_path: Path, monkeypatch: 
     cloudckpt.import_folder(place, there, skip=["ex*"])
     assert set(cloudckpt.open(there).load()) == {"model"}
     assert not Path("was-here").exists()
+
+
+#: A job of one rank that saves a DTensor with torch alone.
+DTENSOR_WRITER = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+folder = sys.argv[1]
+dist.init_process_group("gloo", init_method=f"file://{folder}/../meeting", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+torch.save({"w": distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])}, f"{folder}/model.pt")
+dist.destroy_process_group()
+"""
+
+#: What imports it, with nothing else of torch imported before.
+DTENSOR_READER = """
+import sys, cloudckpt
+cloudckpt.import_folder(sys.argv[1], sys.argv[2], step=1)
+assert cloudckpt.open(sys.argv[2]).load()["model"]["w"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+"""
+
+
+@pytest.mark.processes
+def test_a_file_with_dtensors_needs_no_pickle(tmp_path: Path) -> None:
+    """Torch knows DTensors as harmless once their module is imported, which a process that only imports has not done."""
+    place = tmp_path / "job"
+    place.mkdir()
+    for code, arguments in ((DTENSOR_WRITER, [place]), (DTENSOR_READER, [place, tmp_path / "run"])):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_class_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

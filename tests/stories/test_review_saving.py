@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ import torch
 import cloudckpt
 from cloudckpt import CheckpointManager, ConflictError, FencedError, SaveError, Settings, State, StorageError, editing
 from cloudckpt.events import Event, Warned
+from cloudckpt.pending import PendingSave
 from cloudckpt.storage import ManifestStore, MemoryStorage
-from cloudckpt.testing import ScriptedStorage, check_store
+from cloudckpt.testing import ScriptedStorage, builders, check_store
 
 pytestmark = pytest.mark.memory_only
 
@@ -187,6 +190,34 @@ def test_an_interrupted_wait_does_not_swallow_the_failure(monkeypatch: pytest.Mo
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(pending, "_sleep", _interrupted)
             pending.wait()
+
+
+def test_an_interrupt_at_any_call_of_a_wait_leaves_the_failure_to_be_told() -> None:
+    """Wherever Ctrl-C comes once the save has failed: the wait raises the failure, or it is still to be told."""
+    here = sys._getframe().f_code
+    outcomes: list[type[BaseException]] = []
+    while SaveError not in outcomes:
+        pending = PendingSave(builders.checkpoint(1, state=State.PENDING), 0)
+        pending.end(SaveError("no space left"))
+        left = len(outcomes)  # calls that go well before the interrupt
+
+        def interrupt(frame: FrameType, event: str, _: object) -> None:
+            nonlocal left
+            if event in {"call", "c_call"} and frame.f_code is not here:
+                left -= 1
+                if left < 0:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        sys.setprofile(interrupt)
+        try:
+            pending.wait()
+        except (KeyboardInterrupt, SaveError) as exc:
+            outcomes.append(type(exc))
+        finally:
+            sys.setprofile(None)
+        assert (pending.failure is None) == (outcomes[-1] is SaveError), outcomes
+    assert len(outcomes) > 3
 
 
 def _interrupted(_seconds: float) -> bool:

@@ -14,6 +14,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from datetime import UTC, date, datetime, time, timedelta
@@ -743,12 +745,32 @@ def test_this_value_comes_back_with_its_exact_type(value: Any) -> None:
 
 
 def test_enums_whose_class_is_gone_give_their_value() -> None:
-    """Loading imports nothing: a member of a class that cannot be found is its plain value."""
+    """A member of a class that cannot be found is its plain value."""
 
     class Local(enum.Enum):
         ONE = 1
 
     assert round_trip({"e": Local.ONE}) == {"e": 1}
+
+
+#: In a process that has imported nothing of its own: what becomes of the enums of the run.
+READER = """
+import sys, cloudckpt
+assert "torch.distributed.fsdp" not in sys.modules
+loaded = cloudckpt.open(sys.argv[1]).load()
+print(repr(loaded["strategy"]), repr(loaded["ours"]))
+"""
+
+
+def test_enums_of_torch_come_back_where_their_module_was_not_imported(tmp_path: Path) -> None:
+    """A fresh process gets the member, and the value of a member of anybody else's class."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    with CheckpointManager(tmp_path / "run") as ckpts:
+        ckpts.save(1, {"strategy": fsdp.ShardingStrategy.SHARD_GRAD_OP, "ours": Colour.RED}, block=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(tmp_path / "run")], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "<ShardingStrategy.SHARD_GRAD_OP: 2> 'red'\n", done.stderr
 
 
 # -- refusals by path ------------------------------------------------------------------------------------------

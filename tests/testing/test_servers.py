@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import sysconfig
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import botocore.exceptions
 import pytest
 
-from cloudckpt.testing.servers import FakeGcsServer, MotoServer, RcloneS3, SeaweedFS, ServerMissing, free_ports
+from cloudckpt.testing.servers import (
+    FakeGcsServer,
+    MotoServer,
+    RcloneS3,
+    SeaweedFS,
+    ServerMissing,
+    _Process,
+    free_ports,
+)
 
 
 def started(kind: Any) -> Any:
@@ -99,6 +109,29 @@ def test_a_port_that_somebody_took_meanwhile_costs_another_try(
         with started(kind) as server:
             assert urlsplit(server.url).port in chosen
             assert urlsplit(server.url).port != other.getsockname()[1]
+
+
+class _Talkative(_Process):
+    """Says much, and between it all that its port is taken; the second one answers."""
+
+    version = "1"
+    starts = 0
+
+    def _command(self, folder: Path) -> tuple[list[str], dict[str, str]]:
+        self.starts += 1
+        said = "x" * 5000
+        code = f"print('{said}', 'listen: address already in use', '{said}')"
+        return [sys.executable, "-S", "-c", code if self.starts == 1 else "import time; time.sleep(60)"], {}
+
+    def _is_ready(self) -> bool:
+        return self.starts == 2
+
+
+@pytest.mark.processes
+def test_a_taken_port_is_found_in_the_midst_of_a_long_log() -> None:
+    """An error shows the ends of a log; whether the port was taken is asked of all of it."""
+    with _Talkative() as server:
+        assert server.starts == 2
 
 
 def test_free_ports_are_different() -> None:
