@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from cloudckpt.core.rights import NEEDS, Need, Provider, Role, grants
-from tests.terraform.iam import MODULES, ROOT, Asked, decide, filled_in
+from tests.terraform.iam import MODULES, ROOT, Asked, decide, filled_in, tool
 
 BUCKET = "arn:aws:s3:::b"
 MANIFEST = f"{BUCKET}/team/run/manifest.json"
@@ -21,16 +19,6 @@ COPY = f"{BUCKET}/team/run/manifest-000480.json"
 INDEX = f"{BUCKET}/team/run/checkpoint-1500.9f3ac2e1/checkpoint.json"
 PAYLOAD = f"{BUCKET}/team/run/checkpoint-1500.9f3ac2e1/model-00000-of-00001.safetensors"
 TLS = {"aws:SecureTransport": "true", "s3:TlsVersion": "1.3"}
-
-
-def tool() -> ModuleType:
-    """``tools/generate_terraform.py``, which is no package's module."""
-    spec = importlib.util.spec_from_file_location("generate_terraform", ROOT / "tools" / "generate_terraform.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_generated_files_are_fresh() -> None:
