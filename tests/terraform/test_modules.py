@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -177,38 +178,57 @@ def test_the_modules_own_tests_pass(module: str, place: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new"),
+    ("name", "file", "old", "new"),
     [
-        ("aws/main.tf", "expired_object_delete_marker = true", "days = 30"),
+        ("defaults", "aws/main.tf", "expired_object_delete_marker = true", "days = 30"),
         (
+            "defaults",
             "aws/main.tf",
             "noncurrent_days = var.recovery_days.manifest",
             "noncurrent_days = var.recovery_days.manifest\n      newer_noncurrent_versions = 20",
         ),
-        ("aws/main.tf", "block_public_policy     = true", "block_public_policy     = false"),
-        ("aws/main.tf", "force_destroy = false", "force_destroy = true"),
-        ("aws/policies/trainer.json", '"s3:AbortMultipartUpload"', '"s3:DeleteObjectVersion"'),
-        ("aws/policies/reader.json", '"s3:GetObject"', '"s3:PutObject"'),
-        ("aws/iam.tf", "system:serviceaccount:${i.namespace}:${i.service_account}", "system:serviceaccount:*"),
-        ("aws/iam.tf", '"sts.amazonaws.com"', '"anybody"'),
-        ("gcp/main.tf", 'public_access_prevention    = "enforced"', 'public_access_prevention    = "inherited"'),
-        ("gcp/main.tf", 'with_state                 = "ARCHIVED"', 'with_state                 = "ANY"'),
-        ("gcp/main.tf", "matches_suffix             = ", "num_newer_versions = 20\n        matches_suffix = "),
-        ("gcp/iam.tf", "expression  = local.under_the_prefix", 'expression  = "true"'),
+        ("defaults", "aws/main.tf", "block_public_policy     = true", "block_public_policy     = false"),
+        ("defaults", "aws/main.tf", "force_destroy = false", "force_destroy = true"),
+        ("defaults", "aws/policies/trainer.json", '"s3:AbortMultipartUpload"', '"s3:DeleteObjectVersion"'),
+        ("defaults", "aws/policies/reader.json", '"s3:GetObject"', '"s3:PutObject"'),
+        ("who", "aws/iam.tf", "system:serviceaccount:${i.namespace}:${i.service_account}", "system:serviceaccount:*"),
+        ("who", "aws/iam.tf", '"sts.amazonaws.com"', '"anybody"'),
         (
+            "defaults",
+            "gcp/main.tf",
+            'public_access_prevention    = "enforced"',
+            'public_access_prevention    = "inherited"',
+        ),
+        ("defaults", "gcp/main.tf", 'with_state                 = "ARCHIVED"', 'with_state                 = "ANY"'),
+        (
+            "defaults",
+            "gcp/main.tf",
+            "matches_suffix             = ",
+            "num_newer_versions = 20\n        matches_suffix = ",
+        ),
+        ("who", "gcp/iam.tf", "expression  = local.under_the_prefix", 'expression  = "true"'),
+        (
+            "defaults",
             "gcp/permissions.json",
             '"reader": {\n    "prefix": [',
             '"reader": {\n    "prefix": [\n      "storage.objects.delete",',
         ),
     ],
 )
-def test_the_modules_own_tests_bite(file: str, old: str, new: str, place: Path, run: Run) -> None:
-    """Each planted fault makes ``terraform test`` fail."""
+def test_the_modules_own_tests_bite(name: str, file: str, old: str, new: str, place: Path, run: Run) -> None:
+    """Each planted fault makes the run of ``terraform test`` fail that watches over it, with an assertion."""
     path = place / "modules" / file
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    run(initialised(run, place / "modules" / file.split("/", maxsplit=1)[0]), "test", "-no-color", fails=True)
+    module = place / "modules" / file.split("/", maxsplit=1)[0]
+    # The other runs would cost as much again each, and say nothing.
+    tests = module / "tests" / "unit.tftest.hcl"
+    first, *runs = re.split(r'^(?=run ")', tests.read_text(), flags=re.MULTILINE)
+    (only,) = [found for found in runs if found.startswith(f'run "{name}"')]
+    tests.write_text(first + only)
+    said = run(initialised(run, module), "test", "-no-color", fails=True)
+    assert f'run "{name}"... fail' in said
 
 
 @pytest.mark.parametrize("key", [None, "arn:aws:kms:::key/k"], ids=["SSE-S3", "own key"])
