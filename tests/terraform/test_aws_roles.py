@@ -77,7 +77,9 @@ def test_a_sweeper_reads_no_tensor_and_writes_none(
     with acting(Role.SWEEPER, judge=judge) as who:
         words: dict[str, Any] = {"storage_options": who.options, "settings": stories.settings(direct=direct)}
         run = cloudckpt.open(s3_root, **words)
-        with pytest.raises(StorageError, match=refused("reading", f"{run.latest().url}/{stories.PAYLOAD}")):
+        latest = run.latest()
+        assert latest is not None
+        with pytest.raises(StorageError, match=refused("reading", f"{latest.url}/{stories.PAYLOAD}")):
             run.load("latest")
         with pytest.raises(SaveError) as caught:
             with CheckpointManager(s3_root, **words) as ckpts:

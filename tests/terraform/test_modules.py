@@ -283,7 +283,7 @@ def _s3_keeps(rules: list[dict[str, Any]], *, size_bytes: int | None, newer: int
     """
 
     def takes(rule: dict[str, Any]) -> bool:
-        limits = next(iter(rule["filter"]), {})
+        limits: dict[str, Any] = next(iter(rule["filter"]), {})
         above, below = limits.get("object_size_greater_than"), limits.get("object_size_less_than")
         if size_bytes is None:
             return above is None and below is None
@@ -317,7 +317,7 @@ def test_what_was_deleted_from_s3_is_gone_after_its_days(place: Path, run: Run) 
 
 
 #: How a plan says ``filter {}``.
-_NO_FILTER = {
+_NO_FILTER: dict[str, Any] = {
     "and": [],
     "object_size_greater_than": None,
     "object_size_less_than": None,
