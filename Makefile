@@ -125,7 +125,7 @@ mutation: .venv/.dev ## change the code that decides, one thing at a time, and s
 terraform: .venv/.dev .venv-terraform/.ready ## the modules offline: fmt, validate, plan, their own tests, checkov, and each role's rights
 	$(BIN)/python -m pytest tests/terraform tests/core/test_rights.py
 
-terraform-docs: .venv/.dev ## write policies, permissions and the tables of the modules' READMEs anew
+terraform-docs: .venv/.dev .venv-terraform/.ready ## write policies, permissions, checkov's report and the tables of the modules' READMEs anew
 	$(BIN)/python tools/generate_terraform.py --write
 
 oldest: ## the suites of the stores and of many ranks with the oldest s3fs, gcsfs and torch that are supported, in .venv-oldest

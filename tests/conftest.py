@@ -109,15 +109,43 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def models_read_once() -> Iterator[None]:
-    """What botocore knows of services is unpacked once a process: each client would do so again, and there are thousands.
+    """What clients and moto's server read from files is read once a process: each client would do so, and there are thousands.
 
-    A session of botocore already shares it among its clients; here the sessions share it as well.
+    What botocore knows of services is already shared by the clients of a session; here the sessions share it as well.
     """
     with pytest.MonkeyPatch.context() as patch:
         with contextlib.suppress(ImportError):
             session = importlib.import_module("botocore.session")
             patch.setattr(session, "create_loader", functools.cache(session.create_loader))
+        with contextlib.suppress(ImportError, AttributeError):  # moto's server lists its folders for every request
+            backends = importlib.import_module("moto.backends")
+            folders = tuple(backends.list_of_moto_modules())
+            patch.setattr(backends, "list_of_moto_modules", lambda: folders)
+        with contextlib.suppress(ImportError, AttributeError):  # older versions do it elsewhere
+            http = importlib.import_module("aiobotocore.httpsession").AIOHTTPSession
+            patch.setattr(http, "_build_ssl_contexts", _read_once(http._build_ssl_contexts))
         yield
+
+
+def _read_once(build: Callable[[Any, str | None], Any]) -> Callable[[Any, str | None], Any]:
+    """The file of the authorities to trust is read once too: each client would, for a plain HTTP endpoint as well."""
+    shared: dict[tuple[object, int], Any] = {}
+
+    def built(client: Any, proxy_url: str | None) -> Any:
+        trusted = client._verify
+        # A certificate of the client's own, or a proxy's, goes into the context: that one is nobody else's.
+        if not trusted or client._cert_file or proxy_url:
+            return build(client, proxy_url)
+        # True for those that come with the library; a file can be written anew by a test.
+        try:
+            key = trusted, 0 if trusted is True else Path(trusted).stat().st_mtime_ns
+        except OSError:  # which the client says in its own words
+            return build(client, proxy_url)
+        if key not in shared:
+            shared[key] = build(client, proxy_url)
+        return shared[key]
+
+    return built
 
 
 @pytest.fixture

@@ -78,10 +78,6 @@ FAMILIES = (
     Family("tests/stories/test_copy.py", 2),
     Family("tests/security/test_secrets.py", 3),
     Family("tests/security/test_places.py::test_a_manifest_names_no_place", 3),  # hostile names, every field
-    Family("tests/terraform/test_modules.py::test_the_modules_own_tests_bite", 2),
-    Family("tests/terraform/test_aws_roles.py", 4),  # 3 roles, 2 judges
-    Family("tests/terraform/test_aws_statements.py", 4),  # each statement of each role taken away, 2 judges
-    Family("tests/terraform/test_aws_doctor.py", 4),  # the same, as the doctor sees it
     # -- one process
     Family("tests/tensors/test_overlap.py", 2),  # optimizers, and ways to step
     Family("tests/stories/test_staging.py", 2),

@@ -12,7 +12,9 @@ the package's own functions with a fixed clock and fixed tokens, so that equal c
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -36,7 +38,7 @@ from cloudckpt.core.layout import Item, Layout, plan_layout, read_header
 from cloudckpt.core.manifest_json import decode_manifest
 from cloudckpt.core.model import Checkpoint, Chunk, Index, Manifest, Owner, PayloadObject, State, TensorEntry
 from cloudckpt.core.policy import KeepBest, Policy
-from cloudckpt.core.rights import NEEDS, Grant, Role, needs_of
+from cloudckpt.core.rights import NEEDS, Grant, Need, Provider, Role, Verb, needs_of
 from cloudckpt.sealed import summed
 from cloudckpt.storage import ManifestStore, MemoryStorage
 from cloudckpt.vocabulary import TRANSLATIONS
@@ -343,16 +345,79 @@ def rights() -> str:
         for need in NEEDS
     )
 
-    def link(place: str) -> str:
-        module, _, name = place.partition(":")
-        return f"[`{name}`](../../{module.replace('.', '/')}.py)"
-
-    code = "".join(f"| {need.verb} | {', '.join(map(link, need.code))} |\n" for need in NEEDS)
+    code = "".join(
+        f"| `{action}` | {need.verb} | {_lines(need, provider)} |\n"
+        for provider in Provider
+        for action in dict.fromkeys(grant.action for need in NEEDS for grant in need.at(provider))
+        for need in NEEDS
+        if action in {grant.action for grant in need.at(provider)}
+    )
     return (
         f"| role | does |\n| --- | --- |\n{roles}\n"
         f"| what | who | at AWS | at Google Cloud | why |\n| --- | --- | --- | --- | --- |\n{rows}\n"
-        f"| what | code that does it |\n| --- | --- |\n{code}"
+        f"| action | for what | the lines that need it |\n| --- | --- | --- |\n{code}"
     )
+
+
+#: What a function that does it has in the line that counts: a request, or else the call that leads to one. The first of
+#: a verb's patterns that is found in the function decides.
+_SHOWS: dict[Verb, tuple[str, ...]] = {
+    Verb.READ: (r'"GET"', r'"get_object"', r"_head\(|\.attest\(|\.read\(|_fetch\("),
+    Verb.READ_METADATA: (r"\.read\(|_fetch\(",),
+    Verb.LIST: (r'"list_objects_v2"|"GET"', r"\.list\("),
+    Verb.WRITE_MANIFEST: (r'"put_object"|_upload_whole\(', r"self\._write\(|\.create\(|\.run\("),
+    Verb.WRITE_CHECKPOINT: (r'"PUT"|"POST"', r'"(?:create|complete)_multipart_upload"|"put_object"|_upload_whole\('),
+    Verb.ABORT_UPLOAD: (r'"abort_multipart_upload"', r"abort_uploads\(|\.abort\(|\._abort\("),
+    Verb.LIST_UPLOADS: (r'"list_multipart_uploads"', r"abort_uploads\(|\._find\("),
+    Verb.DELETE: (r'"DELETE"', r"\.delete\(|\._delete\(|_delete_\w+\(|\.run\("),
+    Verb.DECRYPT: (r'"GET"', r'"get_object"|"complete_multipart_upload"'),
+    Verb.ENCRYPT: (r'"put_object"|"create_multipart_upload"',),
+}
+#: Modules of one provider; every other module needs the action of either.
+_OWN = {Provider.AWS: "cloudckpt.storage.s3", Provider.GCP: "cloudckpt.storage.gcs"}
+
+
+def line_of(place: str, verb: Verb) -> tuple[Path, int]:
+    """Where ``module:name`` does what the verb says: the file below the repository's root, and the line.
+
+    Raises:
+        LookupError: there is no such function, or nothing in it looks like that.
+    """
+    module, _, name = place.partition(":")
+    path = Path(*module.split(".")).with_suffix(".py")
+    text = (ROOT / path).read_text(encoding="utf-8")
+    body: list[ast.stmt] = _tree(text).body
+    end = 0
+    for part in name.split("."):
+        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = next((node for node in body if isinstance(node, kinds) and node.name == part), None)
+        if found is None:
+            raise LookupError(f"{path} has no {name}")
+        body, end = found.body, found.end_lineno or found.lineno
+    # After the docstring, which may speak of requests that it does not make.
+    first = body[1].lineno if isinstance(body[0], ast.Expr) and len(body) > 1 else body[0].lineno
+    lines = text.splitlines()
+    for pattern in _SHOWS[verb]:
+        for number in range(first, end + 1):
+            if re.search(pattern, lines[number - 1].partition("  # ")[0]):
+                return path, number
+    raise LookupError(f"nothing in {name} of {path} looks like: {verb}")
+
+
+@functools.cache
+def _tree(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def _lines(need: Need, provider: Provider) -> str:
+    """Links to the lines by which a need needs a provider's action."""
+    others = tuple(module for one, module in _OWN.items() if one is not provider)
+    links = []
+    for place in need.code:
+        if not place.startswith(others):
+            path, number = line_of(place, need.verb)
+            links.append(f"[`{place.partition(':')[2]}`](../../{path.as_posix()}#L{number})")
+    return ", ".join(links)
 
 
 GENERATED: dict[str, Callable[[], str]] = {

@@ -7,11 +7,13 @@ known is an error: nothing is judged by half.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
@@ -117,3 +119,13 @@ def allowing(role: Role) -> list[str]:
     """The names of the statements by which a role's policy allows something."""
     statements = filled_in(role, bucket="b", key_prefix="")["Statement"]
     return [str(s["Sid"]) for s in statements if s["Effect"] == "Allow"]
+
+
+def tool() -> ModuleType:
+    """``tools/generate_terraform.py``, which is no package's module."""
+    spec = importlib.util.spec_from_file_location("generate_terraform", ROOT / "tools" / "generate_terraform.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from cloudckpt.core.rights import Role
@@ -17,6 +18,21 @@ STORIES: dict[Role, tuple[Callable[..., list[str]], Callable[[str], str]]] = {
     Role.SWEEPER: (stories.sweep, stories.prepare_for_sweeping),
 }
 EVERY_STATEMENT = [(role, sid) for role in Role for sid in allowing(role)]
+
+
+#: Each role with both lanes; but a sweeper sends and reads no payload, so that it has only one way.
+EVERY_WAY = [(role, direct) for role in Role for direct in (True, False) if direct or role is not Role.SWEEPER]
+
+
+def refused(doing: str, url: str, rest: str = "") -> str:
+    """What a user reads of a request that is refused, as a pattern: what was done to which object, why, and the way on.
+
+    ``rest`` is a pattern for the end of a name that the test cannot know.
+    """
+    return (
+        rf"(?:^|: ){doing} {re.escape(url)}{rest}: 403 AccessDenied \(.*\): no permission\..*"
+        "`cloudckpt doctor` tells which right is missing"
+    )
 
 
 def bucket_of(root: str) -> str:

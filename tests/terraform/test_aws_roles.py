@@ -7,27 +7,28 @@ needed is told in ``test_aws_statements``.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager, StorageError
+from cloudckpt import CheckpointManager, SaveError, StorageError
 from cloudckpt.core import keys
 from cloudckpt.core.rights import Role
-from cloudckpt.errors import CloudCkptError
 from cloudckpt.storage import Landed, Lost, open_storage
 from cloudckpt.testing.servers import MotoServer
 from cloudckpt.tools import gc
 from tests.terraform import stories
 from tests.terraform.conftest import JUDGES, Act
-from tests.terraform.roles import everything, left, prepared, problems_of
+from tests.terraform.roles import EVERY_WAY, everything, left, prepared, problems_of, refused
 
 
 @pytest.mark.parametrize("judge", JUDGES)
-@pytest.mark.parametrize("direct", [True, False], ids=["direct lane", "s3fs"])
-@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize(
+    ("role", "direct"), EVERY_WAY, ids=lambda v: str({True: "direct lane", False: "s3fs"}.get(v, v))
+)
 def test_a_policy_is_enough_for_a_roles_work(
     role: Role, direct: bool, judge: str, s3_root: str, s3_server: MotoServer, acting: Act
 ) -> None:
@@ -52,6 +53,8 @@ def test_a_reader_writes_nothing(judge: str, s3_root: str, s3_server: MotoServer
     """A claim, a pin and a gc by a reader are refused, each with an error that names the object and the way on."""
     prepared(s3_root, s3_server, Role.READER)
     before = everything(s3_root)
+    # Before anybody writes a manifest it is asked whether conditions hold.
+    first = refused("creating", f"{s3_root}/{keys.PROBE_PREFIX}", r"\w+")
     with acting(Role.READER, judge=judge) as who:
         words: dict[str, Any] = {"storage_options": who.options, "settings": stories.settings()}
         for attempt in (
@@ -59,7 +62,7 @@ def test_a_reader_writes_nothing(judge: str, s3_root: str, s3_server: MotoServer
             lambda: CheckpointManager(s3_root, **words).pin(2),
             lambda: gc(s3_root, dry_run=False, storage_options=who.options),
         ):
-            with pytest.raises(StorageError, match=r"403 AccessDenied.*no permission.*`cloudckpt doctor`"):
+            with pytest.raises(StorageError, match=first):
                 attempt()
     assert everything(s3_root) == before
 
@@ -73,11 +76,16 @@ def test_a_sweeper_reads_no_tensor_and_writes_none(
     prepared(s3_root, s3_server, Role.SWEEPER)
     with acting(Role.SWEEPER, judge=judge) as who:
         words: dict[str, Any] = {"storage_options": who.options, "settings": stories.settings(direct=direct)}
-        with pytest.raises(StorageError, match=r"reading s3://.*safetensors: 403"):
-            cloudckpt.open(s3_root, **words).load("latest")
-        with pytest.raises(CloudCkptError, match=r"403"):
+        run = cloudckpt.open(s3_root, **words)
+        latest = run.latest()
+        assert latest is not None
+        with pytest.raises(StorageError, match=refused("reading", f"{latest.url}/{stories.PAYLOAD}")):
+            run.load("latest")
+        with pytest.raises(SaveError) as caught:
             with CheckpointManager(s3_root, **words) as ckpts:
                 ckpts.save(3, state(), block=True)
+        (folder,) = re.findall(r"saving step 3 to (\S+) failed at upload", str(caught.value))
+        assert re.search(refused("writing", f"{folder}/{stories.PAYLOAD}"), str(caught.value))
 
 
 @pytest.mark.parametrize("judge", JUDGES)
@@ -88,7 +96,7 @@ def test_nobody_deletes_the_manifest(role: Role, judge: str, s3_root: str, s3_se
     with acting(role, judge=judge) as who:
         storage = open_storage(s3_root, storage_options=who.options, settings=stories.settings())
         for key in (keys.MANIFEST, f"checkpoint-run/{keys.MANIFEST}"):
-            assert "403" in str(storage.delete([key])[key])
+            assert re.search(refused("deleting", f"{s3_root}/{key}"), str(storage.delete([key])[key]))
         storage.close()
     assert keys.MANIFEST in everything(s3_root)
 
@@ -99,33 +107,35 @@ def test_a_trainer_stays_under_its_prefix(judge: str, s3_root: str, s3_server: M
     with acting(Role.TRAINER, judge=judge) as who:
         other = s3_root.removesuffix("run") + "another"
         storage = open_storage(other, storage_options=who.options, settings=stories.settings())
-        with pytest.raises(StorageError, match="403"):
+        index = keys.index_key(1, "9f3ac2e1")
+        with pytest.raises(StorageError, match=refused("reading", f"{other}/{keys.MANIFEST}")):
             storage.read(keys.MANIFEST, limit_bytes=100)
-        with pytest.raises(StorageError, match="403"):
-            storage.put(keys.index_key(1, "9f3ac2e1"), [b"x"], size_bytes=1)
-        assert "403" in str(storage.delete([keys.index_key(1, "9f3ac2e1")]))
+        with pytest.raises(StorageError, match=refused("writing", f"{other}/{index}")):
+            storage.put(index, [b"x"], size_bytes=1)
+        assert re.search(refused("deleting", f"{other}/{index}"), str(storage.delete([index])[index]))
         if judge == "conditions":  # moto takes the condition of a listing for fulfilled
-            with pytest.raises(StorageError, match="403"):
+            with pytest.raises(StorageError, match=refused("listing", other)):
                 list(storage.list(""))
         storage.close()
 
 
 def test_a_bare_put_of_the_manifest_is_refused_by_the_bucket(s3_root: str, acting: Act) -> None:
     """The bucket's policy refuses a PUT without a condition, and an upload in parts; with a condition it lands."""
+    bare = refused("writing", f"{s3_root}/{keys.MANIFEST}")
     with acting(Role.TRAINER, judge="conditions") as who:
         storage = open_storage(s3_root, storage_options=who.options, settings=stories.settings())
-        with pytest.raises(StorageError, match="403 AccessDenied"):
+        with pytest.raises(StorageError, match=bare):
             storage.put(keys.MANIFEST, [b"bare"], size_bytes=4)
         created = storage.create(keys.MANIFEST, b"one")
         assert isinstance(created, Landed)
         assert isinstance(storage.replace(keys.MANIFEST, b"two", expecting=created.version), Landed)
         assert isinstance(storage.replace(keys.MANIFEST, b"three", expecting=created.version), Lost)
-        with pytest.raises(StorageError, match="403 AccessDenied"):
+        with pytest.raises(StorageError, match=bare):
             storage.put(keys.MANIFEST, iter([b"x" * stories.PART, b"y"]), size_bytes=stories.PART + 1)
         storage.close()
 
 
 def test_the_state_of_the_stories_needs_parts() -> None:
     """The stories' state is larger than a part, so that an upload in parts takes part in them."""
-    assert stories.state_of(1)["model"]["w"].nbytes > stories.PART
+    assert stories.state_of(1, parts=True)["model"]["w"].nbytes > stories.PART
     assert torch.equal(stories.state_of(1)["optimizer"]["m"], torch.ones(10))

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,32 +178,57 @@ def test_the_modules_own_tests_pass(module: str, place: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new"),
+    ("name", "file", "old", "new"),
     [
-        ("aws/main.tf", "expired_object_delete_marker = true", "days = 30"),
-        ("aws/main.tf", "block_public_policy     = true", "block_public_policy     = false"),
-        ("aws/main.tf", "force_destroy = false", "force_destroy = true"),
-        ("aws/policies/trainer.json", '"s3:AbortMultipartUpload"', '"s3:DeleteObjectVersion"'),
-        ("aws/policies/reader.json", '"s3:GetObject"', '"s3:PutObject"'),
-        ("aws/iam.tf", "system:serviceaccount:${i.namespace}:${i.service_account}", "system:serviceaccount:*"),
-        ("aws/iam.tf", '"sts.amazonaws.com"', '"anybody"'),
-        ("gcp/main.tf", 'public_access_prevention    = "enforced"', 'public_access_prevention    = "inherited"'),
-        ("gcp/main.tf", 'with_state                 = "ARCHIVED"', 'with_state                 = "ANY"'),
-        ("gcp/iam.tf", "expression  = local.under_the_prefix", 'expression  = "true"'),
+        ("defaults", "aws/main.tf", "expired_object_delete_marker = true", "days = 30"),
         (
+            "defaults",
+            "aws/main.tf",
+            "noncurrent_days = var.recovery_days.manifest",
+            "noncurrent_days = var.recovery_days.manifest\n      newer_noncurrent_versions = 20",
+        ),
+        ("defaults", "aws/main.tf", "block_public_policy     = true", "block_public_policy     = false"),
+        ("defaults", "aws/main.tf", "force_destroy = false", "force_destroy = true"),
+        ("defaults", "aws/policies/trainer.json", '"s3:AbortMultipartUpload"', '"s3:DeleteObjectVersion"'),
+        ("defaults", "aws/policies/reader.json", '"s3:GetObject"', '"s3:PutObject"'),
+        ("who", "aws/iam.tf", "system:serviceaccount:${i.namespace}:${i.service_account}", "system:serviceaccount:*"),
+        ("who", "aws/iam.tf", '"sts.amazonaws.com"', '"anybody"'),
+        (
+            "defaults",
+            "gcp/main.tf",
+            'public_access_prevention    = "enforced"',
+            'public_access_prevention    = "inherited"',
+        ),
+        ("defaults", "gcp/main.tf", 'with_state                 = "ARCHIVED"', 'with_state                 = "ANY"'),
+        (
+            "defaults",
+            "gcp/main.tf",
+            "matches_suffix             = ",
+            "num_newer_versions = 20\n        matches_suffix = ",
+        ),
+        ("who", "gcp/iam.tf", "expression  = local.under_the_prefix", 'expression  = "true"'),
+        (
+            "defaults",
             "gcp/permissions.json",
             '"reader": {\n    "prefix": [',
             '"reader": {\n    "prefix": [\n      "storage.objects.delete",',
         ),
     ],
 )
-def test_the_modules_own_tests_bite(file: str, old: str, new: str, place: Path, run: Run) -> None:
-    """Each planted fault makes ``terraform test`` fail."""
+def test_the_modules_own_tests_bite(name: str, file: str, old: str, new: str, place: Path, run: Run) -> None:
+    """Each planted fault makes the run of ``terraform test`` fail that watches over it, with an assertion."""
     path = place / "modules" / file
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    run(initialised(run, place / "modules" / file.split("/", maxsplit=1)[0]), "test", "-no-color", fails=True)
+    module = place / "modules" / file.split("/", maxsplit=1)[0]
+    # The other runs would cost as much again each, and say nothing.
+    tests = module / "tests" / "unit.tftest.hcl"
+    first, *runs = re.split(r'^(?=run ")', tests.read_text(), flags=re.MULTILINE)
+    (only,) = [found for found in runs if found.startswith(f'run "{name}"')]
+    tests.write_text(first + only)
+    said = run(initialised(run, module), "test", "-no-color", fails=True)
+    assert f'run "{name}"... fail' in said
 
 
 @pytest.mark.parametrize("key", [None, "arn:aws:kms:::key/k"], ids=["SSE-S3", "own key"])
@@ -241,6 +268,79 @@ def test_the_planned_permissions_are_those_of_the_table(place: Path, run: Run) -
         'resource.name.startsWith("projects/_/buckets/ckpt-test/objects/team/runs/") || '
         'api.getAttribute("storage.googleapis.com/objectListPrefix", "").startsWith("team/runs/")'
     )
+
+
+#: Different from the defaults and from each other.
+RECOVERY = {"data": 2, "manifest": 9}
+
+
+def _s3_keeps(rules: list[dict[str, Any]], *, size_bytes: int | None, newer: int = 0) -> float:
+    """For how many days S3 keeps a version that is no longer current (PUT Bucket lifecycle, NoncurrentVersionExpiration).
+
+    A version goes when its days have passed *and* as many newer noncurrent versions exist as the rule keeps; of rules
+    that overlap the shortest holds. A delete marker has no size (None): whether a filter by size takes one is not
+    documented, so only a rule without such a filter counts for it.
+    """
+
+    def takes(rule: dict[str, Any]) -> bool:
+        limits: dict[str, Any] = next(iter(rule["filter"]), {})
+        above, below = limits.get("object_size_greater_than"), limits.get("object_size_less_than")
+        if size_bytes is None:
+            return above is None and below is None
+        return (above is None or size_bytes > int(above)) and (below is None or size_bytes < int(below))
+
+    return min(
+        (
+            float(expiration["noncurrent_days"])
+            for rule in rules
+            if rule["status"] == "Enabled" and takes(rule)
+            for expiration in rule["noncurrent_version_expiration"]
+            if newer >= int(expiration["newer_noncurrent_versions"] or 0)
+        ),
+        default=math.inf,
+    )
+
+
+def test_what_was_deleted_from_s3_is_gone_after_its_days(place: Path, run: Run) -> None:
+    """No key is written twice but the manifest's: what is deleted has no newer version, and still goes, with its marker."""
+    found = planned(run, place / "modules" / "aws", bucket_name="ckpt-test", recovery_days=RECOVERY)
+    rules = found["aws_s3_bucket_lifecycle_configuration.this"]["rule"]
+    edge = 1024 * 1024
+    kept = {size: _s3_keeps(rules, size_bytes=size) for size in (0, 300, edge, edge + 1, 5 * 1024**3)}
+    assert kept == {0: 9, 300: 9, edge: 9, edge + 1: 2, 5 * 1024**3: 2}
+    # A manifest of each of the last days, however many versions a day has; a second delete makes a marker noncurrent.
+    assert {_s3_keeps(rules, size_bytes=300, newer=newer) for newer in (1, 19, 20, 1000)} == {9}
+    assert _s3_keeps(rules, size_bytes=None) == 9
+    # The marker that is left alone then: a rule without a filter takes it.
+    alone = [r for r in rules for e in r["expiration"] if e["expired_object_delete_marker"]]
+    assert [(r["status"], r["filter"]) for r in alone] == [("Enabled", [_NO_FILTER])]
+
+
+#: How a plan says ``filter {}``.
+_NO_FILTER: dict[str, Any] = {
+    "and": [],
+    "object_size_greater_than": None,
+    "object_size_less_than": None,
+    "prefix": None,
+    "tag": [],
+}
+
+
+def test_what_was_deleted_from_google_is_gone_after_its_days(place: Path, run: Run) -> None:
+    """The same there, where all conditions of a rule must hold: none of them counts newer versions."""
+    variables = {"project": "p", "bucket_name": "ckpt-test", "location": "europe-west4", "recovery_days": RECOVERY}
+    found = planned(run, place / "modules" / "gcp", **variables)
+    rules = [
+        rule["condition"][0]
+        for rule in found["google_storage_bucket.this"]["lifecycle_rule"]
+        if rule["action"][0]["type"] == "Delete"
+    ]
+    assert [(rule["with_state"], rule.get("num_newer_versions")) for rule in rules] == [("ARCHIVED", None)] * 3
+    for name, days in (("model-00000-of-00001.safetensors", 2), ("checkpoint.json", 9), ("manifest.json", 9), ("x", 9)):
+        kept = [
+            rule["days_since_noncurrent_time"] for rule in rules if name.endswith(tuple(rule["matches_suffix"] or [""]))
+        ]
+        assert min(kept) == days, name
 
 
 def test_the_spot_example_plans(place: Path, run: Run) -> None:

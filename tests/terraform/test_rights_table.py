@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from cloudckpt.core.rights import NEEDS, Need, Provider, Role, grants
-from tests.terraform.iam import MODULES, ROOT, Asked, decide, filled_in
+from tests.terraform.iam import MODULES, ROOT, Asked, decide, filled_in, tool
 
 BUCKET = "arn:aws:s3:::b"
 MANIFEST = f"{BUCKET}/team/run/manifest.json"
@@ -20,16 +19,6 @@ COPY = f"{BUCKET}/team/run/manifest-000480.json"
 INDEX = f"{BUCKET}/team/run/checkpoint-1500.9f3ac2e1/checkpoint.json"
 PAYLOAD = f"{BUCKET}/team/run/checkpoint-1500.9f3ac2e1/model-00000-of-00001.safetensors"
 TLS = {"aws:SecureTransport": "true", "s3:TlsVersion": "1.3"}
-
-
-def tool() -> ModuleType:
-    """``tools/generate_terraform.py``, which is no package's module."""
-    spec = importlib.util.spec_from_file_location("generate_terraform", ROOT / "tools" / "generate_terraform.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_generated_files_are_fresh() -> None:
@@ -67,6 +56,29 @@ def test_the_code_that_needs_a_right_is_there(need: Need) -> None:
         for part in name.split("."):
             found = getattr(found, part)
         assert callable(found), place
+
+
+def test_every_action_leads_to_the_lines_that_need_it() -> None:
+    """The page has, for each action of a policy, links to lines inside of the functions that they name."""
+    page = ROOT / "docs" / "guide" / "rights.md"
+    rows = re.findall(r"^\| `([\w:.]+)` \|.*\| (\[.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {action for action, _ in rows} == {
+        grant.action for need in NEEDS for provider in Provider for grant in need.at(provider)
+    }
+    requested: set[str] = set()
+    for action, cell in rows:
+        links = re.findall(r"\[`([\w.]+)`\]\(\.\./\.\./([\w/]+)\.py#L(\d+)\)", cell)
+        assert len(links) == cell.count("](")
+        own = "gcs" if action.startswith("storage.") else "s3"
+        requested |= {action for _, path, _ in links if path.startswith(f"cloudckpt/storage/{own}")}
+        for name, path, line in links:
+            found: object = importlib.import_module(path.replace("/", "."))
+            for part in name.split("."):
+                found = getattr(found, part)
+            lines, first = inspect.getsourcelines(found)  # type: ignore[arg-type]
+            assert first < int(line) < first + len(lines), f"{action}: {path}:{line} is not in {name}"
+    # A request to the provider itself, not only the code that has it made.
+    assert requested == {action for action, _ in rows}
 
 
 def test_terraform_reads_the_generated_files_and_writes_no_right_itself() -> None:

@@ -95,9 +95,10 @@ resource "aws_s3_bucket_lifecycle_configuration" "this" {
       object_size_less_than = local.small_object_bytes + 1
     }
 
+    # By days alone. With newer_noncurrent_versions a version would also wait for that many newer ones, and no key but
+    # the manifest's is ever written twice: the index of a deleted checkpoint would stay for good, with its delete marker.
     noncurrent_version_expiration {
-      noncurrent_days           = var.recovery_days.manifest
-      newer_noncurrent_versions = 20
+      noncurrent_days = var.recovery_days.manifest
     }
   }
 
@@ -107,8 +108,15 @@ resource "aws_s3_bucket_lifecycle_configuration" "this" {
 
     filter {}
 
+    # A marker that hides nothing any more.
     expiration {
       expired_object_delete_marker = true
+    }
+
+    # A delete that is sent twice leaves a marker over a marker. The lower one is an old version without a size, which
+    # the filters above may or may not take. Where rules overlap the shorter time holds, so theirs stay as they are.
+    noncurrent_version_expiration {
+      noncurrent_days = max(var.recovery_days.data, var.recovery_days.manifest)
     }
   }
 

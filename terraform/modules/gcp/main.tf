@@ -44,7 +44,8 @@ resource "google_storage_bucket" "this" {
   }
 
   # Old versions only (ARCHIVED). What is live is decided by the manifest and by nothing else: a rule by age deletes the
-  # best checkpoint of a run that has not improved for a while.
+  # best checkpoint of a run that has not improved for a while. Never with num_newer_versions: all conditions of a rule
+  # must hold, and a name that is written once has no newer version.
   dynamic "lifecycle_rule" {
     for_each = var.versioning ? local.recovery_days : {}
 

@@ -22,6 +22,16 @@ run "defaults" {
   }
 
   assert {
+    condition     = alltrue(flatten([for r in aws_s3_bucket_lifecycle_configuration.this.rule : [for n in r.noncurrent_version_expiration : coalesce(n.newer_noncurrent_versions, 0) == 0]]))
+    error_message = "An old version waits for newer ones, which a key that is written once never has."
+  }
+
+  assert {
+    condition     = anytrue([for r in aws_s3_bucket_lifecycle_configuration.this.rule : anytrue([for e in r.expiration : e.expired_object_delete_marker]) && alltrue([for f in r.filter : coalesce(f.object_size_greater_than, 0) == 0 && coalesce(f.object_size_less_than, 0) == 0])])
+    error_message = "Delete markers that hide nothing stay."
+  }
+
+  assert {
     condition     = anytrue(flatten([for r in aws_s3_bucket_lifecycle_configuration.this.rule : [for a in r.abort_incomplete_multipart_upload : a.days_after_initiation == 3]]))
     error_message = "Unfinished uploads are not cleaned up."
   }

@@ -31,6 +31,11 @@ run "defaults" {
   }
 
   assert {
+    condition     = alltrue(flatten([for r in google_storage_bucket.this.lifecycle_rule : [for c in r.condition : coalesce(c.num_newer_versions, 0) == 0]]))
+    error_message = "An old version waits for newer ones, which a name that is written once never has."
+  }
+
+  assert {
     condition = anytrue(flatten([
       for r in google_storage_bucket.this.lifecycle_rule : [for c in r.condition : length(c.matches_suffix) == 0 && c.days_since_noncurrent_time == 30]
       if anytrue([for a in r.action : a.type == "Delete"])
