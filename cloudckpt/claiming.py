@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from cloudckpt.core import keys
 from cloudckpt.core import manifest as transitions
@@ -13,10 +14,11 @@ from cloudckpt.core.manifest import Settlement
 from cloudckpt.core.model import Manifest, Owner, State
 from cloudckpt.core.policy import Policy, PolicyWords, resolve, tightened
 from cloudckpt.core.retention import plan_prune
-from cloudckpt.errors import FencedError, StorageError
+from cloudckpt.errors import FencedError, StorageError, UnsafeStorageError
 from cloudckpt.events import Claimed, Listener, PolicyTightened, Warned
 from cloudckpt.sealed import settlement_of
-from cloudckpt.storage import ManifestStore
+from cloudckpt.storage import LocalStorage, ManifestStore
+from cloudckpt.storage.mounts import doubt_about, mount_of
 from cloudckpt.view import placed
 
 __all__ = ["Claim", "claim_run", "run_key_from_environment"]
@@ -48,11 +50,13 @@ def claim_run(
 
     Raises:
         ConflictError: refused by ``takeover``, or a duel of two jobs.
+        UnsafeStorageError: ``takeover="refuse"``, on a disk whose locks do not keep other machines out.
         FencedError: another job claimed the run at the same moment, after this one.
         ConfigError: the policy words do not fit the stored policy.
         FormatError: the root holds something that is not a run, or a manifest that cannot be read or written.
         StorageError: the store refused; a 403 is never taken for a new run.
     """
+    _check_locks(store, takeover, listener)
     owner = Owner(
         token=store.owner_token,
         host=socket.gethostname(),
@@ -90,6 +94,34 @@ def claim_run(
     _abort_uploads(store, before[0], after, listener)
     _tell(before[0], after, store.storage.url, owner, listener)
     return Claim(manifest=after, writer_epoch=after.writer_epoch, token=owner.token)
+
+
+def _check_locks(store: ManifestStore, takeover: str, listener: Listener) -> None:
+    """Look once at what a local root lies on: a manifest is replaced under a lock, which must hold for every writer.
+
+    Where it does not, the last claim still wins and who comes late finds out, but for writes at the same moment: that is
+    worth a warning. ``takeover="refuse"`` promises that there is one writer, which nothing can promise there.
+    """
+    storage = store.unretried
+    if not isinstance(storage, LocalStorage):
+        return
+    mount = mount_of(Path(storage.url))
+    doubt = doubt_about(mount) if mount is not None else None
+    if doubt is None:
+        return
+    danger = f"{storage.url} lies on {doubt}"
+    if takeover == "refuse" and not store.single_writer:
+        raise UnsafeStorageError(
+            f'{danger}. takeover="refuse" cannot keep a second writer out there: two that start at the same moment would '
+            "both get the run. If only one process ever writes, promise it with single_writer=True, or say "
+            'takeover="last_wins" (--takeover). Nothing was written'
+        )
+    said = (
+        f"{danger}. Until then let only one process write to this run: of two that write at the same moment, one can "
+        "undo what the other has just recorded, and checkpoints would be missing from the list"
+    )
+    if store.is_news(said):
+        listener(Warned(message=said))
 
 
 def _abort_uploads(store: ManifestStore, before: Manifest, after: Manifest, listener: Listener) -> None:

@@ -106,7 +106,8 @@ class CheckpointManager(Run):
         change_policy: allow another metric or direction than the run was started with.
         takeover: what to do about an earlier writer that has not closed: "last_wins", "refuse", or "force",
             which also overrules the refusal of a duel.
-        single_writer: promise that only one process ever writes, for stores without conditional writes.
+        single_writer: promise that only one process ever writes, for stores without conditional writes, and for
+            takeover="refuse" on disks whose locks do not keep other machines out.
         allow_pickle: pickle leaves that nothing else can store, and load them again.
         storage_options: passed to the filesystem as they are, and never printed.
         process_group: the ranks that save together; all ranks of the job where ``torch.distributed`` is initialised.

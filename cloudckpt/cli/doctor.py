@@ -26,7 +26,7 @@ from cloudckpt.storage import (
     Storage,
     open_store,
 )
-from cloudckpt.storage.mounts import mount_of, promises
+from cloudckpt.storage.mounts import doubt_about, mount_of, promises
 from cloudckpt.storage.probe import probe
 
 __all__ = ["Check", "Report", "examine"]
@@ -108,6 +108,8 @@ def _folder(storage: LocalStorage) -> Iterator[Check]:
     mount = mount_of(Path(storage.url))
     if mount is not None:
         usable, detail = promises(mount.kind)
+        if usable and (doubt := doubt_about(mount)) is not None:
+            usable, detail = False, doubt
         yield Check(name="file system", ok=usable, detail=detail)
     if not storage.exists:
         yield Check(name="writable", ok=True, detail="the folder does not exist yet and can be made")

@@ -98,7 +98,7 @@ class GCSStorage(GCSSession):
             except StorageError as exc:
                 return Unknown(exc)
             if answer.status == 412:
-                return Lost(f"{what}: 412 {answer.message}")
+                return Lost(f"{what}: 412 {answer.message(self._secrets.hide)}")
             if answer.status not in _OK:
                 return Unknown(self._explained(answer, what))
             return Landed(str(answer.json.get("generation", "")))
@@ -178,8 +178,9 @@ class GCSStorage(GCSSession):
             send=lambda method, url, headers, data: self._send(what, method, url, headers=headers, data=data),
             stored=partial(self._metadata, what, key),
             compare=partial(self._compare, what, key),
+            explained=self._explained,
         )
-        ResumableUpload(session, what=what, bucket=self._bucket, size_bytes=size_bytes).send(parts, progress)
+        ResumableUpload(session, what=what, size_bytes=size_bytes).send(parts, progress)
 
     async def _begin_upload(self, what: str, key: str) -> str:
         answer = await self._ask(

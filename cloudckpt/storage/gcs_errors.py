@@ -10,15 +10,17 @@ import asyncio
 import html
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 
-__all__ = ["Answer", "UnauthorizedError", "explained", "has_secret", "without_answer"]
+__all__ = ["Answer", "UnauthorizedError", "explained", "without_answer"]
 
-#: google-auth puts a raw token into a URL, and the URL into its errors.
-_SECRET = re.compile(r"((?:access_token|refresh_token|client_secret|assertion)=)[^&\s)'\"]+")
+#: So much of an answer that is no error document is shown; of so much of it the secrets are taken out before.
+_SHOWN = 300
+_LOOKED_AT = 16 * 1024
 
 _LOGIN = (
     "run `gcloud auth application-default login`, set GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service "
@@ -65,15 +67,18 @@ class Answer:
                 return value
         return ""
 
-    @property
-    def message(self) -> str:
-        """What the store said in words."""
+    def message(self, hide: Callable[[str], str]) -> str:
+        """What the store said in words.
+
+        Args:
+            hide: takes out what is secret; before a long text is cut, or the first half of a token would be left.
+        """
         if self.code:
-            return f"{self.code}: {_inside('Message', self.body)}"
+            return hide(f"{self.code}: {_inside('Message', self.body)}")
         error = self.json.get("error")
         if isinstance(error, dict):
-            return str(error.get("message", ""))
-        return str(error or self.body[:300].decode(errors="replace")).strip()
+            return hide(str(error.get("message", "")))
+        return hide(str(error)) if error else hide(self.body[:_LOOKED_AT].decode(errors="replace"))[:_SHOWN].strip()
 
 
 def _inside(tag: str, body: bytes) -> str:
@@ -81,9 +86,11 @@ def _inside(tag: str, body: bytes) -> str:
     return html.unescape(found[1].decode(errors="replace")) if found else ""
 
 
-def explained(answer: Answer, what: str, *, bucket: str) -> StorageError:  # noqa: PLR0911 - a table of statuses
-    """An answer that is no success, as an error of ours."""
-    status, said = answer.status, answer.message
+def explained(  # noqa: PLR0911 - a table of statuses
+    answer: Answer, what: str, *, bucket: str, hide: Callable[[str], str]
+) -> StorageError:
+    """An answer that is no success, as an error of ours; ``hide`` takes out what is secret."""
+    status, said = answer.status, answer.message(hide)
     detail = f"{what}: {status}" + (f" ({said})" if said else "")
     if status == 404:
         if "bucket does not exist" in said.lower():
@@ -103,16 +110,11 @@ def explained(answer: Answer, what: str, *, bucket: str) -> StorageError:  # noq
     return StorageError(detail)
 
 
-def has_secret(exc: BaseException) -> bool:
-    """Whether an error's own text holds what nobody should read, so that it must not be chained."""
-    return _SECRET.search(str(exc)) is not None
-
-
-def without_answer(exc: BaseException, what: str) -> StorageError:
-    """A request that was never answered, or never sent, as an error of ours."""
+def without_answer(exc: BaseException, what: str, *, hide: Callable[[str], str]) -> StorageError:
+    """A request that was never answered, or never sent, as an error of ours; ``hide`` takes out what is secret."""
     if isinstance(exc, StorageError):
         return exc
-    said = _SECRET.sub(r"\1…", str(exc)) or type(exc).__name__
+    said = hide(str(exc)) or type(exc).__name__
     module = type(exc).__module__
     if type(exc).__name__ == "DefaultCredentialsError":
         return StorageError(

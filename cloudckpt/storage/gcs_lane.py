@@ -24,6 +24,7 @@ from cloudckpt.storage.gcs_way import Way, refuse_interception
 from cloudckpt.storage.gcs_xml import NoXmlApi, refusal
 from cloudckpt.storage.lane import THROTTLED, Lane, Outgoing, check_memory
 from cloudckpt.storage.multipart import Carried
+from cloudckpt.storage.redacting import Redactor
 from cloudckpt.storage.remote import crc32c_b64
 
 __all__ = ["GCSLane", "LaneFacts"]
@@ -84,6 +85,7 @@ class GCSLane(Lane[_Route, Mapping[str, str]]):
         facts: the session.
         bucket: its name.
         settings: connections, part sizes, time-outs and the bandwidth cap.
+        secrets: the session's.
     """
 
     session_name = "gcsfs"
@@ -92,8 +94,8 @@ class GCSLane(Lane[_Route, Mapping[str, str]]):
     #: Endpoints without the XML API that this process has met, and how they said so.
     _without_xml: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, facts: LaneFacts, bucket: str, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, facts: LaneFacts, bucket: str, settings: Settings, secrets: Redactor) -> None:
+        super().__init__(settings, secrets)
         self._facts = facts
         self._bucket = quote(bucket, safe="")
         self._uploads_declined: str | None = None
@@ -114,10 +116,10 @@ class GCSLane(Lane[_Route, Mapping[str, str]]):
     def decline_uploads(self, reason: Declined) -> None:
         """Leave uploads to the session from now on, and say so once. Ranges may still be read directly."""
         if self._declined is None and self._uploads_declined is None:
-            self._uploads_declined = str(reason)
-            _LOG.info("payload is uploaded through gcsfs, not over the direct lane: %s", reason)
+            self._uploads_declined = self._secrets.hide(str(reason))
+            _LOG.info("payload is uploaded through gcsfs, not over the direct lane: %s", self._uploads_declined)
         if isinstance(reason, NoXmlApi):
-            self._without_xml[self._facts.endpoint] = str(reason)
+            self._without_xml[self._facts.endpoint] = self._secrets.hide(str(reason))
 
     def reconsider(self) -> None:
         """See ``Lane.reconsider``. What declines all of this lane is what the session is, and that stays."""
@@ -219,4 +221,6 @@ class GCSLane(Lane[_Route, Mapping[str, str]]):
             raise Declined("the server does not answer ranges")
         # An answer that broke off in its headers looks like one without them.
         if found is None or int(found["start"] or 0) != start or filled != length:
-            raise StorageError(f"{what}: {filled} of {length} bytes came ({said or 'of no range'})", retryable=True)
+            raise StorageError(
+                f"{what}: {filled} of {length} bytes came ({self._secrets.hide(said) or 'of no range'})", retryable=True
+            )

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from cloudckpt.config import Settings
 from cloudckpt.errors import ConfigError, StorageError
 from cloudckpt.storage.base import Buffer, Conditions
-from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, has_secret, without_answer
+from cloudckpt.storage.gcs_errors import Answer, UnauthorizedError, explained, without_answer
 from cloudckpt.storage.gcs_lane import GCSLane
 from cloudckpt.storage.gcs_way import Way, location_of, way_of
 from cloudckpt.storage.laned import LanedStorage
@@ -53,7 +53,7 @@ class GCSSession(LanedStorage):
         super().__init__(bucket, prefix, options, settings)
         self._spacing_s = spacing_s
         self._last_write: dict[str, float] = {}
-        self._lane: GCSLane = GCSLane(self, bucket, settings)
+        self._lane: GCSLane = GCSLane(self, bucket, settings, self._secrets)
 
     # -- the filesystem --------------------------------------------------------------------------------------
 
@@ -74,7 +74,8 @@ class GCSSession(LanedStorage):
                 }
             )
         except TypeError as exc:
-            raise ConfigError(f"{self.url}: storage_options that gcsfs does not take: {exc}") from exc
+            said, cause = self._secrets.hide(str(exc)), self._secrets.clean(exc)
+            raise ConfigError(f"{self.url}: storage_options that gcsfs does not take: {said}") from cause
 
     @staticmethod
     async def _close_filesystem(filesystem: Any) -> None:
@@ -108,6 +109,7 @@ class GCSSession(LanedStorage):
             full = url if url.startswith("http") else f"{location_of(filesystem)}{url}"
             asked = filesystem._get_params(dict(params or {}))  # noqa: SLF001 - adds userProject
             said = filesystem._get_headers(dict(headers or {}))  # noqa: SLF001 - adds a fresh token
+            self._secrets.learn_headers(said)
             if query:
                 full, payer, asked = f"{full}?{query}", asked.get("userProject"), {}
                 said |= {"x-goog-user-project": payer} if payer else {}
@@ -127,8 +129,8 @@ class GCSSession(LanedStorage):
             found = await self._in_time(what, send(), size_bytes=size)
         except ConfigError:
             raise
-        except Exception as exc:  # noqa: BLE001 - chained below, unless it shows a secret
-            raise self._without_answer(exc, what) from (None if has_secret(exc) else exc)
+        except Exception as exc:  # noqa: BLE001 - chained below, unless it would show a secret
+            raise self._without_answer(exc, what) from self._secrets.clean(exc)
         if found.status == 401:
             self._renew()
         elif found.status < 400:
@@ -143,7 +145,9 @@ class GCSSession(LanedStorage):
         async def ask() -> Way:
             filesystem = await self._connected()
             await filesystem._set_session()  # noqa: SLF001 - the coroutine behind its synchronous twin
-            return way_of(filesystem)
+            way = way_of(filesystem)
+            self._secrets.learn_url(way.location, way.proxy)
+            return way
 
         return self._run(ask())
 
@@ -152,11 +156,13 @@ class GCSSession(LanedStorage):
 
         async def ask() -> Mapping[str, str]:
             try:
-                return dict((await self._fs())._get_headers({}))  # noqa: SLF001 - adds a fresh token
+                shown = dict((await self._fs())._get_headers({}))  # noqa: SLF001 - adds a fresh token
             except ConfigError:
                 raise
             except Exception as exc:  # noqa: BLE001 - the same as for a request
-                raise self._without_answer(exc, f"connecting to {self.url}") from (None if has_secret(exc) else exc)
+                raise self._without_answer(exc, f"connecting to {self.url}") from self._secrets.clean(exc)
+            self._secrets.learn_headers(shown)
+            return shown
 
         return self._run(self._in_time(f"connecting to {self.url}", ask()))
 
@@ -179,14 +185,14 @@ class GCSSession(LanedStorage):
     # -- answers ---------------------------------------------------------------------------------------------
 
     def _without_answer(self, exc: Exception, what: str) -> StorageError:
-        problem = without_answer(exc, what)
+        problem = self._redacted(without_answer(exc, what, hide=self._secrets.hide))
         if isinstance(problem, UnauthorizedError):
             self._renew()
             problem.retryable = problem.retryable and not self._gave_up_on_credentials()
         return problem
 
     def _explained(self, answer: Answer, what: str) -> StorageError:
-        problem = explained(answer, what, bucket=self._bucket)
+        problem = self._redacted(explained(answer, what, bucket=self._bucket, hide=self._secrets.hide))
         if isinstance(problem, UnauthorizedError) and self._gave_up_on_credentials():
             problem.retryable = False
         return problem
@@ -228,7 +234,8 @@ class GCSSession(LanedStorage):
         except ConfigError:
             raise
         except Exception as exc:  # noqa: BLE001 - the same
-            raise without_answer(exc, f"connecting to {self.url}") from (None if has_secret(exc) else exc)
+            problem = without_answer(exc, f"connecting to {self.url}", hide=self._secrets.hide)
+            raise self._redacted(problem) from self._secrets.clean(exc)
 
     @property
     def conditions(self) -> Conditions:
@@ -249,7 +256,7 @@ class GCSSession(LanedStorage):
             credentials = filesystem.credentials.credentials
             name = getattr(credentials, "service_account_email", None) or type(credentials).__name__
             return {
-                "endpoint": location_of(filesystem),
+                "endpoint": self._secrets.hide(location_of(filesystem)),
                 "identity": "anonymous" if credentials is None else str(name),
             }
 

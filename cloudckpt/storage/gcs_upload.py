@@ -12,7 +12,7 @@ import crc32c
 
 from cloudckpt.core.checksum import combine_all
 from cloudckpt.errors import ObjectNotFoundError, StorageError
-from cloudckpt.storage.gcs_errors import Answer, explained
+from cloudckpt.storage.gcs_errors import Answer
 from cloudckpt.storage.remote import crc32c_b64
 
 __all__ = ["ResumableUpload", "Session"]
@@ -31,6 +31,7 @@ class Session:
         send: one request, once: method, URL, headers, body.
         stored: the metadata of the finished object.
         compare: holds what the store says it has against what was sent: the answer, size and sum.
+        explained: an answer that is no success as an error.
     """
 
     run: Callable[[Coroutine[Any, Any, Any]], Any]
@@ -39,6 +40,7 @@ class Session:
     send: Callable[[str, str, dict[str, str], bytes | None], Coroutine[Any, Any, Answer]]
     stored: Callable[[], Awaitable[Answer]]
     compare: Callable[[Answer, int, int], Awaitable[None]]
+    explained: Callable[[Answer, str], StorageError]
 
 
 class ResumableUpload:
@@ -47,14 +49,12 @@ class ResumableUpload:
     Args:
         session: the way to the store.
         what: the upload in words, for messages.
-        bucket: for messages.
         size_bytes: of the object.
     """
 
-    def __init__(self, session: Session, *, what: str, bucket: str, size_bytes: int) -> None:
+    def __init__(self, session: Session, *, what: str, size_bytes: int) -> None:
         self._session = session
         self._what = what
-        self._bucket = bucket
         self._size_bytes = size_bytes
         self._url = ""
         self._sums: list[tuple[int, int]] = []
@@ -104,7 +104,7 @@ class ResumableUpload:
                 await self._look(chunk.whole_crc)
                 return
             else:
-                problem = explained(answer, f"{self._what}, bytes from {chunk.start}", bucket=self._bucket)
+                problem = self._session.explained(answer, f"{self._what}, bytes from {chunk.start}")
                 if isinstance(problem, ObjectNotFoundError):
                     raise StorageError(f"{self._what}: the store has lost the upload session; save again")
                 raise problem

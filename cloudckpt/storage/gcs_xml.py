@@ -116,7 +116,7 @@ class XmlUploads:
             )
             self._check(answer, what)
             if answer.code:  # as S3 may do: 200 to begin with, and in the end an error
-                raise StorageError(f"{what}: {answer.code} {answer.message}", retryable=True)
+                raise StorageError(str(self._session.explained(answer, what)), retryable=True)
             return answer
 
         found: Answer = self._session.run(self._session.again(attempt))

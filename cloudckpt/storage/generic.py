@@ -28,6 +28,7 @@ from cloudckpt.core import keys as grammar
 from cloudckpt.errors import ConfigError, ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Buffer, Conditions, Listed, Outcome, Versioned, scatter
 from cloudckpt.storage.emulated import emulated_create, emulated_replace
+from cloudckpt.storage.redacting import Redactor
 
 __all__ = ["GenericFsspecStorage"]
 
@@ -85,6 +86,7 @@ class GenericFsspecStorage:
                 "such as / and @ in a password are percent-encoded; or pass it in storage_options"
             ) from None
         self._options = {**given, **options}
+        self._secrets = Redactor(self._options, url)
         self._root = str(self._class._strip_protocol(url)).rstrip("/")  # noqa: SLF001 - the same
         self._renames = _renames(self._class)
         self._mutex = threading.RLock()
@@ -140,19 +142,12 @@ class GenericFsspecStorage:
             except StorageError:
                 raise
             except _MISSING as exc:
-                raise ObjectNotFoundError(f"{what}: it does not exist") from exc
-            except Exception as exc:  # noqa: BLE001 - chained, unless it shows a secret
+                raise ObjectNotFoundError(f"{what}: it does not exist") from self._secrets.clean(exc)
+            except Exception as exc:  # noqa: BLE001 - chained, unless it would show a secret
                 if not isinstance(exc, PermissionError | FileExistsError):
                     self._filesystem = None  # a broken connection does not heal; the next try makes another
-                said, secret = self._said(exc)
-                raise StorageError(f"{what}: {said}", retryable=_is_passing(exc)) from (None if secret else exc)
-
-    def _said(self, exc: Exception) -> tuple[str, bool]:
-        """What an error says, without secrets; and whether it said any."""
-        text = said = f"{type(exc).__name__}: {exc}"
-        for secret in _texts(self._options):
-            said = said.replace(secret, "…")
-        return said, said != text
+                said = self._secrets.hide(f"{type(exc).__name__}: {exc}")
+                raise StorageError(f"{what}: {said}", retryable=_is_passing(exc)) from self._secrets.clean(exc)
 
     def _path(self, key: str) -> str:
         if not {"", ".", ".."}.isdisjoint(key.split("/")):
@@ -390,17 +385,6 @@ def _without_password(url: str) -> str:
     authority, slash, path = rest.partition("/")
     user, at, host = authority.rpartition("@")
     return f"{scheme}://{user.partition(':')[0]}{at}{host}{slash}{path}"
-
-
-def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str) and len(value) > 3:
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
 
 
 def _is_passing(exc: Exception) -> bool:

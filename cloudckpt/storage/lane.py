@@ -25,6 +25,7 @@ from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Part, Source
 from cloudckpt.storage.direct import Answer, BrokenOff, Crew, Declined, Request, Stop, Throttle, Wire, WireError
 from cloudckpt.storage.multipart import Carried
+from cloudckpt.storage.redacting import Redactor
 from cloudckpt.storage.retry import Backoff
 
 __all__ = ["THROTTLED", "Lane", "NotYet", "Outgoing", "Shown", "check_memory"]
@@ -88,6 +89,7 @@ class Lane(ABC, Generic[RouteT, ShownT]):
 
     Args:
         settings: connections, part sizes, time-outs and the bandwidth cap.
+        secrets: takes what is secret out of what the store says.
     """
 
     #: Who carries the payload where the lane does not, for the log.
@@ -95,8 +97,9 @@ class Lane(ABC, Generic[RouteT, ShownT]):
     #: The smallest part but for the last one, in bytes.
     least_part_bytes: ClassVar[int] = 1
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, secrets: Redactor) -> None:
         self._settings = settings
+        self._secrets = secrets
         self._crew = Crew(settings.connections)
         self._throttle = Throttle(settings.max_bandwidth)
         self._mutex, self._pid = threading.Lock(), os.getpid()
@@ -120,8 +123,8 @@ class Lane(ABC, Generic[RouteT, ShownT]):
     def decline(self, reason: Declined) -> None:
         """Leave the payload to the session from now on, and say so once."""
         if self._declined is None and not isinstance(reason, NotYet):
-            self._declined = str(reason)
-            _LOG.info("payload goes through %s, not over the direct lane: %s", self.session_name, reason)
+            self._declined = self._secrets.hide(str(reason))
+            _LOG.info("payload goes through %s, not over the direct lane: %s", self.session_name, self._declined)
 
     def decline_uploads(self, reason: Declined) -> None:
         """As ``decline``, for what goes up."""
@@ -188,12 +191,12 @@ class Lane(ABC, Generic[RouteT, ShownT]):
                 self._shown = None
         return is_current
 
-    @staticmethod
-    def _over(route: RouteT, what: str, request: Request, stop: Stop) -> Answer:
+    def _over(self, route: RouteT, what: str, request: Request, stop: Stop) -> Answer:
         try:
             return route.wire.send(request, stop)
         except WireError as exc:
-            raise StorageError(f"{what}: {exc}", retryable=True) from exc
+            cause = self._secrets.clean(exc)  # a proxy that refuses a tunnel says why in its own words
+            raise StorageError(f"{what}: {self._secrets.hide(str(exc))}", retryable=True) from cause
 
     # -- up --------------------------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ class LanedStorage(RemoteStorage):
         except _Enough:
             return
         except Declined as exc:
-            raise StorageError(f"{what}: {exc}") from exc
+            raise StorageError(self._secrets.hide(f"{what}: {exc}")) from self._secrets.clean(exc)
 
     def try_abort(self, key: str) -> None:
         """Abort an upload that cannot be. Tells whether aborting is permitted: an unknown upload is aborted already.

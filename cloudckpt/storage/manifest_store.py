@@ -115,6 +115,7 @@ class ManifestStore:
         self._once = storage
         self._single_writer = single_writer
         self._tell = tell
+        self._told: set[str] = set()
         self._writes: ConditionalWrites | None = None
         self.clock = clock
         self.token = token
@@ -145,6 +146,17 @@ class ManifestStore:
     def owner_token(self) -> str:
         """Names whoever writes through this store; the same for every try, so that a late claim is recognised."""
         return self.token(16)
+
+    @property
+    def single_writer(self) -> bool:
+        """Whether the user has promised that no two processes ever write."""
+        return self._single_writer
+
+    def is_news(self, text: str) -> bool:
+        """Whether whoever uses this store was not told so before; from now on, he was."""
+        was_told = text in self._told
+        self._told.add(text)
+        return not was_told
 
     @property
     def last_seen(self) -> Manifest | None:

@@ -7,10 +7,10 @@ process that writes. Network file systems keep them if they are set up to; a buc
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Mount", "mount_of", "promises"]
+__all__ = ["Mount", "doubt_about", "mount_of", "promises"]
 
 _TABLE = Path("/proc/self/mountinfo")
 #: A blank, a tab, a newline and a backslash are written as these.
@@ -20,21 +20,33 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 _BUCKETS = re.compile(r"fuse\.(s3fs|gcsfuse|goofys|mountpoint-s3|geesefs|rclone|juicefs-s3|blobfuse2?|ossfs|cosfs).*")
 #: File systems that other machines write to as well.
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "pvfs2", "ocfs2"}
+#: File systems whose locks hold on this machine only, however they are mounted.
+_OWN_LOCKS = {"fuse.sshfs", "fuse.curlftpfs"}
+#: Options of a mount by which locks hold on this machine only: of NFS, of SMB, of Lustre, of cluster file systems.
+#: (NFS's local_lock=posix is none of them: our lock is flock's, and goes to the server.)
+_KEPT_HERE = {"nolock", "local_lock=all", "local_lock=flock", "nobrl", "localflock", "localflocks"}
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A mounted file system: its kind, such as "ext4" or "nfs4", and where it is mounted."""
+    """A mounted file system.
+
+    Attributes:
+        kind: such as "ext4" or "nfs4".
+        place: where it is mounted.
+        options: what it is mounted with.
+    """
 
     kind: str
     place: str
+    options: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 def mount_of(path: Path, table: str | None = None) -> Mount | None:
     """The file system that a path lies on, or will lie on; None if this system does not tell.
 
     Args:
-        path: an absolute path.
+        path: an absolute path; what a symbolic link in it leads to counts.
         table: the mounts as ``/proc/self/mountinfo`` lists them; by default that.
     """
     if table is None:
@@ -42,16 +54,17 @@ def mount_of(path: Path, table: str | None = None) -> Mount | None:
             table = _TABLE.read_text(encoding="utf-8", errors="surrogateescape")
         except OSError:
             return None
+    path = path.resolve()
     found: Mount | None = None
     for line in table.splitlines():
         front, dash, back = line.partition(" - ")
         fields = front.split(" ")
-        if not dash or len(fields) < 5:
+        if not dash or len(fields) < 6:
             continue
         place = _ESCAPED.sub(lambda match: chr(int(match[1], 8)), fields[4])
         # The later of two mounts of one place is on top of the other.
         if path.is_relative_to(place) and (found is None or len(place) >= len(found.place)):
-            found = Mount(_kind(back), place)
+            found = Mount(_kind(back), place, frozenset(f"{fields[5]},{back.rpartition(' ')[2]}".split(",")))
     return found
 
 
@@ -74,3 +87,24 @@ def promises(kind: str) -> tuple[bool, str]:
             "nolock), or only one process may ever write"
         )
     return True, kind
+
+
+def doubt_about(mount: Mount) -> str | None:
+    """Why the locks of a file system are no protection from writers on other machines; None if they may be one."""
+    kept_here = sorted(mount.options & _KEPT_HERE)
+    if _BUCKETS.fullmatch(mount.kind):
+        return (
+            f"a bucket that is mounted as a folder ({mount.kind} at {mount.place}), where locks are not kept and "
+            "renames are none. Write the bucket's own URL (s3://…, gs://…)"
+        )
+    if mount.kind in _OWN_LOCKS:
+        return (
+            f"a network file system ({mount.kind} at {mount.place}) whose locks hold on this machine only. Use one "
+            "that keeps locks between machines, or an object store"
+        )
+    if kept_here and mount.kind in _NETWORK:
+        return (
+            f"a network file system ({mount.kind} at {mount.place}) that is mounted with {', '.join(kept_here)}: its "
+            "locks hold on this machine only. Mount it without that, or use an object store"
+        )
+    return None

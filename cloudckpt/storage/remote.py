@@ -20,6 +20,7 @@ from cloudckpt.config import Settings
 from cloudckpt.errors import ObjectNotFoundError, StorageError
 from cloudckpt.storage.base import Buffer, Versioned
 from cloudckpt.storage.loop import Loop, LoopClosed, Running
+from cloudckpt.storage.redacting import Redactor
 from cloudckpt.storage.retry import Backoff, given_up
 
 __all__ = ["RemoteStorage", "crc32c_b64", "crc32c_of", "each", "parts_of"]
@@ -61,6 +62,8 @@ class RemoteStorage(ABC):
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self._options = dict(options)
+        #: What the store says passes through it before anybody is told.
+        self._secrets = Redactor(options)
         self._settings = settings
         self._mutex = threading.Lock()
         self._loop: Loop | None = None
@@ -85,6 +88,13 @@ class RemoteStorage(ABC):
 
     def _named(self, doing: str, key: str) -> str:
         return f"{doing} {self.scheme}://{self._bucket}/{self._prefix}{key}"
+
+    def _redacted(self, problem: StorageError, cause: BaseException | None = None) -> StorageError:
+        """An error of ours, without the secrets that the store or a library put into it or its cause."""
+        if cause is not None:
+            self._secrets.clean(cause)
+        self._secrets.clean(problem)
+        return problem
 
     # -- the filesystem and its loop -------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ from cloudckpt.storage.s3_copy import StoreCopies
 from cloudckpt.storage.s3_errors import (
     AnsweredError,
     code_of,
-    explained,
     is_condition_failed,
     is_unsupported,
     status_of,
@@ -74,8 +73,8 @@ class S3Storage(S3Session):
     async def _received(self, what: str, reading: Any) -> bytes:
         try:
             return bytes(await self._in_time(what, reading))
-        except Exception as exc:
-            raise self._explained(exc, what) from exc
+        except Exception as exc:  # noqa: BLE001 - chained, unless it would show a secret
+            raise self._explained(exc, what) from self._secrets.clean(exc)
 
     def create(self, key: str, body: bytes) -> Outcome:
         """See ``Storage.create``: PutObject with ``If-None-Match: *``."""
@@ -104,7 +103,7 @@ class S3Storage(S3Session):
                 raise
             except Exception as exc:  # noqa: BLE001 - whatever it was, it is no proof that nothing landed
                 if is_condition_failed(exc):
-                    return Lost(f"{what}: {status_of(exc)} {code_of(exc)}")
+                    return Lost(self._secrets.hide(f"{what}: {status_of(exc)} {code_of(exc)}"))
                 return Unknown(self._explained(exc, what))
             return Landed(str(answer["ETag"]).strip('"'))
 
@@ -135,7 +134,7 @@ class S3Storage(S3Session):
             if isinstance(exc, ConfigError):
                 raise
             if not (self._checksums and checksum and is_unsupported(exc)):
-                raise self._explained(exc, what) from exc
+                raise self._explained(exc, what) from self._secrets.clean(exc)
         answer = await self._ask(method, what, **arguments)
         self._checksums = False
         return answer
@@ -210,10 +209,10 @@ class S3Storage(S3Session):
             answer = await self._call("get_object", what, Key=self._key(key), Range=f"bytes={start}-{end - 1}")
         except ConfigError:
             raise
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - chained, unless it would show a secret
             if status_of(exc) == 416:
-                raise self._no_such_range(key, start, end - start) from exc
-            raise self._explained(exc, what) from exc
+                raise self._no_such_range(key, start, end - start) from self._secrets.clean(exc)
+            raise self._explained(exc, what) from self._secrets.clean(exc)
         body = answer["Body"]
         async with body:
             total = int(str(answer.get("ContentRange", "")).rpartition("/")[2] or answer["ContentLength"])
@@ -232,8 +231,8 @@ class S3Storage(S3Session):
                     target[at : at + len(chunk)] = chunk
                     at += len(chunk)
                 filled += at
-        except Exception as exc:
-            raise self._explained(exc, what) from exc
+        except Exception as exc:  # noqa: BLE001 - chained, unless it would show a secret
+            raise self._explained(exc, what) from self._secrets.clean(exc)
         if filled != length:
             raise StorageError(f"{what}: {filled} of {length} bytes came", retryable=True)
 
@@ -308,7 +307,7 @@ class S3Storage(S3Session):
                 self._bulk_delete = False
             else:
                 return {
-                    str(error.get("Key", names[0])): _as_error(error, what, self._bucket)
+                    str(error.get("Key", names[0])): self._explained(_as_error(error), f"{what}: {error.get('Key')}")
                     for error in answer.get("Errors", ())
                     if error.get("Code") not in {"NoSuchKey", "NoSuchVersion"}
                 }
@@ -340,11 +339,11 @@ class S3Storage(S3Session):
                 answer = await self._call("list_multipart_uploads", what, Prefix=prefix, **marker)
             except ConfigError:
                 raise
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - chained, unless it would show a secret
                 problem = self._explained(exc, what)
                 if is_unsupported(exc) or isinstance(problem, ObjectNotFoundError):
                     return found  # a server that does not know the request has nothing to be found
-                raise problem from exc
+                raise problem from self._secrets.clean(exc)
             found.extend(
                 {"Key": str(upload["Key"]), "UploadId": str(upload["UploadId"])}
                 for upload in answer.get("Uploads", ())
@@ -366,11 +365,10 @@ class S3Storage(S3Session):
         return aborted
 
 
-def _as_error(error: Mapping[str, Any], what: str, bucket: str) -> StorageError:
-    problem = AnsweredError(
-        {"Error": dict(error), "ResponseMetadata": {"HTTPStatusCode": _STATUS.get(str(error.get("Code")), 400)}}
-    )
-    return explained(problem, f"{what}: {error.get('Key')}", bucket=bucket)
+def _as_error(error: Mapping[str, Any]) -> AnsweredError:
+    """One line of an answer to DeleteObjects, as the error that a request of its own would have got."""
+    status = _STATUS.get(str(error.get("Code")), 400)
+    return AnsweredError({"Error": dict(error), "ResponseMetadata": {"HTTPStatusCode": status}})
 
 
 #: DeleteObjects answers with codes only.

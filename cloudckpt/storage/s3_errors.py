@@ -41,10 +41,6 @@ _RETRYABLE_CODES = {
     "XMinioServerNotInitialized",
 }
 _RETRYABLE_STATUSES = {408, 409, 429, 500, 502, 503, 504}
-#: What stands before the host in the URL of an endpoint or of a proxy.
-_USER = re.compile(r"//[^/\s]*@")
-#: Longer chains of causes there are none.
-_CHAIN = 20
 _UNSUPPORTED = {"NotImplemented", "InvalidRequest", "InvalidArgument", "MissingContentMD5", "MethodNotAllowed"}
 
 _ADVICE = {
@@ -120,7 +116,7 @@ def is_unsupported(exc: BaseException) -> bool:
 
 
 def explained(exc: BaseException, what: str, *, bucket: str) -> StorageError:  # noqa: PLR0911 - a table of codes
-    """The error as one of ours.
+    """The error as one of ours, in the store's own words: whoever shows it takes out what is secret.
 
     Args:
         what: the request in words, with the object's URL: "reading s3://b/run/manifest.json".
@@ -161,20 +157,9 @@ def explained(exc: BaseException, what: str, *, bucket: str) -> StorageError:  #
     return StorageError(detail)
 
 
-def _scrub(exc: BaseException) -> None:
-    """Take users and passwords out of the URLs that an error names: it is shown as the cause of ours."""
-    seen: BaseException | None = exc
-    for _ in range(_CHAIN):
-        if seen is None:
-            return
-        seen.args = tuple(_USER.sub("//…@", said) if isinstance(said, str) else said for said in seen.args)
-        seen = seen.__cause__ or seen.__context__
-
-
 def _without_answer(exc: BaseException, what: str) -> StorageError:  # noqa: PLR0911 - a table of kinds
     from botocore import exceptions as known  # noqa: PLC0415 - the extra is there if such an error is
 
-    _scrub(exc)
     name, said = type(exc).__name__, str(exc) or "no reason given"
     if isinstance(exc, known.NoCredentialsError | known.PartialCredentialsError | known.TokenRetrievalError):
         return StorageError(

@@ -26,6 +26,7 @@ from cloudckpt.storage.direct import Address, Answer, Declined, Request, Stop, W
 from cloudckpt.storage.direct.sigv4 import Credentials, quoted_path, quoted_query, signed
 from cloudckpt.storage.lane import THROTTLED, Lane, NotYet, Outgoing, Shown, check_memory
 from cloudckpt.storage.multipart import Carried
+from cloudckpt.storage.redacting import Redactor
 from cloudckpt.storage.remote import crc32c_b64
 from cloudckpt.storage.s3_errors import AnsweredError, ExpiredCredentialsError, code_of, is_unsupported, status_of
 from cloudckpt.storage.s3_way import Way, tls_context
@@ -86,12 +87,13 @@ class S3Lane(Lane[_Route, Credentials]):
         facts: the session.
         bucket: the bucket's name, or an access point's ARN.
         settings: connections, part sizes, time-outs and the bandwidth cap.
+        secrets: the session's.
     """
 
     session_name = "s3fs"
 
-    def __init__(self, facts: LaneFacts, bucket: str, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, facts: LaneFacts, bucket: str, settings: Settings, secrets: Redactor) -> None:
+        super().__init__(settings, secrets)
         self._facts = facts
         self._bucket = bucket
 
@@ -245,7 +247,8 @@ class S3Lane(Lane[_Route, Credentials]):
             raise Declined(f"the server does not answer ranges ({total} bytes came for {length})")
         if not total.isdecimal() or answer.filled != length or (first is not None and int(first[1]) != start):
             raise StorageError(
-                f"{what}: {answer.filled} of {length} bytes came ({said or 'of no range'})", retryable=True
+                f"{what}: {answer.filled} of {length} bytes came ({self._secrets.hide(said) or 'of no range'})",
+                retryable=True,
             )
         self._proven = True
 

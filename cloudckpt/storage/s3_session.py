@@ -15,6 +15,7 @@ from cloudckpt.storage.base import Conditions
 from cloudckpt.storage.direct import Declined
 from cloudckpt.storage.direct.sigv4 import Credentials
 from cloudckpt.storage.laned import LanedStorage
+from cloudckpt.storage.redacting import Redactor
 from cloudckpt.storage.s3_errors import ExpiredCredentialsError, explained
 from cloudckpt.storage.s3_lane import S3Lane
 from cloudckpt.storage.s3_way import Way, header_names
@@ -22,7 +23,6 @@ from cloudckpt.storage.s3_way import Way, header_names
 __all__ = ["S3Session"]
 
 _MEBIBYTE = 1024 * 1024
-_USER = re.compile(r"//[^/]*@")
 _AWS_HOST = re.compile(r"https?://[^/]*\.amazonaws\.com(\.cn)?(:\d+)?(/|$)")
 #: Without these members in the installed botocore, conditions and checksums would be dropped without a word.
 _NEEDED = {"put_object": {"IfMatch", "IfNoneMatch", "ChecksumCRC32C"}, "complete_multipart_upload": {"ChecksumType"}}
@@ -34,11 +34,13 @@ class _Shown:
     It does not refer to the storage: a client refers to it, and the loop's thread to the client.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, secrets: Redactor) -> None:
+        self._secrets = secrets
         self.last: tuple[str, Mapping[str, Any]] | None = None
 
     def note(self, request: Any, **_: Any) -> None:
         self.last = (str(request.url), dict(request.headers))
+        self._secrets.learn_headers(self.last[1])
 
 
 class S3Session(LanedStorage):
@@ -59,11 +61,11 @@ class S3Session(LanedStorage):
     def __init__(self, bucket: str, prefix: str, options: Mapping[str, object], settings: Settings) -> None:
         super().__init__(bucket, prefix, options, settings)
         self._refuse_mock()
-        self._lane: S3Lane = S3Lane(self, bucket, settings)
+        self._lane: S3Lane = S3Lane(self, bucket, settings, self._secrets)
         # Whether the server takes a whole-object checksum; servers that do not are remembered.
         self._checksums = True
         self._bulk_delete = True
-        self._shown = _Shown()
+        self._shown = _Shown(self._secrets)
 
     # -- the filesystem --------------------------------------------------------------------------------------
 
@@ -106,8 +108,11 @@ class S3Session(LanedStorage):
             async with self._filesystems.opening:
                 await filesystem.set_session()
         except (TypeError, ValueError) as exc:
-            raise ConfigError(f"{self.url}: storage_options that s3fs does not take: {exc}") from exc
+            said = self._secrets.hide(str(exc))
+            cause = self._secrets.clean(exc)
+            raise ConfigError(f"{self.url}: storage_options that s3fs does not take: {said}") from cause
         client = await filesystem.get_s3(self._bucket)
+        self._secrets.watch(getattr(client._request_signer, "_credentials", None))  # noqa: SLF001 - read from wherever
         client.meta.events.register("before-send.s3", self._shown.note, unique_id="cloudckpt")
         for method, needed in _NEEDED.items():
             operation = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[method])
@@ -134,6 +139,7 @@ class S3Session(LanedStorage):
             found = self._with_options(filesystem, getattr(client, method))
             return header_names(operation, {name: value for name, value in found.items() if name != "Bucket"})
 
+        self._secrets.learn_url(str(client.meta.endpoint_url), *map(str, (proxies._proxies or {}).values()))  # noqa: SLF001 - the same
         shown = {name.lower(): value for name, value in headers.items()}
         authorization = shown.get("authorization", b"")
         return Way(
@@ -206,12 +212,14 @@ class S3Session(LanedStorage):
         except Exception as exc:
             if isinstance(explained(exc, what, bucket=self._bucket), ExpiredCredentialsError):
                 self._renew()
+            # Whoever gets it sorts it, and shows it as the cause of what is told.
+            self._secrets.clean(exc)
             raise
         self._refused_at = None
         return answer
 
     def _explained(self, exc: BaseException, what: str) -> StorageError:
-        problem = explained(exc, what, bucket=self._bucket)
+        problem = self._redacted(explained(exc, what, bucket=self._bucket), exc)
         if isinstance(problem, ExpiredCredentialsError) and self._gave_up_on_credentials():
             problem.retryable = False
         return problem
@@ -223,7 +231,7 @@ class S3Session(LanedStorage):
         except Exception as exc:
             if isinstance(exc, ConfigError):
                 raise
-            raise self._explained(exc, what) from exc
+            raise self._explained(exc, what) from self._secrets.clean(exc)
 
     def _refuse_mock(self) -> None:
         # moto's in-process mock answers botocore with objects that its asynchronous sibling cannot await.
@@ -263,8 +271,9 @@ class S3Session(LanedStorage):
             return await ask()
         except ConfigError:
             raise
-        except Exception as exc:
-            raise explained(exc, f"connecting to {self.url}", bucket=self._bucket) from exc
+        except Exception as exc:  # noqa: BLE001 - chained, unless it would show a secret
+            problem = explained(exc, f"connecting to {self.url}", bucket=self._bucket)
+            raise self._redacted(problem, exc) from self._secrets.clean(exc)
 
     def _place(self) -> tuple[str, str]:
         return self.endpoint, self._bucket
@@ -293,7 +302,7 @@ class S3Session(LanedStorage):
         async def ask() -> dict[str, str]:
             filesystem, client = await self._client()
             found = {
-                "endpoint": _USER.sub("//…@", str(client.meta.endpoint_url)),
+                "endpoint": self._secrets.hide(str(client.meta.endpoint_url)),
                 "region": str(client.meta.region_name),
             }
             credentials = None if filesystem.anon else await filesystem.session.get_credentials()

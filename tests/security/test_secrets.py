@@ -11,17 +11,21 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import quote
 
+import fsspec
 import pytest
 import torch
+from google.oauth2.credentials import Credentials
 
 import cloudckpt
-from cloudckpt import CheckpointManager, CloudCkptError, Settings
+from cloudckpt import CheckpointManager, CloudCkptError, Settings, StorageError
 from cloudckpt.events import Event
 from cloudckpt.storage import ManifestStore, open_storage
-from cloudckpt.testing import FaultProxy
+from cloudckpt.testing import BytesSource, FaultProxy
 from cloudckpt.testing.servers import MotoServer
 from cloudckpt.verifying import verify_run
 
@@ -93,6 +97,12 @@ def _body(code: str, text: str = "injected") -> bytes:
     return f"<Error><Code>{code}</Code><Message>{text}</Message></Error>".encode()
 
 
+#: What a server says that shows whoever asks what it was shown, and what it has no business to know.
+_REPEATED = (
+    f"no: {SECRET} {TOKEN} {quote(SECRET, safe='')} Authorization: Bearer {TOKEN} http://me:{SECRET}@proxy/ "
+    f"?X-Amz-Security-Token={quote(TOKEN)}"
+)
+
 #: What the store does to every request from some moment on.
 TROUBLES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -100,10 +110,12 @@ TROUBLES: dict[str, dict[str, Any]] = {
     "403 that repeats the secret": {
         "action": "status",
         "status": 403,
-        "body": _body("SignatureDoesNotMatch", "the signature was made with another key"),
+        "body": _body("SignatureDoesNotMatch", _REPEATED),
     },
     "expired": {"action": "status", "status": 400, "body": _body("ExpiredToken")},
     "invalid key": {"action": "status", "status": 403, "body": _body("InvalidAccessKeyId")},
+    "500 that repeats the secret": {"action": "status", "status": 500, "body": _body("InternalError", _REPEATED)},
+    "501 that repeats the secret": {"action": "status", "status": 501, "body": _body(f"NotImplemented-{TOKEN}")},
     "503": {"action": "status", "status": 503},
     "501": {"action": "status", "status": 501},
     "301": {"action": "status", "status": 301, "body": _body("PermanentRedirect")},
@@ -159,6 +171,156 @@ def test_no_secret_is_shown_whatever_the_store_says(
     seen.texts += [caplog.text, *(f"{record.getMessage()} {record.args!r}" for record in caplog.records)]
     assert len(seen.texts) > 20
     assert seen.secrets() == []
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 412, 429, 501])
+@pytest.mark.parametrize("shape", ["json", "xml", "text"])
+def test_no_secret_is_shown_whatever_google_says(
+    faulty_gcs_root: str, gcs_faults: FaultProxy, seen: Seen, caplog: pytest.LogCaptureFixture, status: int, shape: str
+) -> None:
+    """Of a bearer token, wherever the answer repeats it: by the session and by the lane, before the text is cut."""
+    bearer = Credentials(token=TOKEN, expiry=datetime(2100, 1, 1))  # type: ignore[no-untyped-call]  # noqa: DTZ001 - google-auth wants it naive
+    said = f"{'x' * 250} {TOKEN} Authorization: Bearer {TOKEN} {TOKEN}"
+    body = {
+        "json": json.dumps({"error": {"code": status, "message": said}}).encode(),
+        "xml": _body("AccessDenied", said),
+        "text": said.encode(),
+    }[shape]
+    given = {"token": bearer}
+    with CheckpointManager(faulty_gcs_root, storage_options=given, settings=QUICK) as ckpts:
+        ckpts.save(1, state_of(1), block=True)
+    storage = open_storage(faulty_gcs_root, storage_options=given, settings=QUICK)
+    name = next(item.key for item in storage.list("") if item.key != "manifest.json")
+    gcs_faults.inject("status", times=None, status=status, body=body)
+    run = cloudckpt.open(faulty_gcs_root, storage_options=given, settings=QUICK)
+    acts: list[Callable[[], object]] = [
+        run.load,
+        lambda: CheckpointManager(faulty_gcs_root, storage_options=given, settings=QUICK).restore(state_of(0)),
+        lambda: storage.put("checkpoint-9.00000000/x", [b"x"], size_bytes=1),
+        lambda: storage.put("checkpoint-9.00000000/x", BytesSource(b"x"), size_bytes=1),
+        lambda: storage.read_into(name, 0, memoryview(bytearray(1))),
+        lambda: storage.create("manifest.json", b"{}"),
+        lambda: storage.delete(["checkpoint-9.00000000/x"]),
+        lambda: storage.abort_uploads(""),
+        lambda: [*storage.list("")],
+    ]
+    for act in acts:
+        try:
+            seen.see(act())
+        except CloudCkptError as exc:
+            seen.error(exc)
+    storage.close()
+    gcs_faults.clear()
+    seen.texts += [caplog.text]
+    assert len(seen.texts) > 10
+    assert seen.secrets() == []
+    assert not any(TOKEN[:20] in text for text in seen.texts), "cut before it was hidden"
+
+
+class Talkative(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Says what it was given, in errors of every make."""
+
+    protocol: ClassVar[str] = "talkative"
+    cachable = False
+    error: ClassVar[Callable[[str], Exception]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.secret, self.nested = options["password"], options["client"]["api_token"]
+
+    def _say(self, *_: Any, **__: Any) -> Any:
+        try:
+            raise RuntimeError(f"login with {self.nested}")
+        except RuntimeError:
+            raise type(self).error(f"refused {self.secret} of me:{self.secret}@host") from ValueError(self.nested)
+
+    info = ls = cat_file = makedirs = put_file = mv = rm_file = _open = _rm = _say
+
+
+class _ServerError(Exception):
+    """A server's, with the text in a field."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Unchangeable(Exception):
+    """Keeps what it says where nobody can change it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._say: Callable[[], str] = lambda: text
+
+    def __str__(self) -> str:
+        return self._say()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError,
+        PermissionError,
+        FileNotFoundError,
+        lambda text: OSError(5, text, text),
+        _ServerError,
+        _Unchangeable,
+        lambda text: UnicodeDecodeError("ascii", b"x", 0, 1, text),
+        lambda text: ExceptionGroup("two", [ValueError(text), _Unchangeable(text)]),
+    ],
+    ids=["OSError", "permission", "missing", "numbered", "field", "unchangeable", "decoding", "group"],
+)
+def test_no_secret_is_shown_whatever_a_filesystem_says(
+    seen: Seen, error: Callable[[str], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any filesystem of fsspec: in its errors, and in all that they come from."""
+    monkeypatch.setattr(Talkative, "error", staticmethod(error), raising=False)
+    fsspec.register_implementation("talkative", Talkative, clobber=True)
+    storage = open_storage("talkative://run", storage_options={"password": SECRET, "client": {"api_token": TOKEN}})
+    acts: list[Callable[[], object]] = [
+        lambda: storage.read("manifest.json", limit_bytes=10),
+        lambda: storage.put("x", [b"x"], size_bytes=1),
+        lambda: storage.read_into("x", 0, memoryview(bytearray(1))),
+        lambda: storage.size("x"),
+        lambda: storage.delete(["x"]),
+        lambda: [*storage.list("")],
+    ]
+    for act in acts:
+        try:
+            seen.see(act())
+        except CloudCkptError as exc:
+            seen.error(exc)
+    assert len(seen.texts) > 6
+    assert seen.secrets() == []
+
+
+def test_a_key_that_comes_from_a_profile_is_known_as_well(
+    s3_server: MotoServer, s3_faults: FaultProxy, seen: Seen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the client library finds by itself is no less secret than an option."""
+    profile = tmp_path / "credentials"
+    profile.write_text(
+        f"[default]\naws_access_key_id = AKIAIOSFODNN7EXAMPLE\naws_secret_access_key = {SECRET}\n"
+        f"aws_session_token = {TOKEN}\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket = f"secret-{uuid.uuid4().hex[:8]}"
+    s3_server.create_bucket(bucket)
+    s3_faults.inject("status", times=None, status=403, body=_body("AccessDenied", f"not with {SECRET} and {TOKEN}"))
+    storage = open_storage(f"s3://{bucket}/run", storage_options={"endpoint_url": s3_faults.url}, settings=QUICK)
+    for act in (lambda: storage.read("x", limit_bytes=9), lambda: storage.put("x", BytesSource(b"x"), size_bytes=1)):
+        with pytest.raises(StorageError, match=r"not with \*\*\* and \*\*\*") as refused:
+            act()
+        seen.error(refused.value)
+    assert any("AccessDenied" in text for text in seen.texts)
+    assert seen.secrets() == []
+    storage.close()
 
 
 @pytest.mark.parametrize(

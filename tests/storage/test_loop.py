@@ -220,8 +220,16 @@ def test_a_store_that_takes_no_further_bytes_is_given_up() -> None:
             raise AssertionError
 
     stuck = Stuck()
-    session = Session(stuck.run, stuck.again, stuck.begin, stuck.send, stuck.stored, stuck.compare)
-    upload = ResumableUpload(session, what="writing", bucket="b", size_bytes=20)
+    session = Session(
+        stuck.run,
+        stuck.again,
+        stuck.begin,
+        stuck.send,
+        stuck.stored,
+        stuck.compare,
+        explained=lambda _, what: StorageError(what),
+    )
+    upload = ResumableUpload(session, what="writing", size_bytes=20)
     with pytest.raises(StorageError, match="takes no further bytes"):
         upload.send(iter([bytearray(10), bytearray(10)]), lambda _: None)
     stuck.loop.close()

@@ -30,6 +30,7 @@ from cloudckpt import ObjectNotFoundError, Settings, StorageError
 from cloudckpt.storage import Conditions, GCSStorage
 from cloudckpt.storage.base import Part
 from cloudckpt.storage.gcs_lane import GCSLane
+from cloudckpt.storage.redacting import Redactor
 from cloudckpt.testing import BytesSource, FakeGCS
 from cloudckpt.testing.fault_proxy import FaultProxy
 from cloudckpt.testing.servers import FakeGcsServer
@@ -179,7 +180,7 @@ def test_parts_go_side_by_side_and_no_more_than_allowed(storage: GCSStorage, gcs
 def test_large_objects_have_larger_parts() -> None:
     """Never more than 9,000 of them, never below five mebibytes, in whole mebibytes, and enough for each connection."""
     facts: Any = None
-    lane = GCSLane(facts, "b", Settings(part_size_bytes=1))
+    lane = GCSLane(facts, "b", Settings(part_size_bytes=1), Redactor({}))
 
     class Sized(BytesSource):
         def __init__(self, size_bytes: int) -> None:
