@@ -99,8 +99,8 @@ def claim_run(
 def _check_locks(store: ManifestStore, takeover: str, listener: Listener) -> None:
     """Look once at what a local root lies on: a manifest is replaced under a lock, which must hold for every writer.
 
-    Where it does not, the last claim still wins and who comes late finds out, but for writes at the same moment: that is
-    worth a warning. ``takeover="refuse"`` promises that there is one writer, which nothing can promise there.
+    Where it does not, the last claim still wins and who comes late finds out, but for writes at the same moment: that
+    is worth a warning. ``takeover="refuse"`` promises that there is one writer, which nothing can promise there.
     """
     storage = store.unretried
     if not isinstance(storage, LocalStorage):
@@ -112,12 +112,12 @@ def _check_locks(store: ManifestStore, takeover: str, listener: Listener) -> Non
     danger = f"{storage.url} lies on {doubt}"
     if takeover == "refuse" and not store.single_writer:
         raise UnsafeStorageError(
-            f'{danger}. takeover="refuse" cannot keep a second writer out there: two that start at the same moment would '
+            f'{danger}. takeover="refuse" cannot keep a second writer out there: two that start at once would '
             "both get the run. If only one process ever writes, promise it with single_writer=True, or say "
             'takeover="last_wins" (--takeover). Nothing was written'
         )
     said = (
-        f"{danger}. Until then let only one process write to this run: of two that write at the same moment, one can "
+        f"{danger}. Until then let only one process write to this run: of two that write at once, one can "
         "undo what the other has just recorded, and checkpoints would be missing from the list"
     )
     if store.is_news(said):
