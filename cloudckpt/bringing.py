@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import crc32c
 
 from cloudckpt.core.checksum import format_crc32c
 from cloudckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StorageError
+from cloudckpt.progress import Meter
 from cloudckpt.storage import ManifestStore, Paced
 from cloudckpt.storage.local_errors import mapped
 
@@ -60,20 +61,19 @@ class Bringing:
     """The pieces of some files, from the store or proven where they lie."""
 
     def __init__(
-        self, store: ManifestStore, folder: Path, files: Sequence[LocalFile], progress: Callable[[int, int], None]
+        self, store: ManifestStore, folder: Path, files: Sequence[LocalFile], meter: Meter | None = None
     ) -> None:
         self._store = store
         self._folder = folder
         self._files = files
-        self._progress = progress
-        self._total = sum(piece.length for file in files for piece in file.pieces)
+        self._meter = meter or Meter("bringing")
         self._mutex = threading.Lock()
-        self._done = 0
         self._stopped = threading.Event()
         self.read_bytes = 0
 
     def run(self) -> None:
         """Bring everything; every file is complete, proven and durable when it returns."""
+        self._meter.expect_further(sum(piece.length for file in self._files for piece in file.pieces))
         jobs = [
             (file, path, fresh, batch)
             for file in self._files
@@ -172,7 +172,8 @@ class Bringing:
 
     def _read(self, key: str, start: int, target: memoryview) -> None:
         try:
-            self._store.storage.read_into(key, start, target)
+            with self._meter.carrying(key):
+                self._store.storage.read_into(key, start, target)
         except ObjectNotFoundError as exc:
             raise CorruptCheckpointError(str(exc), key=key) from exc
 
@@ -195,9 +196,8 @@ class Bringing:
 
     def _advance(self, done: int, *, read: int) -> None:
         with self._mutex:
-            self._done += done
             self.read_bytes += read
-            self._progress(self._done, self._total)
+        self._meter.advance(done)
 
 
 def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
@@ -36,6 +36,7 @@ from cloudckpt.errors import (
     ObjectNotFoundError,
 )
 from cloudckpt.events import Listener, Listeners, LoggingListener
+from cloudckpt.progress import Meter
 from cloudckpt.sealed import summed
 from cloudckpt.storage import Body, Copying, ManifestStore, Part, Storage
 from cloudckpt.storage.body import NeverStopped
@@ -89,7 +90,7 @@ def copy_checkpoint(
     pin: bool = False,
     dry_run: bool = False,
     takeover: str = "refuse",
-    progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005 - the shape of a progress
+    meter: Meter | None = None,
     listener: Listener | None = None,
 ) -> Copied:
     """Copy one committed checkpoint into the run at ``target``, as the newest there.
@@ -104,7 +105,7 @@ def copy_checkpoint(
         dry_run: only say what would be done.
         takeover: "last_wins" writes into a run whose last writer has not closed it, and fences that one; "force" does
             so even in a duel.
-        progress: told of bytes done and of all, from any thread.
+        meter: told how far it is, and which objects are under way.
         listener: told what happens to the target; by default the log is.
 
     Raises:
@@ -161,7 +162,7 @@ def copy_checkpoint(
         source=source,
         index=index,
         entry=replace(entry, writer_epoch=claim.writer_epoch),
-        progress=progress,
+        meter=meter or Meter("copying"),
     )
     committed, retired = copy.run()
     return Copied(
@@ -230,7 +231,7 @@ class _Copy:
         source: Checkpoint,
         index: Index,
         entry: Checkpoint,
-        progress: Callable[[int, int], None],
+        meter: Meter,
     ) -> None:
         self._store = store
         self._target = target
@@ -238,12 +239,10 @@ class _Copy:
         self._source = source
         self._index = index
         self._entry = entry
-        self._progress = progress
-        self._total = sum(item.size_bytes for item in index.objects)
+        self._meter = meter
         self._mutex = threading.Lock()
         self._slots = threading.BoundedSemaphore(_PARTS_AT_ONCE)
         self._stopped = threading.Event()
-        self._done = 0
         self.stored_bytes = 0
         self.carried_bytes = 0
 
@@ -281,6 +280,7 @@ class _Copy:
 
     def _objects(self, announced: Checkpoint) -> None:
         items = self._index.objects
+        self._meter.expect_further(sum(item.size_bytes for item in items))
         pool = ThreadPoolExecutor(max(1, min(_OBJECTS_AT_ONCE, len(items))), thread_name_prefix="cloudckpt-copy")
         try:
             running = [pool.submit(self._bring, announced, item) for item in items]
@@ -295,21 +295,18 @@ class _Copy:
     def _bring(self, announced: Checkpoint, item: PayloadObject) -> None:
         there = keys.payload_key(self._source.step, self._source.id, item.name)
         here = keys.payload_key(announced.step, announced.id, item.name)
-        to, of = self._target.unretried, self._store.unretried
-        if isinstance(to, Copying) and to.copy_from(of, there, here, size_bytes=item.size_bytes, checksum=item.crc32c):
-            self._advance(item.size_bytes, stored=item.size_bytes)
-            return
-        source = _StoredObject(self._store.storage, there, item, self._slots, self._stopped)
-        self._target.storage.put(here, source, size_bytes=item.size_bytes, progress=self._advance)
-        source.prove()
-        with self._mutex:
-            self.carried_bytes += item.size_bytes
-
-    def _advance(self, count: int, *, stored: int = 0) -> None:
-        with self._mutex:
-            self.stored_bytes += stored
-            self._done += count
-            self._progress(self._done, self._total)
+        to, of, size = self._target.unretried, self._store.unretried, item.size_bytes
+        with self._meter.carrying(here):
+            if isinstance(to, Copying) and to.copy_from(of, there, here, size_bytes=size, checksum=item.crc32c):
+                self._meter.advance(size)
+                with self._mutex:
+                    self.stored_bytes += size
+                return
+            source = _StoredObject(self._store.storage, there, item, self._slots, self._stopped)
+            self._target.storage.put(here, source, size_bytes=size, progress=self._meter.advance)
+            source.prove()
+            with self._mutex:
+                self.carried_bytes += size
 
     def _seal(self, announced: Checkpoint, manifest: Manifest) -> RollForward:
         index = replace(

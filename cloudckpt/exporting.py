@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cloudckpt.core.wire import canonical
 from cloudckpt.errors import StorageError
 from cloudckpt.events import Listeners
 from cloudckpt.exportable import ExportPlan, plan_export
+from cloudckpt.progress import Meter
 from cloudckpt.pulling import write_component
 from cloudckpt.run import Run
 from cloudckpt.storage import ManifestStore, Storage, open_storage
@@ -91,7 +92,7 @@ def export_checkpoint(
     path: str | os.PathLike[str],
     components: Collection[str] | None = None,
     allow_pickle: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005 - the shape of a progress
+    meter: Meter | None = None,
 ) -> Exported:
     """Write a checkpoint in another format.
 
@@ -101,7 +102,7 @@ def export_checkpoint(
         path: the folder to make, or the file for "torch". It must not be there.
         components: only these; by default all, and "model" for "hf".
         allow_pickle: load pickled leaves, which runs code from the checkpoint.
-        progress: told of bytes done and of all, for the formats that are written without torch.
+        meter: told how far it is, and which objects are under way.
 
     Raises:
         CheckpointNotFoundError: nothing matches.
@@ -110,15 +111,14 @@ def export_checkpoint(
         StorageError: the store, or the local disk, refused.
     """
     plan = plan_export(store, select, to=to, path=path, components=components)
-    return export_planned(store, plan, allow_pickle=allow_pickle, progress=progress)
+    return export_planned(store, plan, allow_pickle=allow_pickle, meter=meter)
 
 
-def export_planned(
-    store: ManifestStore, plan: ExportPlan, *, allow_pickle: bool, progress: Callable[[int, int], None]
-) -> Exported:
+def export_planned(store: ManifestStore, plan: ExportPlan, *, allow_pickle: bool, meter: Meter | None) -> Exported:
     """Carry out a plan of ``plan_export``. See ``export_checkpoint``."""
     checkpoint, components, final = plan.checkpoint, plan.components, plan.path
-    run = Run(store, Listeners(), allow_pickle=allow_pickle)
+    meter = meter or Meter("exporting")
+    run = Run(store, Listeners(), allow_pickle=allow_pickle, meter=meter)
     partial = final.with_name(f".{final.name}.partial")
     with mapped(partial):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -126,13 +126,13 @@ def export_planned(
     try:
         match plan.format:
             case "torch":
-                files = _to_torch(run, checkpoint, components, partial, final.name)
+                files = _to_torch(run, plan, partial, meter)
             case "dcp":
-                files = _to_dcp(run, checkpoint, components, partial)
+                files = _to_dcp(run, checkpoint, components, partial, meter)
             case "hf":
-                files = _to_hf(store, checkpoint, components[0], partial, progress)
+                files = _to_hf(store, checkpoint, components[0], partial, meter)
             case _:
-                files = _to_safetensors(store, checkpoint, components, partial, progress)
+                files = _to_safetensors(store, checkpoint, components, partial, meter)
         with mapped(final):
             os.replace(partial, final)  # noqa: PTH105 - the call whose atomicity this stands on, by its own name
     except BaseException:
@@ -168,40 +168,33 @@ def _to_safetensors(
     checkpoint: Checkpoint,
     components: Sequence[str],
     folder: Path,
-    progress: Callable[[int, int], None],
+    meter: Meter,
 ) -> tuple[str, ...]:
     _made(folder)
     files: list[str] = []
-    totals = [0]
-
-    def told(done: int, total: int) -> None:
-        totals[-1] = total
-        progress(sum(totals[:-1]) + done, sum(totals))
-
     for component in components:
-        files += write_component(store, checkpoint, component, folder, progress=told)
-        totals.append(0)
+        files += write_component(store, checkpoint, component, folder, meter=meter)
     return tuple(files)
 
 
-def _to_torch(run: Run, checkpoint: Checkpoint, components: Sequence[str], path: Path, name: str) -> tuple[str, ...]:
-    values = run.load(checkpoint.name, components=components)
-    with mapped(path):
+def _to_torch(run: Run, plan: ExportPlan, path: Path, meter: Meter) -> tuple[str, ...]:
+    values = run.load(plan.checkpoint.name, components=plan.components)
+    with mapped(path), meter.carrying(plan.path.name):
         try:
             torch.save(values, path)
         except RuntimeError as exc:  # how torch tells of a full disk
             raise StorageError(f"{path}: {exc}") from exc
-    return (name,)
+    return (plan.path.name,)
 
 
-def _to_dcp(run: Run, checkpoint: Checkpoint, components: Sequence[str], folder: Path) -> tuple[str, ...]:
+def _to_dcp(run: Run, checkpoint: Checkpoint, components: Sequence[str], folder: Path, meter: Meter) -> tuple[str, ...]:
     values: dict[str, Any] = run.load(checkpoint.name, components=components)
     many = torch.distributed.is_available() and torch.distributed.is_initialized()
     alone: dict[str, Any] = {"no_dist": True} if many else {}
     with warnings.catch_warnings():
         # That one process saves alone is meant.
         warnings.filterwarnings("ignore", message=r"torch\.distributed is .*unavailable or uninitialized")
-        with mapped(folder):
+        with mapped(folder), meter.carrying(folder.name):
             try:
                 _dcp.save(values, checkpoint_id=str(_made(folder)), **alone)
             except CheckpointException as exc:  # which is no Exception
@@ -210,13 +203,11 @@ def _to_dcp(run: Run, checkpoint: Checkpoint, components: Sequence[str], folder:
     return tuple(sorted(path.name for path in folder.iterdir()))
 
 
-def _to_hf(
-    store: ManifestStore, checkpoint: Checkpoint, component: str, folder: Path, progress: Callable[[int, int], None]
-) -> tuple[str, ...]:
+def _to_hf(store: ManifestStore, checkpoint: Checkpoint, component: str, folder: Path, meter: Meter) -> tuple[str, ...]:
     index = read_index(store.storage, checkpoint)
     planned = plan_whole(index, component, most_bytes=_SHARD_BYTES)
     stem = keys.payload_name(component, 0, 1).partition("-00000-of-")[0]
-    files = write_component(store, checkpoint, component, _made(folder), most_bytes=_SHARD_BYTES, progress=progress)
+    files = write_component(store, checkpoint, component, _made(folder), most_bytes=_SHARD_BYTES, meter=meter)
     named = [(name, "model" + name.removeprefix(stem)) for name in files]
     with mapped(folder):
         for name, wanted in named:

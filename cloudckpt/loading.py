@@ -72,6 +72,7 @@ class LoadRequest:
         verify: with ``mmap``, whether all pages are read and their checksums compared now.
         listener: told how far it is, where it takes long.
         rank: of this process, for those words.
+        meter: counts the bytes, where somebody else looks at it as well.
     """
 
     selector: Selector
@@ -85,6 +86,7 @@ class LoadRequest:
     verify: bool = True
     listener: Listener | None = None
     rank: int = 0
+    meter: Meter | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +299,7 @@ def _load(store: ManifestStore, chosen: Checkpoint, request: LoadRequest, find_h
         values = _values(structure, outline, request, homes)
         take_out(values, homes.left_out, outline.forget)
     done = map_files(_folder(store), outline, store.settings, verify=request.verify) if request.mmap else set()
-    meter = Meter(f"loading {checkpoint.name}", rank=request.rank)
+    meter = request.meter or Meter(f"loading {checkpoint.name}", rank=request.rank)
     with watched(meter, request.listener or Listeners(), store.settings):
         fetch(store.storage, outline, homes, store.settings, done=done, meter=meter)
     return Loaded(checkpoint=checkpoint, index=index, values=values)

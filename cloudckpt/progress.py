@@ -83,26 +83,22 @@ class Meter:
         with self._mutex:
             self._total = total
 
+    def expect_further(self, count: int) -> None:
+        """Note that there are so many bytes more."""
+        with self._mutex:
+            self._total += count
+
     def advance(self, count: int) -> None:
         """Note further bytes."""
         with self._mutex:
-            self._note(self._done + count)
-
-    def reach(self, done: int, total: int) -> None:
-        """Note how many bytes are done, of how many."""
-        with self._mutex:
-            self._total = total
-            self._note(done)
-
-    def _note(self, done: int) -> None:
-        now = self._now()
-        if done != self._done:
-            self._moved_at = now
-        self._done = done
-        if now - self._samples[-1][0] >= _LOOK_S:
-            self._samples.append((now, done))
-        while len(self._samples) > 2 and now - self._samples[1][0] > _WINDOW_S:
-            self._samples.popleft()
+            now = self._now()
+            if count:
+                self._moved_at = now
+            self._done += count
+            if now - self._samples[-1][0] >= _LOOK_S:
+                self._samples.append((now, self._done))
+            while len(self._samples) > 2 and now - self._samples[1][0] > _WINDOW_S:
+                self._samples.popleft()
 
     @contextlib.contextmanager
     def carrying(self, name: str) -> Iterator[None]:

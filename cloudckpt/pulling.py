@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from cloudckpt.core.text import format_bytes
 from cloudckpt.core.whole import WholeFile, as_they_are, plan_whole
 from cloudckpt.core.wire import canonical
 from cloudckpt.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, FormatError, StorageError
+from cloudckpt.progress import Meter
 from cloudckpt.storage import ManifestStore
 from cloudckpt.storage.local_errors import mapped
 from cloudckpt.storage.pulled import PULLED_NAME, pulled_note, read_note
@@ -73,7 +74,7 @@ def pull_checkpoint(
     *,
     components: Collection[str] | None = None,
     dry_run: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005 - the shape of a progress
+    meter: Meter | None = None,
 ) -> Pulled:
     """Bring one checkpoint into ``into/checkpoint-<step>``.
 
@@ -90,7 +91,7 @@ def pull_checkpoint(
         into: the folder above; made if need be.
         components: only the tensors of these.
         dry_run: only say what would be brought, and whether it could be: what lies on the disk is not looked into.
-        progress: told of bytes done and of all, from any thread.
+        meter: told how far it is, and which objects are under way.
 
     Raises:
         CheckpointNotFoundError: nothing matches, or it was retired while it was being pulled.
@@ -102,7 +103,7 @@ def pull_checkpoint(
     view = RunView(store)
     checkpoint = view.select(select)
     with _retired_meanwhile(store, checkpoint):
-        return _pull(store, checkpoint, Path(into), _checked(components), progress, dry_run=dry_run)
+        return _pull(store, checkpoint, Path(into), _checked(components), meter, dry_run=dry_run)
 
 
 def _checked(components: Collection[str] | None) -> tuple[str, ...] | None:
@@ -118,7 +119,7 @@ def _pull(
     checkpoint: Checkpoint,
     into: Path,
     components: tuple[str, ...] | None,
-    progress: Callable[[int, int], None],
+    meter: Meter | None,
     *,
     dry_run: bool,
 ) -> Pulled:
@@ -150,7 +151,7 @@ def _pull(
     with mapped(place):
         place.mkdir(parents=True, exist_ok=True)
         _check_room(place, recipe)
-    bringing = Bringing(store, place, recipe.files, progress)
+    bringing = Bringing(store, place, recipe.files, meter)
     bringing.run()
     for name, content in small.items():
         _write_small(place / name, content)
@@ -269,7 +270,7 @@ def write_component(
     folder: Path,
     *,
     most_bytes: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005 - the shape of a progress
+    meter: Meter | None = None,
 ) -> tuple[str, ...]:
     """Write a component as safetensors files with whole tensors into a folder that is there; gives their names.
 
@@ -282,7 +283,7 @@ def write_component(
         index = read_index(store.storage, checkpoint)
         whole = plan_whole(index, component, most_bytes=most_bytes)
         files = tuple(_file(checkpoint, file) for file in whole)
-        Bringing(store, folder, files, progress).run()
+        Bringing(store, folder, files, meter).run()
     return tuple(file.name for file in whole)
 
 

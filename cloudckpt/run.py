@@ -17,6 +17,7 @@ from cloudckpt.errors import ConfigError, CorruptCheckpointError
 from cloudckpt.events import FellBack, Listener, Listeners, LoggingListener
 from cloudckpt.filing import checked_folder, give_back
 from cloudckpt.loading import LoadRequest, load_chosen
+from cloudckpt.progress import Meter
 from cloudckpt.storage import ManifestStore, Storage, open_storage
 from cloudckpt.view import RunView
 from cloudckpt.vocabulary import unknown_keyword
@@ -27,8 +28,11 @@ __all__ = ["Run", "open_run"]
 class Run(RunView):
     """A run opened for reading. Every question reads the manifest afresh; nothing is claimed or written."""
 
-    def __init__(self, store: ManifestStore, listener: Listener, *, allow_pickle: bool = False) -> None:
+    def __init__(
+        self, store: ManifestStore, listener: Listener, *, allow_pickle: bool = False, meter: Meter | None = None
+    ) -> None:
         super().__init__(store)
+        self._meter = meter
         self._listener = listener
         self._allow_pickle = allow_pickle
         self._coordinator: Coordinator = SingleProcess()
@@ -76,6 +80,7 @@ class Run(RunView):
             verify=verify,
             listener=self._listener,
             rank=self._coordinator.rank,
+            meter=self._meter,
         )
         if not verify and not mmap:
             raise ConfigError("verify=False goes with mmap=True: where bytes are read, their checksums cost nothing")

@@ -40,7 +40,7 @@ class Family:
 
 #: The longest place that fits counts. In full everywhere, and so not here: every operation, broken at every call in
 #: every way in memory and on a local disk; power cuts; resharding on an object store; the contracts of memory, local
-#: disk, SeaweedFS and both kinds of GCS.
+#: disk, SeaweedFS and both kinds of GCS; every block of the documentation.
 FAMILIES = (
     # -- faults
     Family("tests/crash/test_faults_on_the_wire.py", 3),  # 8 faults, 3 servers
@@ -82,7 +82,6 @@ FAMILIES = (
     Family("tests/tensors/test_overlap.py", 2),  # optimizers, and ways to step
     Family("tests/stories/test_staging.py", 2),
     Family("tests/stories/test_review_c_saves.py", 2),
-    Family("tests/docs/test_docs.py::test_every_block_runs", 8),  # the README first, then every eighth page
     Family("tests/ui/test_page.py::test_everything_is_there_and_can_be_read", 2),  # 2 widths, 2 themes
 )
 

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperGroup, TyperOption
 from typer.main import get_command
 
 from cloudckpt._version import __version__
@@ -68,6 +68,15 @@ def function_of(place: str) -> Callable[..., Any]:
     return function
 
 
+_debug = False
+_DEBUG_HELP = "Show tracebacks."
+
+
+def _debug_too(ctx: Any, param: Any, value: bool) -> None:  # noqa: ARG001 - the shape of a callback
+    global _debug  # noqa: PLW0603 - one process runs one command
+    _debug = _debug or value
+
+
 class _WhenAsked(Mapping[str, Any]):
     """Name -> command, made when it is asked for: no command waits for the modules of another one."""
 
@@ -78,7 +87,14 @@ class _WhenAsked(Mapping[str, Any]):
         panel, place = self._places[name]
         one = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         one.command(name, rich_help_panel=panel)(function_of(place))
-        return get_command(one)
+        command: Any = get_command(one)
+        # Whoever has just seen an error adds it at the end of the line.
+        command.params.append(
+            TyperOption(
+                param_decls=["--debug"], is_flag=True, expose_value=False, callback=_debug_too, help=_DEBUG_HELP
+            )
+        )
+        return command
 
     def get(self, name: str, default: Any = None) -> Any:
         # Mapping's own takes a KeyError while a command's module is imported for a command that is not there.
@@ -117,16 +133,13 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", envvar="CLOUDCKPT_DEBUG")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=_DEBUG_HELP, envvar="CLOUDCKPT_DEBUG")] = False,
 ) -> None:
     global _debug  # noqa: PLW0603 - one process runs one command
     _debug = debug
     if version:
         sys.stdout.write(f"cloudckpt {__version__}\n")
         raise typer.Exit
-
-
-_debug = False
 
 
 def _say(problem: Exception) -> None:

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.common import FINDINGS, DryRun, Json, Place, Quiet, Root, Yes, agreed, root_of, split
+from cloudckpt.cli.common import FINDINGS, DryRun, Json, Place, Quiet, Root, Yes, agreed, root_of, split, view_at
 from cloudckpt.cli.render import as_json, checkpoints_table, output, print_json
 from cloudckpt.core.rights import Role
+from cloudckpt.core.selection import parse_selector
 from cloudckpt.core.text import format_bytes
+from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, ConfigError
 from cloudckpt.repairing import RepairPlan
 from cloudckpt.tools import repair, verify
 from cloudckpt.verifying import Finding, VerifyReport
@@ -64,12 +66,33 @@ def _damage(finding: Finding) -> str:
 
 
 def _verify_target(select: str | None, root: str | None) -> tuple[str, str | None]:
+    """The run and the selector that the argument means: a selector if it selects something, else a root."""
     if select is None:
-        return root_of(root), None
+        return root_of(None, root), None
     if "#" in select:
         return split(select, root)
-    # With a root from elsewhere the argument is a selector; alone it is the root itself.
-    return (select, None) if root is None or os.sep in select or "://" in select else (root, select)
+    if "://" in select or (os.sep in select and not select.startswith("tag:")):
+        return root_of(select, root), None  # no selector is spelled like that
+    try:
+        return _selected(select, root), select
+    except (CheckpointNotFoundError, ConfigError) as exc:
+        try:
+            view_at(select).manifest()
+        except CheckpointNotFoundError as nothing:
+            kind = type(exc) if root else CheckpointNotFoundError
+            raise kind(
+                f"{select!r} is neither a selector nor a root. As a selector: {exc}. As a root: {nothing}"
+            ) from exc
+        except CloudCkptError:
+            pass  # somebody's run, with something wrong about it: that is to be told
+        return root_of(select, root), None
+
+
+def _selected(select: str, root: str | None) -> str:
+    parse_selector(select)
+    place = root_of(None, root)
+    view_at(place).select(select)
+    return place
 
 
 def repair_command(
@@ -78,24 +101,29 @@ def repair_command(
     yes: Yes = False,
     dry_run: DryRun = False,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Bring back a run whose manifest is lost, unreadable or rolled back.
 
     Shows the proposal first. Everything it admits is held until you release it, what has lost an object is marked
-    damaged, and every running writer is fenced. Example: cloudckpt repair ./runs/demo
+    damaged, and every running writer is fenced. -q prints the names of what is admitted.
+    Example: cloudckpt repair ./runs/demo
     """
     target = root_of(place, root)
     plan = repair(target, dry_run=True)
-    if not json:
+    unseen = json or quiet
+    if not unseen:
         _print_proposal(plan)
-    if agreed("Put this manifest in place?", yes=yes, dry_run=dry_run, unseen=json):
+    if done := agreed("Put this manifest in place?", yes=yes, dry_run=dry_run, unseen=unseen):
         plan = repair(target, dry_run=False)
-        if not json:
-            output().print(f"done: revision {plan.manifest.revision}, run {plan.manifest.run_id}")
-    elif not json:
-        output().print("nothing was changed")
     if json:
         print_json(plan)
+    elif quiet:
+        sys.stdout.writelines(f"{checkpoint.name}\n" for checkpoint in plan.admitted)
+    elif done:
+        output().print(f"done: revision {plan.manifest.revision}, run {plan.manifest.run_id}")
+    else:
+        output().print("nothing was changed")
 
 
 def _print_proposal(plan: RepairPlan) -> None:

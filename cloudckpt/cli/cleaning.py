@@ -91,9 +91,10 @@ def _plan_json(plan: PrunePlan) -> dict[str, Any]:
 
 def _plan_table(plan: PrunePlan, *, word: str = "retire") -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(justify="right")
+    # Where there is little room, the reasons alone fold.
+    table.add_column(no_wrap=True, overflow="fold")
+    table.add_column(no_wrap=True, overflow="fold", justify="right")
+    table.add_column(no_wrap=True, overflow="fold", justify="right")
     table.add_column(overflow="fold")
     for decision in reversed(plan.decisions):
         table.add_row(

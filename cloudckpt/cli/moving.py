@@ -52,8 +52,8 @@ def pull(
 
     place, selector = split(select, root)
     store = store_at(place)
-    with shown(f"pulling {selector}", quiet=quiet or json or dry_run) as progress:
-        found = pull_checkpoint(store, selector, folder, components=component, dry_run=dry_run, progress=progress)
+    with shown(f"pulling {selector}", quiet=quiet or json or dry_run) as meter:
+        found = pull_checkpoint(store, selector, folder, components=component, dry_run=dry_run, meter=meter)
     if found.opaque and not quiet:
         typer.echo(
             f"cloudckpt: safetensors has no name for the dtype of {', '.join(found.opaque[:5])}: plain bytes (U8) in "
@@ -95,7 +95,7 @@ def copy(
     """
     place, selector = split(select, root)
     store, to = store_at(place), store_at(target)
-    with shown(f"copying {selector}", quiet=quiet or json or dry_run) as progress:
+    with shown(f"copying {selector}", quiet=quiet or json or dry_run) as meter:
         found = copy_checkpoint(
             store,
             selector,
@@ -104,7 +104,7 @@ def copy(
             pin=pin,
             takeover="last_wins" if takeover else "refuse",
             dry_run=dry_run,
-            progress=progress,
+            meter=meter,
         )
     size = format_bytes(found.source.size_bytes)
     if dry_run:
@@ -146,8 +146,8 @@ def export(
         return
     from cloudckpt.cli import with_tensors
 
-    with shown(f"exporting {plan.checkpoint.name}", quiet=quiet or json) as progress:
-        found = with_tensors.export(store, plan, allow_pickle=allow_pickle, progress=progress)
+    with shown(f"exporting {plan.checkpoint.name}", quiet=quiet or json) as meter:
+        found = with_tensors.export(store, plan, allow_pickle=allow_pickle, meter=meter)
     left_out = f"; without {', '.join(found.left_out)}: only values" if found.left_out else ""
     line = f"{found.path} ({len(found.files)} files{left_out})"
     _tell({"dry_run": False, **as_json(found)}, line, json=json, quiet=quiet, word="path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -16,52 +17,80 @@ from cloudckpt.progress import Meter, watched
 
 __all__ = ["shown"]
 
+#: Objects that a warning names; how many more there are, it says.
+_NAMED = 3
+
 
 @contextlib.contextmanager
-def shown(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show what is told (bytes done, of how many) during the block; nothing if ``quiet``, or CLOUDCKPT_PROGRESS=0."""
-    meter = Meter(what)
+def shown(what: str, *, quiet: bool, now: Callable[[], float] = time.monotonic) -> Iterator[Meter]:
+    """Show what the meter is told during the block; nothing if ``quiet``, or CLOUDCKPT_PROGRESS=0.
+
+    Args:
+        now: the meter's clock.
+    """
+    meter = Meter(what, now=now)
     if quiet or os.environ.get("CLOUDCKPT_PROGRESS") == "0":
-        yield meter.reach
+        yield meter
         return
     console = Console(stderr=True, highlight=False)
-    with watched(meter, _Lines(), Settings()):
-        if not console.is_terminal:
-            yield meter.reach
-            return
-        from rich.progress import (  # noqa: PLC0415 - only where there is a terminal
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+    with (
+        watched(meter, _Lines(), Settings()),
+        _bar(meter, console) if console.is_terminal else contextlib.nullcontext(),
+    ):
+        yield meter
 
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-        )
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=None)
 
-            def reach(done: int, total: int) -> None:
-                meter.reach(done, total)
-                bar.update(task, completed=done, total=total)
+def _bar(meter: Meter, console: Console) -> contextlib.AbstractContextManager[object]:
+    from rich.console import RenderableType  # noqa: PLC0415 - only where there is a terminal
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-            yield reach
+    class Bar(Progress):
+        """Looks at the meter whenever it is drawn."""
+
+        def get_renderables(self) -> Iterator[RenderableType]:
+            """The bar as it is now."""
+            found = meter.transfer
+            for task in self.task_ids:
+                self.update(task, completed=found.bytes_done, total=found.bytes_total or None)
+            yield from super().get_renderables()
+
+    bar = Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    )
+    bar.add_task(meter.transfer.what, total=None)
+    return bar
 
 
 class _Lines:
-    """Writes what a watch says, a line each."""
+    """Writes what a watch says, a line each; of a transfer that goes on only where no bar does."""
 
     def __call__(self, event: Event, /) -> None:
         """Write it."""
         console = errors()
         if isinstance(event, TransferStalled):
-            console.print(f"{event.what}: nothing has moved for {format_duration(event.seconds)}", markup=False)
+            console.print(
+                f"{event.what}: nothing has moved for {format_duration(event.seconds)}{_waited_for(event.objects)}",
+                markup=False,
+            )
         elif isinstance(event, TransferProgress) and not console.is_terminal:
             console.print(event.line, markup=False)
+
+
+def _waited_for(objects: tuple[str, ...]) -> str:
+    if not objects:
+        return ""
+    more = f" and {len(objects) - _NAMED} more" if len(objects) > _NAMED else ""
+    return f"; under way: {', '.join(objects[:_NAMED])}{more}"

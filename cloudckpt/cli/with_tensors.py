@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from cloudckpt.diffing import CheckpointDiff
 from cloudckpt.errors import ConfigError
 from cloudckpt.exportable import ExportPlan
 from cloudckpt.foreign import Imported, ImportPlan
+from cloudckpt.progress import Meter
 from cloudckpt.storage import ManifestStore
 
 __all__ = ["bring_in", "compare", "export"]
@@ -30,13 +30,13 @@ def compare(before: ManifestStore, after: ManifestStore, diff: CheckpointDiff) -
     return compare_values(before, after, diff)
 
 
-def export(store: ManifestStore, plan: ExportPlan, *, allow_pickle: bool, progress: Callable[[int, int], None]) -> Any:
+def export(store: ManifestStore, plan: ExportPlan, *, allow_pickle: bool, meter: Meter) -> Any:
     """See ``exporting.export_planned``."""
     try:
         from cloudckpt.exporting import export_planned
     except ImportError as exc:
         raise _needs_torch(exc) from exc
-    return export_planned(store, plan, allow_pickle=allow_pickle, progress=progress)
+    return export_planned(store, plan, allow_pickle=allow_pickle, meter=meter)
 
 
 def bring_in(plan: ImportPlan, root: str, **words: Any) -> Imported:

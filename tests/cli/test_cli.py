@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -255,8 +256,28 @@ def test_a_narrow_terminal_without_colour(root: str) -> None:
     done = process("ls", root, COLUMNS="40", NO_COLOR="1")
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
-    assert max(len(line) for line in done.stdout.splitlines()[:-1]) <= 40
-    assert "best" in done.stdout
+    *lines, summary = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 40
+    assert not re.search(r"\d{5}|…", done.stdout)
+    assert summary.endswith("policy: last 2, best 1 by loss (min)")
+    blocks = re.split(r"^(?=STEP)", "\n".join(lines), flags=re.MULTILINE)[1:]
+    size = re.search(r"SIZE (\S+ \S+)", blocks[0])
+    assert size is not None
+    for block, (step, loss, kept, state) in zip(
+        blocks,
+        [
+            (4, 0.4, "last #1", "committed"),
+            (3, 0.5, "last #2, pinned", "committed"),
+            (2, 0.1, "best #1", "committed, tag:release"),
+        ],
+        strict=True,
+    ):
+        words = " ".join(block.split())
+        assert re.fullmatch(
+            rf"STEP {step} AGE \S+ \S+ SIZE {re.escape(size[1])} acc {step / 10:.4f} loss {loss:.4f} "
+            rf"KEPT BECAUSE {kept} STATE {state}",
+            words,
+        ), block
     piped = process("ls", root).stdout
     assert "last #2, pinned" in piped
     assert "committed, tag:release" in piped

@@ -4,17 +4,23 @@
 KIND ARGUMENTS`` hands its folder, environment and standard streams to a child of that process, and ends as the child
 does: of KIND ``code`` as ``python -W error -c ARGUMENTS``, of KIND ``cloudckpt`` as ``cloudckpt ARGUMENTS``. The second
 one needs nothing that takes time to import, so ``python -I -S`` is enough for it.
+
+A program ends after its threads and what it registered for its exit, as any other does; only taking torch apart again,
+piece by piece in memory of its own, is left out: that takes longer than most commands.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
 import select
 import socket
 import sys
+import threading
 import types
 import warnings
 from typing import Any
@@ -94,8 +100,29 @@ def _taken(line: socket.socket) -> dict[str, Any]:
     os._exit(0)
 
 
+def end(job: dict[str, Any]) -> int:
+    """Be the program to its end, and give its exit code."""
+    code = 0
+    try:
+        become(job)
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
+        if isinstance(exc.code, str):
+            print(exc.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    # What an interpreter does at its end, in its order, under the names that it has for that.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    return code & 0xFF
+
+
 def become(job: dict[str, Any]) -> None:
-    """Be the program. It ends with this process, as any other one does."""
+    """Be the program."""
     os.chdir(job["folder"])
     os.environ.clear()
     os.environ.update(job["environment"])
@@ -117,11 +144,21 @@ def load() -> None:
     """Import what programs need; a warning is an error, as it is to the code of the pages."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in ("torch", "cloudckpt.manager", "cloudckpt.run", "cloudckpt.tools"):
+        for name in ("torch", "cloudckpt.manager", "cloudckpt.run", "cloudckpt.tools", "cloudckpt.exporting"):
             importlib.import_module(name)
-        with contextlib.suppress(ImportError):
-            importlib.import_module("s3fs")
-    importlib.import_module("cloudckpt.cli.app")
+        # An optimizer's first step imports the latter of them, for more than a second.
+        for name in ("s3fs", "torch._dynamo"):
+            with contextlib.suppress(ImportError, Warning):
+                importlib.import_module(name)
+    app = importlib.import_module("cloudckpt.cli.app")
+    for commands in app.COMMANDS.values():
+        for place in commands.values():
+            app.function_of(place)
+    for name in ("rich.table", "rich.progress"):
+        importlib.import_module(name)
+    # A collection in a child would write to all that it shares with this process, and so copy it.
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":
@@ -130,4 +167,4 @@ if __name__ == "__main__":
     load()
     taken = serve(sys.argv[2])
     if taken is not None:
-        become(taken)
+        os._exit(end(taken))

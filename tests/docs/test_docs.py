@@ -181,6 +181,15 @@ def test_every_block_runs(
             _run(["bash", "-euc", "\n".join([*variables, line])], tmp_path, environment)
 
 
+def test_the_loop_of_the_readme_has_nine_lines() -> None:
+    """The block that shows what our lines are among the reader's: manager, restore, loop, save, and no other one."""
+    before, loop = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(loop.splitlines()) == 9
+    for call in ("CheckpointManager(", "ckpts.restore(state)", "for step in range(", "ckpts.save(step, state, "):
+        assert call in loop
+        assert call not in before
+
+
 def _surroundings(programs: Programs, folder: Path) -> dict[str, str]:
     """The environment of a page: ``cloudckpt`` on the path, and nobody's credentials."""
     program = folder / "cloudckpt"

@@ -39,8 +39,10 @@ def test_a_transfer_in_numbers_and_words() -> None:
         clock.at += 1
         meter.advance(2**20)
     assert meter.transfer.rate == pytest.approx(2**20, rel=0.05)
-    meter.reach(100 * 2**20, 100 * 2**20)
+    meter.advance(20 * 2**20)
     assert meter.transfer.eta_s == 0.0
+    meter.expect_further(5)
+    assert meter.transfer.bytes_total == 100 * 2**20 + 5
     assert str(Meter("x", now=clock).transfer) == "x: 0 B, 0 B/s"
 
 

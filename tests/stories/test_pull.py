@@ -26,6 +26,7 @@ from cloudckpt import (
 from cloudckpt.core import keys
 from cloudckpt.core.index_json import encode_index, index_digest
 from cloudckpt.core.model import Manifest
+from cloudckpt.progress import Meter
 from cloudckpt.pulling import pull_checkpoint
 from cloudckpt.storage import ManifestStore, MemoryStorage, Storage
 from cloudckpt.testing import ScriptedStorage
@@ -274,11 +275,11 @@ def test_transformers_finds_every_tensor_by_the_index_beside_the_payload(run: St
 
 
 def test_progress_tells_bytes_done_of_all(run: Storage, tmp_path: Path) -> None:
-    """The last word is all of it, and the numbers never fall."""
-    told: list[tuple[int, int]] = []
-    pull_checkpoint(ManifestStore(run), 1500, tmp_path, progress=lambda done, total: told.append((done, total)))
-    assert told[-1] == (pulled_payload(run), pulled_payload(run))
-    assert told == sorted(told)
+    """All of it is expected, and all of it is done; no object is under way afterwards."""
+    meter = Meter("pulling")
+    pull_checkpoint(ManifestStore(run), 1500, tmp_path, meter=meter)
+    found = meter.transfer
+    assert (found.bytes_done, found.bytes_total, found.objects) == (pulled_payload(run), pulled_payload(run), ())
 
 
 def folder_run(written: Path, files: dict[str, bytes]) -> Storage:
