@@ -56,19 +56,41 @@ class Watch(pl.Callback):
                     parameter.fill_(float("nan"))
 
 
-def with_model_checkpoint(root: str, work: str, top_k: int, steps: int) -> None:
+class Released(CloudCheckpointIO):
+    """Says what Lightning wants to be removed."""
+
+    def remove_checkpoint(self, path: Any) -> None:
+        say("removes", path)
+        super().remove_checkpoint(path)
+
+
+class Pin(pl.Callback):
+    """Pins the checkpoint of a step before the next one is made."""
+
+    def __init__(self, io: CloudCheckpointIO, step: int) -> None:
+        self._io, self._step = io, step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._step and trainer.global_step == self._step:
+            self._io.ckpts.pin(self._step)
+
+
+def with_model_checkpoint(asked: Any) -> None:
     """Lightning's own callback over our plugin: it says when, and lets go of what the run keeps."""
-    saver = pl.callbacks.ModelCheckpoint(dirpath=f"{work}/ckpts", monitor="val_loss", save_top_k=top_k)
+    work = asked.work
+    saver = pl.callbacks.ModelCheckpoint(dirpath=f"{work}/ckpts", monitor="val_loss", save_top_k=asked.top_k)
+    # Without a pin all is kept; with one, what is neither it nor the newest is let go of.
+    io = Released(asked.root, monitor="val_loss", mode="min", keep_best=1, keep_last=1 if asked.pin else None)
     trainer = pl.Trainer(
-        max_steps=steps,
+        max_steps=asked.steps,
         accelerator="cpu",
         devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=work,
-        callbacks=[saver],
-        plugins=[CloudCheckpointIO(root, monitor="val_loss", mode="min", keep_last=None)],
+        callbacks=[saver, Pin(io, asked.pin)],
+        plugins=[io],
     )
     model = Classifier()
     trainer.fit(model, *loaders())
@@ -92,7 +114,7 @@ def main() -> None:
     logging.getLogger("cloudckpt").setLevel(logging.INFO)
     pl.seed_everything(0)
     if asked.top_k:
-        with_model_checkpoint(asked.root, asked.work, asked.top_k, asked.steps)
+        with_model_checkpoint(asked)
         return
     detector = DivergenceDetector("val_loss", "min") if asked.explode_after else None
     cloud = CloudCheckpoint(

@@ -95,6 +95,24 @@ def test_what_lightning_removes_the_run_keeps(new_place: Callable[[], Place], tm
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_a_pinned_one_that_lightning_removes_stays(new_place: Callable[[], Place], tmp_path: Path) -> None:
+    """save_top_k=1 wants it removed, and the run's rules, which let go of others, want it gone: it stays, and loads."""
+    place = new_place()
+    lines = finished(start(SCRIPT, place, tmp_path / "work", "--top-k", "1", "--pin", "5"))
+    run = cloudckpt.open(place.root, storage_options=place.options)
+    pinned = run.select(5)
+    removed = [line.rpartition("/")[2] for line in lines if line.startswith("removes ")]
+    assert pinned.tags[0] in removed, "Lightning did ask for it"
+    assert pinned.pinned
+    assert pinned.kept_because == ("pinned",), "no rule keeps it"
+    retired = [event.step for event in run.journal() if event.event == "retire"]
+    assert retired == [10, 15], "and by the rules others went"
+    assert [c.step for c in run.checkpoints()] == [5, 20]
+    assert run.load(5)["global_step"] == 5
+    assert set(run.load(pinned.name)) >= {"state_dict", "optimizer_states", "loops"}
+    assert cloudckpt.verify(place.root, 5, deep=True, storage_options=place.options).ok
+
+
 def test_a_plugin_that_saves_in_a_thread_of_its_own_is_refused(new_place: Callable[[], Place], tmp_path: Path) -> None:
     """Around ours it would lose each step's metrics: the error, before the first step, says what to leave out."""
     place = new_place()

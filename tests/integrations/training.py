@@ -24,6 +24,7 @@ def words() -> argparse.Namespace:
     parser.add_argument("--work", required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--top-k", type=int, default=0, help="let Lightning say when to save")
+    parser.add_argument("--pin", type=int, default=0, help="pin the checkpoint of this step once it is saved")
     parser.add_argument("--every", type=int, default=0, help="save every so many steps, not at the end of each epoch")
     parser.add_argument("--evaluate", type=int, default=0, help="measure after every so many epochs, once it is saved")
     parser.add_argument("--wrapped", action="store_true", help="put Lightning's AsyncCheckpointIO around the plugin")
