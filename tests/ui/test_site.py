@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from cloudckpt import CheckpointManager
+from cloudckpt import CheckpointManager, editing
 from cloudckpt.cli.schema import SCHEMAS
 from cloudckpt.cli.ui import documents, reading
 from cloudckpt.cli.ui.server import PageServer
@@ -259,8 +259,7 @@ def test_a_look_that_failed_half_way_is_had_again(
     """A change that was read, and then could not be answered, is in the next answer."""
     page = page_of(run)
     before = page.api("ls").json
-    manifest = Path(run) / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"pinned": true', b'"pinned": false'))
+    editing.pin(open_store(run), 3, pinned=False)
 
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
@@ -421,8 +420,7 @@ def test_a_manifest_that_is_the_same_is_not_decoded_again(page_of: Serve, run: s
     watched = page.site._place.run()
     first = watched.look()
     assert watched.look() is first
-    manifest = Path(run) / "manifest.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"pinned": true', b'"pinned": false'))
+    editing.pin(open_store(run), 3, pinned=False)
     assert watched.look().seen is not first.seen
 
 
