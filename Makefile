@@ -77,10 +77,10 @@ integrations: .venv/.dev ## real trainers of other libraries, killed and gone on
 	$(BIN)/python -m pip install --quiet -e ".[test,integrations]"
 	$(BIN)/python -m pytest tests/integrations -n 2 --dist loadfile
 
-trainers: .venv/.dev ## of those Hugging Face's, Lightning's, Accelerate's and Ignite's, each killed once on SeaweedFS, forgather's interface, and the listeners; installs them first
+trainers: .venv/.dev ## of those Hugging Face's, Lightning's, Accelerate's and Ignite's, each killed once on SeaweedFS, what they do when a training diverges, two ranks of Accelerate, forgather's interface, and the listeners; installs them first
 	$(BIN)/python -m pip install --quiet -e ".[test,trainers]"
 	$(BIN)/python -m pytest tests/integrations --ignore=tests/integrations/test_ray.py \
-		-k "killed or test_forgather or test_listeners" -m "not slow" -n 2 --dist loadfile
+		-k "killed or diverges or two_ranks or pinned or test_forgather or test_listeners" -m "not slow" -n 2 --dist loadfile
 
 kill: .venv/.dev ## kill -9 at KILLS moments (200) and print which phase was hit; stop processes and wake them up when others went on
 	$(BIN)/python -m pytest tests/crash/test_kill.py tests/crash/test_zombie.py tests/distributed/test_kill_loop.py \

@@ -220,8 +220,20 @@ def _copy(target: Target, work: Path, *, again: bool) -> Path:
 
 
 def _config(target: Target) -> str:
-    # "python -m" puts the copy before the installed package; one seed, so that a verdict can be had again.
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *target.tests]
+    # "python -m" puts the copy before the installed package; one seed, so that a verdict can be had again. -B: bytecode
+    # goes by the second and the size, and a change of one digit within a second would not be seen.
+    words = [
+        sys.executable,
+        "-B",
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--hypothesis-seed=0",
+        *target.tests,
+    ]
     command = shlex.join(words).replace("\\", "\\\\").replace('"', '\\"')
     return (
         f'[cosmic-ray]\nmodule-path = "{target.module}"\ntimeout = {target.timeout_s}\nexcluded-modules = []\n'
@@ -310,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--no-baseline", dest="baseline", action="store_false", help="the tests are known to pass without a change"
     )
     parser.add_argument("--record", type=Path, help="append what was found to this file, a line of JSON a target")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     targets = read_targets()
     known = {target.name for target in targets}
     if unknown := [name for name in options.names if name not in known]:
