@@ -462,6 +462,7 @@ BEHIND_ITS_BACK: dict[str, tuple[Callable[[Manifest], Manifest], int, str]] = {
     "put back": (lambda m: m, 0, "an older one was put back"),
     "put back and written upon": (lambda m: m, 3, "an older one was put back and written upon"),
     "replaced by another run": (lambda m: replace(m, run_id="f" * 32, revision=99), 0, "is now run f"),
+    "replaced by a run of a lower id": (lambda m: replace(m, run_id="0" * 32, revision=99), 0, "is now run 0"),
 }
 
 
@@ -495,10 +496,26 @@ def test_a_writer_accepts_what_others_wrote_upon_its_own(run: MemoryStorage) -> 
     store = Store(run)
     store.read()
     store.refuse_rollback = True
-    for times in (1, HISTORY_LENGTH - 1, HISTORY_LENGTH, HISTORY_LENGTH + 1, 100):
+    for times in (0, 1, HISTORY_LENGTH - 1, HISTORY_LENGTH, HISTORY_LENGTH + 1, 100):
         store.transact(count_up, prepare=nothing)
         others_write(run, times)
         assert store.read() == stored(run)
+
+
+def test_a_run_that_went_back_late_in_its_life_is_found_out(run: MemoryStorage) -> None:
+    """Past as many revisions as a manifest remembers, what was put back and written upon still lacks the last write."""
+    store = Store(run)
+    store.read()
+    store.refuse_rollback = True
+    for _ in range(HISTORY_LENGTH + 8):
+        store.transact(count_up, prepare=nothing)
+    old = stored(run)
+    for _ in range(2):
+        store.transact(count_up, prepare=nothing)
+    put_back(run, old)
+    others_write(run, 3)
+    with pytest.raises(ConflictError, match="an older one was put back and written upon"):
+        store.read()
 
 
 def test_a_manifest_that_vanishes_stops_every_write(run: MemoryStorage) -> None:
