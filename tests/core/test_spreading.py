@@ -40,3 +40,9 @@ def test_what_all_have_is_spread_evenly(world: int, sizes: list[int]) -> None:
 def test_what_one_rank_has_anyway_counts() -> None:
     """Shared pieces go where there is less of one's own."""
     assert spread({"own": (100, [0]), "a": (60, [0, 1]), "b": (50, [1, 0])}, 2) == {"own": 0, "a": 1, "b": 1}
+
+
+def test_the_largest_go_first() -> None:
+    """In the order given, the two small ones would part, and the large one would come on top of one of them."""
+    found = spread({"small": (1, [0, 1]), "too": (1, [0, 1]), "large": (2, [0, 1])}, 2)
+    assert found == {"large": 0, "small": 1, "too": 1}
