@@ -142,12 +142,12 @@ def test_neighbours_share_a_cell_and_a_small_chunk_in_it_comes_along() -> None:
 def test_chunks_that_share_bytes_are_read_as_a_whole() -> None:
     """Each byte that is read belongs to one chunk only; in another object nothing changes."""
     chunks = [
-        Reached("a", 0, 100, ((0, 10),)),
-        Reached("a", 99, 100, ((100, 10),)),
-        Reached("b", 0, 100, ((0, 10),)),
+        Reached("model", 0, 100, ((0, 10),)),
+        Reached("".join(["mo", "del"]), 99, 100, ((100, 10),)),  # an equal name, as each that was decoded
+        Reached("other", 0, 100, ((0, 10),)),
     ]
-    grids = {name: Grid(1000, 10) for name in "ab"}
-    assert plan_cells(chunks, grids) == CellPlan(frozenset({2}), {"b": (0,)})
+    grids = {name: Grid(1000, 10) for name in ("model", "other")}
+    assert plan_cells(chunks, grids) == CellPlan(frozenset({2}), {"other": (0,)})
 
 
 @st.composite
