@@ -725,3 +725,31 @@ def test_a_copy_that_fails_is_harmless(run: MemoryStorage) -> None:
     for revision in range(2, 6):
         assert store.transact(count_up, prepare=nothing, keep_copy=True).revision == revision
     assert copies(run) == []
+
+
+# -- a manifest that is put in place by a repair -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fate", [Fate.LAND, Fate.ANSWER_LOST, Fate.SAYS_LOST, Fate.REQUEST_LOST])
+@pytest.mark.parametrize("over", [True, False], ids=["over another", "over nothing"])
+def test_a_rebuilt_manifest_lands_once_whatever_is_heard_of_it(
+    memory_storage: MemoryStorage, fate: Fate, over: bool
+) -> None:
+    """A request that never arrived is sent again; one that landed is recognised."""
+    if over:
+        Store(memory_storage).transact(count_up, prepare=nothing, new=new_run)
+    storage = Flaky(memory_storage, fate)
+    there = memory_storage.read(keys.MANIFEST, limit_bytes=10**6) if over else None
+    written = Store(storage).rebuild(replace(new_run(), revision=7, next_seq=5), over=there)
+    assert stored(memory_storage) == written
+    assert written.next_seq == 5
+
+
+def test_a_rebuilt_manifest_is_not_put_over_one_that_nobody_looked_at(run: MemoryStorage) -> None:
+    """Somebody writes beside a repair: the repair is of what was, and is refused."""
+    there = run.read(keys.MANIFEST, limit_bytes=10**6)
+    storage = Flaky(run, Fate.REQUEST_LOST)
+    storage.meanwhile = lambda: others_write(run)
+    with pytest.raises(ConflictError):
+        Store(storage).rebuild(replace(new_run(), revision=7), over=there)
+    assert stored(run).revision < 7
