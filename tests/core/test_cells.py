@@ -143,7 +143,7 @@ def test_chunks_that_share_bytes_are_read_as_a_whole() -> None:
     """Each byte that is read belongs to one chunk only; in another object nothing changes."""
     chunks = [
         Reached("model", 0, 100, ((0, 10),)),
-        Reached("".join(["mo", "del"]), 99, 100, ((100, 10),)),  # an equal name, as each that was decoded
+        Reached(str(b"model", "ascii"), 99, 100, ((100, 10),)),  # an equal name, as each that was decoded
         Reached("other", 0, 100, ((0, 10),)),
     ]
     grids = {name: Grid(1000, 10) for name in ("model", "other")}

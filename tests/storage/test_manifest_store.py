@@ -753,3 +753,12 @@ def test_a_rebuilt_manifest_is_not_put_over_one_that_nobody_looked_at(run: Memor
     with pytest.raises(ConflictError):
         Store(storage).rebuild(replace(new_run(), revision=7), over=there)
     assert stored(run).revision < 7
+
+
+def test_a_run_that_counts_past_what_can_be_read_is_not_written(run: MemoryStorage) -> None:
+    """The next revision would be one that no reader takes: nothing is written, and the error says what to do."""
+    put_back(run, replace(stored(run), revision=2**63 - 1))
+    there = stored(run)
+    with pytest.raises(FormatError, match=r"counts to 9223372036854775808.*cloudckpt repair"):
+        Store(run).transact(count_up, prepare=nothing)
+    assert stored(run) == there
