@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -762,3 +763,14 @@ def test_a_run_that_counts_past_what_can_be_read_is_not_written(run: MemoryStora
     with pytest.raises(FormatError, match=r"counts to 9223372036854775808.*cloudckpt repair"):
         Store(run).transact(count_up, prepare=nothing)
     assert stored(run) == there
+
+
+def test_who_is_late_waits_for_nothing(run: MemoryStorage) -> None:
+    """Before its time is up a process waits for no longer than it has, and afterwards not at all."""
+    store = Store(run)
+    most_s = store._patience_s
+    assert most_s > 0
+    store.hurry_until = time.monotonic() + 10**6
+    assert store._patience_s == most_s
+    store.hurry_until = time.monotonic() - 0.001
+    assert store._patience_s == 0.0
