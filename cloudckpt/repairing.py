@@ -2,6 +2,8 @@
 
 Every sealed save is admitted, what has lost an object as *damaged*, and all of it is *held*: no rule deletes it until
 a person releases it, and what is damaged goes only by the hand of a person. What was retired stays retired.
+
+(Past 350 lines: one proposal, from what is read to what is said of it.)
 """
 
 from __future__ import annotations

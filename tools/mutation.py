@@ -12,6 +12,8 @@ a copy of its own, below ``--work``, so that nothing here is touched and several
 survives must stand in ``tests/mutation/survivors.toml`` with the reason why it is harmless; otherwise this ends with 1.
 
 A run may be broken off at any moment, by a signal too: the next one goes on, with the module as it was at first.
+
+(Past 350 lines: one command, with what it needs of cosmic-ray.)
 """
 
 from __future__ import annotations

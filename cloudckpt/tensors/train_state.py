@@ -22,7 +22,7 @@ __all__ = ["ModelState", "OptimizerState", "RngState", "TrainState", "is_by_name
 
 def _by_name() -> ModuleType:
     """DCP's part for states by name. To import it takes as long as the rest of torch: not if nobody asks for it."""
-    from torch.distributed.checkpoint import state_dict  # noqa: PLC0415
+    from torch.distributed.checkpoint import state_dict  # noqa: PLC0415 - takes as long as importing torch
 
     return state_dict
 

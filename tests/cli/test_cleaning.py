@@ -1,4 +1,7 @@
-"""prune, gc, rm, and the labels: what is shown first is what is done."""
+"""prune, gc, rm, and the labels: what is shown first is what is done.
+
+(Past 350 lines: the commands that delete share the runs that they are tried on.)
+"""
 
 from __future__ import annotations
 

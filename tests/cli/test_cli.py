@@ -1,4 +1,7 @@
-"""The command line as a person, and as a script, meets it."""
+"""The command line as a person, and as a script, meets it.
+
+(Past 350 lines: one test for each thing that holds of every command.)
+"""
 
 from __future__ import annotations
 

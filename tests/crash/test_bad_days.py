@@ -1,4 +1,7 @@
-"""Stores on their bad days, under a whole run: 503 for hours, answers cut or changed, listings of yesterday, hands."""
+"""Stores on their bad days, under a whole run: 503 for hours, answers cut or changed, listings of yesterday, hands.
+
+(Past 350 lines: the days share one trainer and one proxy.)
+"""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def end(job: dict[str, Any]) -> int:
         sys.excepthook(*sys.exc_info())
         code = 1
     # What an interpreter does at its end, in its order, under the names that it has for that.
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()  # type: ignore[attr-defined]  # what Python itself calls at its end; it has no public name
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -5,6 +5,8 @@ named, committed or reported. One step is one request carried out (or refused, o
 delayed), or a delayed one landing. A process that is never moved again has died there; one that is moved after another
 has claimed the run is a zombie: neither needs a step of its own. In every state the run is also recovered: by a claim, a
 sweep and a gc of the real package, with everybody else stopped.
+
+(Past 350 lines: the search and the state that it is over are one thing.)
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 ``MUTANTS`` says where each is looked for, and which invariant falls. A mutant that no search finds is a hole in the
 search, not a proof that the mistake is harmless.
+
+(Past 350 lines: a list.)
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The order of a save's phases is the one of ``Saver._save`` and ``Leading.commit``, which have threads and tensors and are
 driven by ``tests/stateful``; everything that decides, writes or deletes within a phase is the product's own code.
+
+(Past 350 lines: one script after the other, and what they share.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""``save(deadline_s=)``: what is in flight first, a new save only if it fits, no deletes; memory is the store."""
+"""``save(deadline_s=)``: what is in flight first, a new save only if it fits, no deletes; memory is the store.
+
+(Past 350 lines: one option, and all that it must not do.)
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ Two jobs save, restore, die, fall asleep in mid-call, are restarted beside their
 evaluators pin, mark, report, remove, prune, sweep and collect garbage, and fall asleep in the middle as well. Readers
 load. Requests arrive late, answers are lost, the clock jumps back, a byte flips. After every step every invariant is
 asked: of each write and delete by ``Watch``, at the moment it happened, and of what lies there by ``check_store``.
+
+(Past 350 lines: a Hypothesis machine is one class: its rules share its state.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""GenericFsspecStorage on fsspec's own memory, on a folder, and on a real SFTP server; for one writer each."""
+"""GenericFsspecStorage on fsspec's own memory, on a folder, and on a real SFTP server; for one writer each.
+
+(Past 350 lines: three filesystems are held to one contract.)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A real run whose manifest is destroyed, in every way that happens to files: it comes back to the last bit."""
+"""A real run whose manifest is destroyed, in every way that happens to files: it comes back to the last bit.
+
+(Past 350 lines: every way to destroy a run, over the same few runs.)
+"""
 
 from __future__ import annotations
 

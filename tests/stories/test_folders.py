@@ -1,4 +1,7 @@
-"""Files that a host library writes: any folder goes in, the same folder comes out, by the rules of every save."""
+"""Files that a host library writes: any folder goes in, the same folder comes out, by the rules of every save.
+
+(Past 350 lines: one kind of checkpoint, from saving to what is refused.)
+"""
 
 from __future__ import annotations
 

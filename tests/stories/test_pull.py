@@ -1,4 +1,7 @@
-"""A checkpoint in a local folder: verified, resumable, readable by others, and a run of one checkpoint to us."""
+"""A checkpoint in a local folder: verified, resumable, readable by others, and a run of one checkpoint to us.
+
+(Past 350 lines: one operation, with all that may lie in its way.)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A fresh reader's list of what could go wrong while saving: what was found by breaking it, one story each."""
+"""A fresh reader's list of what could go wrong while saving: what was found by breaking it, one story each.
+
+(Past 350 lines: a list.)
+"""
 
 from __future__ import annotations
 

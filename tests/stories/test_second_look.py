@@ -167,10 +167,8 @@ def test_verify_looks_twice_as_well(line: OnTheWay) -> None:
     assert all("checksum" in f.problem for f in findings)
 
 
-class Misread(MemoryStorage):
-    """Memory behind a line that changes a digit of the newest checkpoint's digest, where the manifest has it.
-
-    The manifest has no digest of its own, as before there was one.
+class Wrong(MemoryStorage):
+    """Memory behind a line that changes manifests.
 
     Attributes:
         times: how many more manifests come like that.
@@ -186,10 +184,22 @@ class Misread(MemoryStorage):
         if key != "manifest.json" or not self.times:
             return found
         self.times -= 1
-        digest = json.loads(found.body)["entries"][-1]["index_digest"]
+        return Versioned(self.changed(found.body), found.version)
+
+    def changed(self, body: bytes) -> bytes:
+        """What comes of these bytes."""
+        raise NotImplementedError  # each line has a way of its own
+
+
+class Misread(Wrong):
+    """Changes a digit of the newest checkpoint's digest; the manifest has none of its own, as before there was one."""
+
+    def changed(self, body: bytes) -> bytes:
+        """See ``Wrong.changed``."""
+        digest = json.loads(body)["entries"][-1]["index_digest"]
         other = digest[:-1] + ("1" if digest[-1] == "0" else "0")
-        rest, _ = found.body.rsplit(b',\n "digest": ', 1)
-        return Versioned(rest.replace(digest.encode(), other.encode()) + b"\n}\n", found.version)
+        rest, _ = body.rsplit(b',\n "digest": ', 1)
+        return rest.replace(digest.encode(), other.encode()) + b"\n}\n"
 
 
 @pytest.mark.parametrize("select", ["latest", 2])
@@ -208,24 +218,12 @@ def test_a_digest_that_came_wrong_with_the_manifest_damages_nothing(
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
-class Turning(MemoryStorage):
-    """Memory behind a line that turns a metric of the manifest into another one.
+class Turning(Wrong):
+    """Turns a metric into another one."""
 
-    Attributes:
-        times: how many more manifests come like that.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.times = 0
-
-    def read(self, key: str, *, limit_bytes: int) -> Versioned:
-        """See ``Storage.read``."""
-        found = super().read(key, limit_bytes=limit_bytes)
-        if key != "manifest.json" or not self.times:
-            return found
-        self.times -= 1
-        return Versioned(found.body.replace(b'"loss": 0.125', b'"loss": 8.125'), found.version)
+    def changed(self, body: bytes) -> bytes:
+        """See ``Wrong.changed``."""
+        return body.replace(b'"loss": 0.125', b'"loss": 8.125')
 
 
 def test_a_metric_that_turned_on_the_way_costs_no_best() -> None:

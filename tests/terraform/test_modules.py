@@ -2,6 +2,8 @@
 
 No provider is downloaded: ``tools/terraform_stub.py`` serves excerpts of their schemas. Nothing here speaks to a cloud,
 and a green run is no proof that one takes what is planned.
+
+(Past 350 lines: what Terraform is asked, module by module, with one stub.)
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Chromium is Debian's package (``apt-get install chromium``), or any other that is on the path or that
 ``CLOUDCKPT_CHROMIUM`` names; Playwright's own download is not used. The screenshots are for people, in ``build/ui``.
+
+(Past 350 lines: one browser, kept for all that is looked at in it.)
 """
 
 from __future__ import annotations

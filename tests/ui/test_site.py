@@ -1,4 +1,7 @@
-"""What the page's server answers, to whom, and what that costs the store. Real HTTP over loopback."""
+"""What the page's server answers, to whom, and what that costs the store. Real HTTP over loopback.
+
+(Past 350 lines: one server, asked for each of its documents and by each kind of stranger.)
+"""
 
 from __future__ import annotations
 
