@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -13,19 +11,15 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from tests.tooling import tool_module
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """``tools/audit.py``."""
-    spec = importlib.util.spec_from_file_location("audit", ROOT / "tools" / "audit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["audit"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("audit")
 
 
 def test_what_is_installed_and_what_is_allowed_has_no_known_hole(tool: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cloudckpt.testing.servers import SeaweedFS
+from tests.tooling import tool_module
 
 ROOT = Path(__file__).parents[2]
 FORKSERVER = Path(__file__).with_name("forkserver.py")
@@ -44,6 +44,7 @@ import sys
 import torch
 
 import cloudckpt
+from tests.tooling import tool_module
 
 for root in sys.argv[1:]:
     if cloudckpt.open(root).latest() is not None:
@@ -68,11 +69,7 @@ RUNNABLE = [page for page in PAGES if BLOCK.search(text := page.read_text(encodi
 
 def test_generated_parts_are_fresh() -> None:
     """The examples and tables made from the code are what the code says now; ``make spec`` writes them."""
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "tools" / "generate_docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = tool_module("generate_docs")
     assert module.check() == ""
     for part in module.GENERATED:
         assert any(f"generated: {part} " in page.read_text() for page in (ROOT / "docs").rglob("*.md")), part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree as ET
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from cloudckpt import CheckpointManager
+from tests.tooling import tool_module
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,12 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def recording() -> ModuleType:
     """The tool."""
-    spec = importlib.util.spec_from_file_location("record_demo", ROOT / "tools" / "record_demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("record_demo")
 
 
 def test_the_parts_are_what_the_demonstration_says(recording: ModuleType) -> None:

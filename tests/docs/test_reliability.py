@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import platform
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from tests.records import Recording
+from tests.tooling import tool_module
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -24,13 +23,7 @@ TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     """``tools/reliability.py``."""
-    spec = importlib.util.spec_from_file_location("reliability", ROOT / "tools" / "reliability.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reliability"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("reliability")
 
 
 def test_the_tables_are_what_the_runs_say(tool: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import cloudckpt
+from tests.tooling import tool_module
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -135,12 +135,7 @@ def test_the_reference_has_public_names_only() -> None:
 @pytest.fixture(scope="module")
 def hooks() -> ModuleType:
     """The hooks of the site."""
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "tools" / "site_hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("site_hooks")
 
 
 def test_a_pattern_names_the_pages_that_nothing_else_names(hooks: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import shutil
 import struct
@@ -28,6 +27,7 @@ from cloudckpt.tensors.boxes import plan_boxes
 from cloudckpt.tensors.reading import Reading
 from cloudckpt.tensors.targets import Part
 from cloudckpt.testing import check_store
+from tests.tooling import tool_module
 
 ROOT = Path(__file__).parents[2]
 V1 = Path(__file__).parent / "golden" / "v1"
@@ -334,11 +334,7 @@ def test_the_files_of_a_folder_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("write", ["make", "make_with_cells", "make_with_folder", "make_with_digest"])
 def test_a_golden_store_is_never_written_again(copied: Path, write: str) -> None:
     """The tool that made it refuses a folder that is there."""
-    spec = importlib.util.spec_from_file_location("make_golden", ROOT / "tools" / "make_golden.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = tool_module("make_golden")
     with pytest.raises(SystemExit, match="never written again"):
         getattr(module, write)(copied)
     assert (copied / "manifest.json").read_bytes() == (V1 / "manifest.json").read_bytes()

@@ -7,7 +7,6 @@ known is an error: nothing is judged by half.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from urllib.parse import parse_qs, unquote
 
 from cloudckpt.core.rights import Role
 from cloudckpt.testing.fault_proxy import Request
+from tests.tooling import tool_module
 
 ROOT = Path(__file__).parents[2]
 MODULES = ROOT / "terraform" / "modules"
@@ -123,9 +123,4 @@ def allowing(role: Role) -> list[str]:
 
 def tool() -> ModuleType:
     """``tools/generate_terraform.py``, which is no package's module."""
-    spec = importlib.util.spec_from_file_location("generate_terraform", ROOT / "tools" / "generate_terraform.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("generate_terraform")

@@ -9,7 +9,6 @@ and a green run is no proof that one takes what is planned.
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import math
 import os
@@ -26,6 +25,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from cloudckpt.core.rights import Role
 from tests.terraform.iam import MODULES, ROOT, filled_in
+from tests.tooling import tool_module
 
 TERRAFORM = next((found for found in map(shutil.which, ("terraform", "tofu")) if found), None)
 SCHEMAS = ROOT / "tests" / "terraform" / "schema"
@@ -461,12 +461,7 @@ def test_the_outputs_feed_the_program(
 
 def test_the_excerpts_have_every_type_that_is_used() -> None:
     """The schemas are of the pinned bindings, and of exactly the types that modules and examples use."""
-    spec = importlib.util.spec_from_file_location("terraform_schema", ROOT / "tools" / "terraform_schema.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool  # its dataclasses look themselves up
-    spec.loader.exec_module(tool)
+    tool = tool_module("terraform_schema")
     for provider, wanted in tool.used().items():
         path = SCHEMAS / f"{provider}.json"
         if not path.exists():
